@@ -1,0 +1,41 @@
+# Every target builds the environment it needs, in .venv, once; `make clean` removes all of it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Eight CPU devices for the tests, set before JAX starts.
+TEST_FLAGS := --xla_force_host_platform_device_count=8
+
+.PHONY: demo test lint bench docs clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/test.done
+	$(BIN)/python examples/hyperclean_digits.py $(ARGS)
+
+test: $(VENV)/test.done
+	XLA_FLAGS="$(TEST_FLAGS)" $(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/lint.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(VENV)/test.done
+	$(BIN)/python benchmarks/step_cost.py $(ARGS)
+
+docs: $(VENV)/test.done
+	$(BIN)/python -m pydoc gradhpo
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "gradhpo needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo "On Debian and Ubuntu: sudo apt install python3-venv"; exit 1; }
+
+# One marker for each set of extras; older than pyproject.toml means: install again.
+$(VENV)/%.done: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	@touch $@

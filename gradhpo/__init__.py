@@ -1,0 +1,56 @@
+"""gradhpo: gradient-based hyperparameter optimization in JAX."""
+
+from gradhpo._version import __version__
+from gradhpo.algorithms import (
+    FOOptimizer,
+    GreedyOptimizer,
+    OneStepOptimizer,
+    OnlineHypergradientOptimizer,
+    T1T2Optimizer,
+)
+from gradhpo.compat import (
+    LossFunctions,
+    MetricDict,
+    tree_dot,
+    tree_l2_norm,
+    tree_lerp,
+    tree_normalize,
+    tree_zeros_like,
+    update_w_star,
+    vjp_wrt_both,
+    vjp_wrt_lambda,
+)
+from gradhpo.errors import DivergenceWarning
+from gradhpo.optimizer import BilevelOptimizer, Estimate
+from gradhpo.problem import Problem
+from gradhpo.solver import Solution, solve
+from gradhpo.state import BilevelState, DataBatch, LossFn, PyTree
+
+__all__ = [
+    "BilevelOptimizer",
+    "BilevelState",
+    "DataBatch",
+    "DivergenceWarning",
+    "Estimate",
+    "FOOptimizer",
+    "GreedyOptimizer",
+    "LossFn",
+    "LossFunctions",
+    "MetricDict",
+    "OneStepOptimizer",
+    "OnlineHypergradientOptimizer",
+    "Problem",
+    "PyTree",
+    "Solution",
+    "T1T2Optimizer",
+    "__version__",
+    "solve",
+    "tree_dot",
+    "tree_l2_norm",
+    "tree_lerp",
+    "tree_normalize",
+    "tree_zeros_like",
+    "update_w_star",
+    "vjp_wrt_both",
+    "vjp_wrt_lambda",
+]

@@ -1,0 +1,269 @@
+"""HyperDistill: the second-order term distilled into one VJP (Lee et al. ICLR 2022).
+
+`g_t = g_FO + θ·(1 - γ^t)/(1 - γ)·α_t·∂Φ(w*_t, λ; D*_t)/∂λ` (eq. 15), θ by Algorithm 4.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gradhpo import ema
+from gradhpo.errors import check_count, check_hashable, check_number, stack, stack_length
+from gradhpo.hypergradient import at_least_float32, norm, validation
+from gradhpo.inner import InnerStep
+from gradhpo.optimizer import Estimate, HypergradientMethod
+from gradhpo.state import BilevelState, LossFn, PyTree, as_array, prepare
+
+
+@dataclass(frozen=True)
+class OnlineHypergradientOptimizer(HypergradientMethod):
+    """HyperDistill: hypergradients of a long horizon at the cost of one more VJP a step.
+
+    `metadata` holds `w_star` (w*_t), `theta` (θ, a scalar, 1 until estimated) and `phi` (the
+    initialization of the episode).
+
+    Args:
+      inner_optimizer: an `optax.GradientTransformation`, or a function of λ that returns one.
+      outer_optimizer: an `optax.GradientTransformation` for λ, in place of `lr_hyper`.
+      gamma: γ in [0, 1], the weight of the past. With 0 and θ = 1 this is One-Step.
+      estimation_period: episodes between two estimates of θ.
+      T: steps in an episode, and in an estimate of θ.
+      update_fn: `(params, hyperparams, batch) -> params`, in place of `inner_optimizer`.
+      scale: "paper" for eq. 15; "unit" for `g_FO + v_t/‖v_t‖`, which the paper uses where `g_FO`
+        is identically 0, and for which θ is not estimated.
+      distill_data: mix the batch as the weights (eq. 14): D*_t keeps `round(p_t·|D|)` rows of
+        D*_{t-1}, and takes the rest from D_t, at random. `init` then needs a batch and a key.
+
+    Raises:
+      ValueError: if neither or both of `inner_optimizer` and `update_fn` are given, or a number
+        is out of range.
+
+    References:
+      Lee et al., Online Hyperparameter Meta-Learning with Hypergradient Distillation, ICLR 2022.
+    """
+
+    inner_optimizer: Any = None
+    outer_optimizer: Any = None
+    gamma: float = 0.99
+    estimation_period: int = 50
+    T: int = 20
+    update_fn: Callable[[Any, Any, Any], Any] | None = None
+    scale: Literal["paper", "unit"] = "paper"
+    distill_data: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("gamma", self.gamma, 0, 1)
+        check_count("estimation_period", self.estimation_period)
+        check_count("T", self.T)
+        if self.scale not in ("paper", "unit"):
+            raise ValueError(f'scale must be "paper" or "unit", got {self.scale!r}')
+
+    @property
+    def calibration_period(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Episodes between two estimates of θ; 0 where none is needed."""
+        return self.estimation_period if self.scale == "paper" else 0
+
+    @property
+    def remembers_batch(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether `init` needs a training batch and a key."""
+        return self.distill_data
+
+    def init(
+        self,
+        params: PyTree,
+        hyperparams: PyTree,
+        train_batch: PyTree = None,
+        key: jax.Array | None = None,
+    ) -> BilevelState:
+        """Return the state before the first step; see `BilevelOptimizer.init`.
+
+        Args:
+          params: weights, a pytree of floating arrays.
+          hyperparams: hyperparameters, a pytree of floating arrays.
+          train_batch: with `distill_data`, a batch like those to come.
+          key: with `distill_data`, the key that chooses rows.
+        """
+        needed = train_batch is not None and key is not None
+        if self.distill_data and not needed:
+            raise ValueError("distill_data=True needs init(..., train_batch=, key=)")
+        if not self.distill_data and (train_batch is not None or key is not None):
+            raise ValueError("init takes train_batch and key only with distill_data=True")
+        state = super().init(params, hyperparams)
+        memory = {"w_star": state.params, "theta": 1.0, "phi": state.params}
+        if self.distill_data:
+            stack_length("train_batch", train_batch)
+            memory |= {"d_star": jax.tree.map(as_array, train_batch), "key": key}
+        return prepare(state.update(metadata=memory))
+
+    def reset(self, state: BilevelState, params: PyTree) -> BilevelState:
+        """Return `state` at the beginning of an episode that starts from `params`."""
+        state = super().reset(state, params)
+        return state.update(metadata={"w_star": params, "phi": params})
+
+    def estimate(
+        self,
+        state: BilevelState,
+        train_batch: PyTree,
+        val_batch: PyTree,
+        train_loss_fn: LossFn,
+        val_loss_fn: LossFn,
+    ) -> Estimate:
+        """Return eq. 15 with `w_t`."""
+        w, s, lam, t = state.params, state.inner_opt_state, state.hyperparams, state.step + 1
+        inner = self.inner_step(train_loss_fn)
+        keep = ema.keep_fraction(self.gamma, t)
+        memory = self._distill_batch(state, train_batch, keep)
+        d_star = memory.get("d_star", train_batch)
+        w_star = ema.distilled_point(state.metadata["w_star"], w, keep) if self.gamma else w
+        if self.gamma == 0:
+            moved, pull = inner.pullback(w, s, lam, train_batch)  # w*_t = w_{t-1}
+        else:
+            moved = inner(w, s, lam, train_batch)
+            pull = inner.pullback(w_star, s, lam, d_star)[1]
+        val = validation(val_loss_fn, moved.params, lam, val_batch)
+        v = pull(val.alpha)
+        second = optax.tree.scale(self._factor(v, state.metadata["theta"], t), v)
+        hypergradient = optax.tree.add(val.direct, optax.tree.cast_like(second, lam))
+        return Estimate(hypergradient, *moved, val.loss, {**memory, "w_star": w_star})
+
+    def estimate_theta(
+        self,
+        state: BilevelState,
+        train_batches: PyTree,
+        val_batch: PyTree,
+        train_loss_fn: LossFn,
+        val_loss_fn: LossFn,
+    ) -> jax.Array:
+        """Return θ (Algorithm 4), from a run that starts at the state's weights.
+
+        Memory grows with T copies of the weights and of the inner optimizer's state.
+
+        Args:
+          state: its `params`, `inner_opt_state` and `hyperparams` are used; nothing is changed.
+          train_batches: a list of batches, or a stack of them with a leading axis of length T (a
+            list is always read as a list of batches).
+          val_batch: a pytree of arrays, passed to `val_loss_fn`.
+          train_loss_fn: `(params, hyperparams, batch) -> scalar`.
+          val_loss_fn: `(params, hyperparams, batch) -> scalar`.
+
+        Returns:
+          θ, a scalar array: `xᵀy/xᵀx`, or 1 where there is no second-order signal (x = 0).
+        """
+        check_hashable("train_loss_fn", train_loss_fn)
+        check_hashable("val_loss_fn", val_loss_fn)
+        if isinstance(train_batches, list):
+            train_batches = stack("train_batches", train_batches)
+        stack_length("train_batches", train_batches)
+        state = prepare(state)
+        return _theta(self, state, train_batches, val_batch, train_loss_fn, val_loss_fn)
+
+    def calibrate(
+        self,
+        state: BilevelState,
+        train_batches: PyTree,
+        val_batch: PyTree,
+        train_loss_fn: LossFn,
+        val_loss_fn: LossFn,
+    ) -> BilevelState:
+        """Return `state` with θ estimated anew."""
+        theta = _algorithm_4(self, state, train_batches, val_batch, train_loss_fn, val_loss_fn)
+        theta = as_array(theta, state.metadata["theta"].dtype)
+        return state.update(metadata={"theta": theta})
+
+    def _factor(self, v: PyTree, theta: jax.Array, t: jax.Array) -> jax.Array:
+        if self.scale == "unit":
+            return _inverse(norm(v))
+        return theta * ema.geometric_sum(self.gamma, t)
+
+    def _distill_batch(self, state: BilevelState, batch: PyTree, keep: jax.Array) -> dict[str, Any]:
+        if not self.distill_data:
+            return {}
+        key, rows_key = jax.random.split(state.metadata["key"])
+        d_star = _mix_rows(state.metadata["d_star"], batch, keep, rows_key)
+        return {"key": key, "d_star": d_star}
+
+
+def _mix_rows(old: PyTree, new: PyTree, keep: jax.Array, key: jax.Array) -> PyTree:
+    """Return eq. 14: `round(keep·n)` rows of `old`, at random, and the rest from `new`."""
+    n = stack_length("train_batch", new)
+    kept = jax.random.permutation(key, n) < jnp.round(keep * n)
+
+    def mix(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.where(kept.reshape(-1, *[1] * (b.ndim - 1)), a, b)
+
+    return jax.tree.map(mix, old, new)
+
+
+def _inverse(x: jax.Array) -> jax.Array:
+    return jnp.where(x == 0, 0, 1 / jnp.where(x == 0, 1, x))
+
+
+def _algorithm_4(
+    optimizer: OnlineHypergradientOptimizer,
+    state: BilevelState,
+    batches: PyTree,
+    val_batch: PyTree,
+    train_loss_fn: LossFn,
+    val_loss_fn: LossFn,
+) -> jax.Array:
+    lam, gamma, inner = state.hyperparams, optimizer.gamma, optimizer.inner_step(train_loss_fn)
+    T = stack_length("train_batches", batches)
+
+    w_0, (w_T, trajectory) = state.params, _forward(inner, state, batches)
+    alpha_T = validation(val_loss_fn, w_T, lam, val_batch).alpha
+
+    def backward(carry: Any, step: Any) -> Any:
+        alpha, g_so, w_star, d_star = carry
+        t, (w_prev, s_prev), batch, key = step
+        s = T - t + 1
+        line = (t - 1) / T
+        w_hat = jax.tree.map(lambda a, b: (a + line * (b - a)).astype(a.dtype), w_0, w_T)
+        alpha, alpha_b = inner.pullback_both(w_hat, s_prev, lam, batch)(alpha)
+        g_so = optax.tree.add(g_so, at_least_float32(alpha_b))
+        keep = ema.keep_fraction_backward(gamma, s)  # eq. 17; 0 at s = 1
+        w_star = ema.distilled_point(w_star, w_prev, keep)
+        d_star = _mix_rows(d_star, batch, keep, key) if optimizer.distill_data else batch
+        v = at_least_float32(inner.pullback(w_star, s_prev, lam, d_star)[1](alpha_T))
+        length = norm(v)
+        x = length * ema.geometric_sum(gamma, s)
+        y = optax.tree.vdot(optax.tree.scale(_inverse(length), v), g_so)
+        return (alpha, g_so, w_star, d_star), (x, y)
+
+    key = state.metadata["key"] if optimizer.distill_data else jax.random.key(0)
+    first_batch = jax.tree.map(lambda x: x[-1], batches)
+    start = (alpha_T, at_least_float32(optax.tree.zeros_like(lam)), w_T, first_batch)
+    steps = (jnp.arange(1, T + 1), trajectory, batches, jax.random.split(key, T))
+    _, (x, y) = jax.lax.scan(backward, start, steps, reverse=True)
+    signal = jnp.vdot(x, x)
+    return jnp.where(signal == 0, 1, jnp.vdot(x, y) / jnp.where(signal == 0, 1, signal))
+
+
+def _forward(inner: InnerStep, state: BilevelState, batches: PyTree) -> tuple[PyTree, PyTree]:
+    """Return `w_T`, and the stacked `(w_{t-1}, s_{t-1})` before each of the T steps."""
+
+    def step(carry: tuple[PyTree, PyTree], batch: PyTree) -> tuple[Any, Any]:
+        moved = inner(*carry, state.hyperparams, batch)
+        return (moved.params, moved.opt_state), carry
+
+    (w_T, _), before = jax.lax.scan(step, (state.params, state.inner_opt_state), batches)
+    return w_T, before
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def _theta(
+    optimizer: OnlineHypergradientOptimizer,
+    state: BilevelState,
+    train_batches: PyTree,
+    val_batch: PyTree,
+    train_loss_fn: LossFn,
+    val_loss_fn: LossFn,
+) -> jax.Array:
+    return _algorithm_4(optimizer, state, train_batches, val_batch, train_loss_fn, val_loss_fn)

@@ -1,0 +1,49 @@
+"""One-Step: `g = g_FO + α_t·B_t`, exact over the last inner step (Luketina et al. ICML 2016)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import optax
+
+from gradhpo.hypergradient import validation
+from gradhpo.optimizer import Estimate, StatelessMethod
+from gradhpo.state import BilevelState, LossFn, PyTree
+
+
+@dataclass(frozen=True)
+class OneStepOptimizer(StatelessMethod):
+    """One-Step: the direct term and the last inner step's, differentiated exactly.
+
+    Args:
+      inner_optimizer: an `optax.GradientTransformation`, or a function of λ that returns one.
+      outer_optimizer: an `optax.GradientTransformation` for λ, in place of `lr_hyper`.
+      update_fn: `(params, hyperparams, batch) -> params`, in place of `inner_optimizer`.
+
+    Raises:
+      ValueError: if neither or both of `inner_optimizer` and `update_fn` are given.
+
+    References:
+      Luketina et al., Scalable Gradient-Based Tuning of Continuous Regularization
+      Hyperparameters, ICML 2016.
+    """
+
+    inner_optimizer: Any = None
+    outer_optimizer: Any = None
+    update_fn: Callable[[Any, Any, Any], Any] | None = None
+
+    def estimate(
+        self,
+        state: BilevelState,
+        train_batch: PyTree,
+        val_batch: PyTree,
+        train_loss_fn: LossFn,
+        val_loss_fn: LossFn,
+    ) -> Estimate:
+        """Return `g_FO + α_t·B_t`, `B_t` at `w_{t-1}`."""
+        w, s, lam = state.params, state.inner_opt_state, state.hyperparams
+        moved, pull = self.inner_step(train_loss_fn).pullback(w, s, lam, train_batch)
+        val = validation(val_loss_fn, moved.params, lam, val_batch)
+        return Estimate(optax.tree.add(val.direct, pull(val.alpha)), *moved, val.loss)

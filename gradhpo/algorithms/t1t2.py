@@ -1,0 +1,128 @@
+"""T1-T2 with DARTS differences: One-Step without second derivatives.
+
+Luketina et al. ICML 2016; Liu et al. ICLR 2019, eq. 7-8. With an optimizer other than SGD, the
+vector is first pulled back through the optimizer's own update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+
+from gradhpo import ema
+from gradhpo.errors import check_count, check_number, scalar_loss
+from gradhpo.hypergradient import coordinate_differences, gradient_difference, validation
+from gradhpo.inner import InnerStep, Moved
+from gradhpo.optimizer import Estimate, HypergradientMethod
+from gradhpo.state import BilevelState, LossFn, PyTree
+
+
+@dataclass(frozen=True)
+class T1T2Optimizer(HypergradientMethod):
+    """T1-T2: One-Step's estimate, with finite differences in place of second derivatives.
+
+    With an `inner_optimizer` it costs two more gradients, whatever the size of λ. With an
+    `update_fn` it shifts every coordinate of λ on its own: 2·dim(λ) evaluations of `update_fn`.
+
+    Args:
+      inner_optimizer: an `optax.GradientTransformation`, or a function of λ that returns one.
+      outer_optimizer: an `optax.GradientTransformation` for λ, in place of `lr_hyper`.
+      gamma: in [0, 1]; above 0, `B` is taken at the EMA point w*_t of HyperDistill's eq. 13
+        instead of `w_{t-1}`, and the state remembers that point.
+      T: steps in an episode of `run`.
+      update_fn: `(params, hyperparams, batch) -> params`, in place of `inner_optimizer`.
+      eps: the step of the differences, along `u` or in λ. By default `0.01/‖u‖₂` (DARTS), or the
+        cube root of the machine epsilon times `max(1, |λ_i|)`.
+
+    Raises:
+      ValueError: if neither or both of `inner_optimizer` and `update_fn` are given, or a number
+        is out of range.
+
+    References:
+      Luketina et al., Scalable Gradient-Based Tuning of Continuous Regularization
+      Hyperparameters, ICML 2016. Liu et al., DARTS, ICLR 2019, eq. 7-8.
+    """
+
+    inner_optimizer: Any = None
+    outer_optimizer: Any = None
+    gamma: float = 0.0
+    T: int = 20
+    update_fn: Callable[[Any, Any, Any], Any] | None = None
+    eps: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("gamma", self.gamma, 0, 1)
+        check_count("T", self.T)
+        if self.eps is not None:
+            check_number("eps", self.eps, 0, float("inf"), open_low=True)
+
+    def init(self, params: PyTree, hyperparams: PyTree) -> BilevelState:
+        """Return the state before the first step; see `BilevelOptimizer.init`."""
+        state = super().init(params, hyperparams)
+        return state.update(metadata={"w_star": state.params}) if self.gamma > 0 else state
+
+    def reset(self, state: BilevelState, params: PyTree) -> BilevelState:
+        """Return `state` at the beginning of an episode that starts from `params`."""
+        state = super().reset(state, params)
+        return state.update(metadata={"w_star": params}) if self.gamma > 0 else state
+
+    def estimate(
+        self,
+        state: BilevelState,
+        train_batch: PyTree,
+        val_batch: PyTree,
+        train_loss_fn: LossFn,
+        val_loss_fn: LossFn,
+    ) -> Estimate:
+        """Return `g_FO` plus the difference quotient in place of `α_t·B_t`."""
+        w, s, lam = state.params, state.inner_opt_state, state.hyperparams
+        inner = self.inner_step(train_loss_fn)
+        memory: dict[str, Any] = {}
+        if self.gamma > 0:
+            keep = ema.keep_fraction(self.gamma, state.step + 1)
+            memory["w_star"] = ema.distilled_point(state.metadata["w_star"], w, keep)
+        elif self.update_fn is None:
+            moved, alpha_b = self._moved_with_difference(inner, w, s, lam, train_batch)
+            val = validation(val_loss_fn, moved.params, lam, val_batch)
+            return Estimate(optax.tree.add(val.direct, alpha_b(val.alpha)), *moved, val.loss)
+        moved = inner(w, s, lam, train_batch)
+        val = validation(val_loss_fn, moved.params, lam, val_batch)
+        at = memory.get("w_star", w)
+        if self.update_fn is None:
+            alpha_b = self._moved_with_difference(inner, at, s, lam, train_batch)[1]
+        else:
+            alpha_b = self._coordinate_difference(inner, at, s, lam, train_batch)
+        return Estimate(optax.tree.add(val.direct, alpha_b(val.alpha)), *moved, val.loss, memory)
+
+    def _moved_with_difference(
+        self, inner: InnerStep, w: PyTree, s: PyTree, lam: PyTree, batch: PyTree
+    ) -> tuple[Moved, Callable[[PyTree], PyTree]]:
+        """Take the step from `w`, and return with it `α ↦ α·B` at `w` by eq. 8's difference."""
+        loss, gradient = inner.gradient(w, lam, batch)
+        (params, opt_state), pull = inner.pullback_move(gradient, s, w, lam, loss)
+
+        def grad_lambda(w: PyTree) -> PyTree:
+            train_loss = scalar_loss("train_loss_fn", inner.train_loss_fn)
+            return jax.grad(train_loss, argnums=1)(w, lam, batch)
+
+        def alpha_b(alpha: PyTree) -> PyTree:
+            # u = (∂w_t/∂G)ᵀα; `direct` is the optimizer's own dependence on λ.
+            u, direct = pull(alpha)
+            return optax.tree.add(gradient_difference(grad_lambda, w, u, self.eps), direct)
+
+        return Moved(params, opt_state, loss), alpha_b
+
+    def _coordinate_difference(
+        self, inner: InnerStep, w: PyTree, s: PyTree, lam: PyTree, batch: PyTree
+    ) -> Callable[[PyTree], PyTree]:
+        def phi(lam: PyTree) -> PyTree:
+            return inner(w, s, lam, batch).params
+
+        # Bounded memory: about 4 Mi weights at once, and no more than 64 coordinates.
+        chunk = max(1, min(64, 2**22 // max(1, optax.tree.size(w))))
+        return lambda alpha: coordinate_differences(phi, alpha, lam, self.eps, chunk)

@@ -1,0 +1,172 @@
+"""`run`: M episodes of T steps with Reptile between them (HyperDistill, Algorithm 3)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gradhpo.errors import (
+    DivergenceWarning,
+    check_callable,
+    check_count,
+    check_number,
+    scalar_loss,
+    stack,
+)
+from gradhpo.progress import Bar
+from gradhpo.state import METRICS, BilevelState, LossFn, PyTree
+
+if TYPE_CHECKING:
+    from gradhpo.optimizer import BilevelOptimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a run is laid out; its arguments are those of `BilevelOptimizer.run`."""
+
+    M: int
+    T: int
+    lr_reptile: float
+    lr_hyper: float | None
+    callback: Callable[[int, BilevelState], Any] | None
+    progress: bool | None
+
+    def __post_init__(self) -> None:
+        check_count("M", self.M, minimum=0)
+        check_count("T", self.T)
+        check_number("lr_reptile", self.lr_reptile, -float("inf"), float("inf"))
+        if self.lr_hyper is not None:
+            check_number("lr_hyper", self.lr_hyper, -float("inf"), float("inf"))
+        if self.callback is not None:
+            check_callable("callback", self.callback)
+
+    def lr_hyper_at(self, episode: int) -> np.ndarray | None:
+        """Return the step size on λ in this episode, counted from 1: linear decay to 0."""
+        if self.lr_hyper is None:
+            return None
+        decayed = float(self.lr_hyper) * (1 - (episode - 1) / self.M)
+        return np.asarray(decayed, dtype=jnp.result_type(float))
+
+
+def run(
+    optimizer: BilevelOptimizer,
+    state: BilevelState,
+    plan: Plan,
+    get_train_batch: Callable[[], Any],
+    get_val_batch: Callable[[], Any],
+    train_loss_fn: LossFn,
+    val_loss_fn: LossFn,
+) -> BilevelState:
+    """Run the plan; see `BilevelOptimizer.run`."""
+    check_callable("get_train_batch", get_train_batch)
+    check_callable("get_val_batch", get_val_batch)
+    losses = (train_loss_fn, val_loss_fn)
+    phi = state.params
+    with Bar(plan.progress, total=plan.M * plan.T, unit="step") as bar:
+        for episode in range(1, plan.M + 1):
+            if optimizer.calibration_period and (episode - 1) % optimizer.calibration_period == 0:
+                batches = stack("get_train_batch", [get_train_batch() for _ in range(plan.T)])
+                state = state.update(params=phi)
+                state = _calibrate(optimizer, state, batches, get_val_batch(), *losses)
+            lr_hyper = plan.lr_hyper_at(episode)
+            state, fault = _begin(optimizer, state, phi)
+            for _ in range(plan.T):
+                batch, val_batch = get_train_batch(), get_val_batch()
+                state, fault = _guarded_step(
+                    optimizer, state, fault, batch, val_batch, *losses, lr_hyper
+                )
+            bar.advance(plan.T)
+            if (message := _describe(np.asarray(fault), episode)) is not None:
+                warnings.warn(message, DivergenceWarning, stacklevel=3)
+                return state
+            phi = _reptile(phi, state.params, plan.lr_reptile)
+            if plan.callback is not None:
+                val_loss = _val_loss(val_loss_fn, state, get_val_batch())
+                state = state.update(metadata={"val_loss": val_loss})
+                plan.callback(episode, state)
+    return state.update(params=phi, metadata={"phi": phi} if "phi" in state.metadata else {})
+
+
+def faults(metadata: dict[str, Any]) -> jax.Array:
+    """Return which of `METRICS` are not finite, as booleans of shape `(5,)`."""
+    return ~jnp.isfinite(jnp.stack([metadata[name] for name in METRICS]))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _begin(
+    optimizer: BilevelOptimizer, state: BilevelState, phi: PyTree
+) -> tuple[BilevelState, jax.Array]:
+    """Start an episode, in buffers of its own, which the steps then donate to one another."""
+    fresh = jax.tree.map(jnp.copy, optimizer.reset(state, phi))
+    return fresh, jnp.full(2, -1, dtype=jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5, 6), donate_argnums=(1, 2))
+def _guarded_step(
+    optimizer: BilevelOptimizer,
+    state: BilevelState,
+    fault: jax.Array,
+    train_batch: PyTree,
+    val_batch: PyTree,
+    train_loss_fn: LossFn,
+    val_loss_fn: LossFn,
+    lr_hyper: Any,
+) -> tuple[BilevelState, jax.Array]:
+    """Take a step, unless it or an earlier one is not finite; `fault` is (step, metric) of that."""
+    new = optimizer.advance(state, train_batch, val_batch, train_loss_fn, val_loss_fn, lr_hyper)
+    bad = faults(new.metadata)
+    found = jnp.stack([new.step, jnp.argmax(bad).astype(jnp.int32)])
+    healthy = fault[0] < 0
+    fault = jnp.where(healthy & bad.any(), found, fault)
+    return jax.tree.map(lambda a, b: jnp.where(fault[0] < 0, a, b), new, state), fault
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def _calibrate(
+    optimizer: BilevelOptimizer,
+    state: BilevelState,
+    batches: PyTree,
+    val_batch: PyTree,
+    train_loss_fn: LossFn,
+    val_loss_fn: LossFn,
+) -> BilevelState:
+    state = optimizer.reset(state, state.params)
+    return optimizer.calibrate(state, batches, val_batch, train_loss_fn, val_loss_fn)
+
+
+@jax.jit
+def _reptile(phi: PyTree, params: PyTree, lr_reptile: Any) -> PyTree:
+    return reptile(phi, params, lr_reptile)
+
+
+def reptile(phi: PyTree, params: PyTree, lr_reptile: Any) -> PyTree:
+    """Return `φ - η (φ - w_T)`; exactly `w_T` at η = 1."""
+
+    def move(p: jax.Array, w: jax.Array) -> jax.Array:
+        return (w + (1 - lr_reptile) * (p - w)).astype(p.dtype)
+
+    return jax.tree.map(move, phi, params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _val_loss(val_loss_fn: LossFn, state: BilevelState, val_batch: PyTree) -> jax.Array:
+    loss = scalar_loss("val_loss_fn", val_loss_fn)
+    value = loss(state.params, state.hyperparams, val_batch)
+    return value.astype(jnp.result_type(state.metadata["val_loss"]))
+
+
+def _describe(fault: np.ndarray, episode: int) -> str | None:
+    step, metric = (int(value) for value in fault)
+    if step < 0:
+        return None
+    return (
+        f"{METRICS[metric]} stopped being finite at step {step} of episode {episode}: the run "
+        "ends, and the state before that step is returned. Lower the learning rates, or clip"
+    )

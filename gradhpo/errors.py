@@ -1,0 +1,153 @@
+"""Checks of what a user hands in, made before anything compiles; each error names its argument."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import keystr, tree_flatten_with_path
+
+from gradhpo.state import LossFn, PyTree
+
+
+class DivergenceWarning(RuntimeWarning):
+    """A loss or a norm became NaN or infinite; the last finite state was kept."""
+
+
+def check_number(
+    name: str, value: Any, low: float, high: float, *, open_low: bool = False
+) -> float:
+    """Return `value` as a float in `[low, high]`, or `(low, high]` with `open_low`."""
+    accepted = f"a number in {'(' if open_low else '['}{low:g}, {high:g}]"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real | np.ndarray | jax.Array):
+        raise TypeError(f"{name} must be {accepted}, got {value!r}")
+    number = float(value)
+    if not (low < number if open_low else low <= number) or not number <= high:
+        raise ValueError(f"{name} must be {accepted}, got {number!r}")
+    return number
+
+
+def check_count(name: str, value: Any, minimum: int = 1) -> int:
+    """Return `value` as an int of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return int(value)
+
+
+def check_exactly_one(owner: str, **given: Any) -> None:
+    """Raise unless exactly one of two arguments was given."""
+    present = [name for name, value in given.items() if value is not None]
+    if len(present) != 1:
+        both = " and ".join(given)
+        what = "got neither" if not present else "got both"
+        raise ValueError(f"{owner} takes exactly one of {both}; {what}")
+
+
+def check_callable(name: str, value: Any) -> None:
+    """Raise unless `value` can be called."""
+    if not callable(value):
+        raise TypeError(f"{name} must be a function, got {type(value).__name__}: {value!r}")
+
+
+def check_hashable(name: str, value: Any) -> None:
+    """Raise unless `value` can be a static argument of `jax.jit`."""
+    check_callable(name, value)
+    try:
+        hash(value)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be hashable, because the compiled step is looked up by it; got "
+            f"{type(value).__name__}, which is not: pass a plain function, and arrays in the batch"
+        ) from None
+
+
+def check_floating(name: str, tree: PyTree) -> None:
+    """Raise unless `tree` has leaves and all of them are real floating-point arrays."""
+    leaves = tree_flatten_with_path(tree)[0]
+    if not leaves:
+        raise ValueError(f"{name} has no arrays: got {tree!r}, a pytree without leaves")
+    for path, leaf in leaves:
+        try:
+            dtype = jnp.result_type(leaf) if isinstance(leaf, float) else leaf.dtype
+        except AttributeError:
+            dtype = None
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            got = type(leaf).__name__ if dtype is None else dtype
+            raise TypeError(
+                f"{name}{keystr(path)} must be a floating-point array, got {got}: it has no "
+                "gradient. Convert it, or keep it out of the tree (nnx.split, eqx.partition)"
+            )
+
+
+def check_same_tree(
+    name: str, tree: PyTree, like_name: str, like: PyTree, *, dtypes: bool = True
+) -> None:
+    """Raise unless `tree` has the structure, shapes and (with `dtypes`) dtypes of `like`."""
+    got, expected = tree_flatten_with_path(tree)[0], tree_flatten_with_path(like)[0]
+    got_paths, expected_paths = [keystr(path) for path, _ in got], [keystr(p) for p, _ in expected]
+    if missing := [path for path in expected_paths if path not in got_paths]:
+        raise ValueError(f"{name} lacks the leaf {missing[0]} that {like_name} has")
+    if extra := [path for path in got_paths if path not in expected_paths]:
+        raise ValueError(f"{name} has the leaf {extra[0]} that {like_name} lacks")
+    if jax.tree.structure(tree) != jax.tree.structure(like):
+        structures = f"{jax.tree.structure(tree)} instead of {jax.tree.structure(like)}"
+        raise ValueError(f"{name} differs in tree structure from {like_name}: {structures}")
+    for path, (_, leaf), (_, other) in zip(got_paths, got, expected, strict=True):
+        if jnp.shape(leaf) != jnp.shape(other):
+            shapes = f"{jnp.shape(leaf)}, not {jnp.shape(other)} as in {like_name}"
+            raise ValueError(f"{name} has shape {shapes} at leaf {path or 'root'}")
+        if dtypes and jnp.result_type(leaf) != jnp.result_type(other):
+            kinds = f"{jnp.result_type(leaf)}, not {jnp.result_type(other)} as in {like_name}"
+            raise TypeError(f"{name} has dtype {kinds} at leaf {path or 'root'}")
+
+
+def scalar_loss(name: str, loss_fn: LossFn) -> Callable[[Any, Any, Any], jax.Array]:
+    """Return `loss_fn`, checked while it is traced to give one real floating-point scalar."""
+
+    def loss(params: PyTree, hyperparams: PyTree, batch: PyTree) -> jax.Array:
+        value = loss_fn(params, hyperparams, batch)
+        accepted = f"{name} must return one floating-point scalar"
+        if not isinstance(value, jax.Array | np.ndarray | np.generic | float | int):
+            raise TypeError(f"{accepted}, got {type(value).__name__}")
+        if jnp.shape(value) != ():
+            raise ValueError(f"{accepted}, got an array of shape {jnp.shape(value)}: average it")
+        if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            raise TypeError(f"{accepted}, got {jnp.result_type(value)}")
+        return jnp.asarray(value)
+
+    return loss
+
+
+def stack_length(name: str, stack: PyTree, expected: int | None = None) -> int:
+    """Return the length of a batch stack's leading axis, the same in all of its leaves."""
+    leaves = tree_flatten_with_path(stack)[0]
+    if not leaves:
+        raise ValueError(f"{name} has no arrays: got {stack!r}")
+    first = jnp.shape(leaves[0][1])
+    length = expected if expected is not None else first[0] if first else "at least 1"
+    for path, leaf in leaves:
+        if jnp.shape(leaf)[:1] != (length,):
+            got = f"shape {jnp.shape(leaf)} at leaf {keystr(path) or 'root'}"
+            raise ValueError(f"{name} must have a leading axis of length {length}, got {got}")
+    return int(jnp.shape(leaves[0][1])[0])
+
+
+def stack(name: str, batches: list[PyTree]) -> PyTree:
+    """Return batches stacked along a new leading axis.
+
+    Raises:
+      ValueError: if one differs from the first in tree structure or shapes.
+    """
+    if not batches:
+        raise ValueError(f"{name} gave no batches")
+    for index, batch in enumerate(batches):
+        check_same_tree(f"{name}: batch {index}", batch, "batch 0", batches[0])
+    if all(isinstance(leaf, np.ndarray | np.generic) for leaf in jax.tree.leaves(batches)):
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)

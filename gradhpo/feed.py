@@ -1,0 +1,159 @@
+"""The order in which `solve` takes steps and calibrates, with host batches, prefetched."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from gradhpo.errors import check_same_tree
+from gradhpo.state import PyTree
+
+CHUNK_STEPS = 512
+"""Steps in a chunk, at most, with device data."""
+HOST_CHUNK_STEPS = 64
+"""Batches in a stack of host data, at most."""
+HOST_CHUNK_BYTES = 2**26
+"""Bytes of a stack of host data, at most, unless one batch has more."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Steps `start … end - 1`, or, with `calibrate`, a calibration before step `start`."""
+
+    start: int
+    end: int
+    capacity: int
+    """Steps that fit in a chunk."""
+    calibrate: bool = False
+    host: PyTree = None
+    """A stack of host batch pairs, with `capacity` rows, the first for step `start`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Timetable:
+    """Which steps a run still takes, and before which of them it calibrates."""
+
+    first: int
+    steps: int
+    period: int
+    """Steps between calibrations; 0 for one before step 0 and no more."""
+    T: int
+    """Batches that a calibration takes; 0 for no calibration."""
+
+    def calibrates_at(self, step: int) -> bool:
+        """Whether a calibration comes before this step."""
+        return self.T > 0 and (step % self.period == 0 if self.period else step == 0)
+
+    def next_stop(self, step: int) -> int:
+        """Return the end of the steps that go on from `step` without a calibration."""
+        if self.T == 0 or not self.period:
+            return self.steps
+        return min(self.steps, (step // self.period + 1) * self.period)
+
+
+def device_feed(timetable: Timetable) -> Iterator[Segment]:
+    """Yield the segments of a run whose data is drawn on the device."""
+    step = timetable.first
+    while step < timetable.steps:
+        if timetable.calibrates_at(step):
+            yield Segment(step, step, CHUNK_STEPS, calibrate=True)
+        end = timetable.next_stop(step)
+        yield Segment(step, end, CHUNK_STEPS)
+        step = end
+
+
+def host_feed(timetable: Timetable, pairs: Iterator[Any]) -> Iterator[Segment]:
+    """Yield the segments of a run with host data, stacked on the device; fewer if it ends early.
+
+    Batches are read in the order of use and no further than needed. The next segment is read,
+    stacked and sent while the present one computes.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="gradhpo-feed") as reader:
+        segments = _read_segments(timetable, pairs)
+        upcoming = reader.submit(next, segments, None)
+        while (segment := upcoming.result()) is not None:
+            upcoming = reader.submit(next, segments, None)
+            yield segment
+
+
+def host_pairs(batches: Any, seed: list[int], timetable: Timetable) -> Iterator[Any]:
+    """Return the iterator of batch pairs at the first step that the run still takes."""
+    source: Any = batches(np.random.default_rng(seed)) if callable(batches) else batches
+    pairs: Iterator[Any] = iter(source)
+    if pairs is batches:
+        return pairs  # stands where the last run left it
+    used = timetable.first
+    used += timetable.T * sum(timetable.calibrates_at(step) for step in range(timetable.first))
+    return itertools.islice(pairs, used, None)
+
+
+def _read_segments(timetable: Timetable, pairs: Iterator[Any]) -> Iterator[Segment]:
+    reader, step = _Reader(pairs), timetable.first
+    while step < timetable.steps:
+        if timetable.calibrates_at(step):
+            read, host = reader.stack(timetable.T, capacity=timetable.T)
+            if read < timetable.T:
+                return
+            yield Segment(step, step, timetable.T, calibrate=True, host=host)
+        stop = timetable.next_stop(step)
+        while step < stop:
+            capacity = reader.capacity()
+            wanted = min(capacity, stop - step)
+            read, host = reader.stack(wanted, capacity)
+            if read:
+                yield Segment(step, step + read, capacity, host=host)
+            if read < wanted:
+                return
+            step += read
+
+
+class _Reader:
+    """Reads batch pairs, checks that they are of one shape, and stacks them."""
+
+    def __init__(self, pairs: Iterator[Any]) -> None:
+        self._pairs = pairs
+        self._first: Any = None
+        self._count = 0
+        self._peeked: list[Any] = []
+
+    def capacity(self) -> int:
+        """Return how many pairs a stack holds, from the size of the first pair."""
+        if self._first is None:
+            self._peeked = self._read(1)
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(self._first))
+        return max(1, min(HOST_CHUNK_STEPS, HOST_CHUNK_BYTES // max(1, size)))
+
+    def stack(self, wanted: int, capacity: int) -> tuple[int, PyTree]:
+        """Return how many of the wanted pairs there were, and their stack on the device."""
+        pairs = self._peeked + self._read(wanted - len(self._peeked))
+        self._peeked = []
+        if not pairs:
+            return 0, None
+
+        def fill(*leaves: np.ndarray) -> np.ndarray:
+            stack = np.zeros((capacity, *leaves[0].shape), leaves[0].dtype)
+            np.stack(leaves, out=stack[: len(leaves)])
+            return stack
+
+        return len(pairs), jax.device_put(jax.tree.map(fill, *pairs))
+
+    def _read(self, wanted: int) -> list[Any]:
+        pairs: list[Any] = []
+        for given in itertools.islice(self._pairs, wanted):
+            if not isinstance(given, tuple | list) or len(given) != 2:
+                accepted = "must give (train_batch, val_batch) pairs"
+                got = f"{type(given).__name__} at index {self._count}"
+                raise TypeError(f"Problem.batches {accepted}, got {got}")
+            pair = jax.tree.map(np.asarray, tuple(given))
+            if self._first is None:
+                self._first = pair
+            check_same_tree(f"Problem.batches: pair {self._count}", pair, "pair 0", self._first)
+            self._count += 1
+            pairs.append(pair)
+        return pairs

@@ -1,0 +1,114 @@
+"""What the hypergradients are made of: the validation gradients, and α·∂Φ/∂λ by differences.
+
+The exact `α·∂Φ/∂λ` is `InnerStep.pullback`, reverse mode over the inner step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gradhpo.errors import scalar_loss
+from gradhpo.state import LossFn, PyTree
+
+
+class Validation(NamedTuple):
+    """The validation loss at `(w_t, λ)` and its two gradients."""
+
+    loss: jax.Array
+    alpha: PyTree
+    """`α_t = ∂L_val/∂w`."""
+    direct: PyTree
+    """`g_FO = ∂L_val/∂λ`."""
+
+
+def validation(
+    val_loss_fn: LossFn, params: PyTree, hyperparams: PyTree, batch: PyTree
+) -> Validation:
+    """Return the validation loss with `α` and `g_FO`, from one backward pass."""
+    loss_fn = jax.value_and_grad(scalar_loss("val_loss_fn", val_loss_fn), argnums=(0, 1))
+    loss, (alpha, direct) = loss_fn(params, hyperparams, batch)
+    return Validation(loss, alpha, direct)
+
+
+def norm(tree: PyTree) -> jax.Array:
+    """Return the Euclidean norm of a tree, accumulated in float32 or better."""
+    return optax.tree.norm(at_least_float32(tree))
+
+
+def at_least_float32(tree: PyTree) -> PyTree:
+    """Return `tree` with leaves of lower precision widened to float32."""
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+
+def gradient_difference(
+    gradient: Callable[[PyTree], PyTree], params: PyTree, u: PyTree, eps: float | None
+) -> PyTree:
+    """Return `(∂g/∂w)·u` for `g = gradient(params)`, by central differences along `u`.
+
+    `[g(w + εu) - g(w - εu)] / 2ε` with `ε = 0.01/‖u‖₂` unless given (Liu et al. 2019, eq. 7-8).
+    A zero or infinite `u`, which leaves no usable ε, gives zero.
+    """
+    length = norm(u)
+    usable = (length > 0) & jnp.isfinite(length)
+    step = jnp.where(usable, 0.01 / jnp.where(usable, length, 1), 0) if eps is None else eps
+    step = jnp.where(usable, step, 0).astype(length.dtype)
+    wide = at_least_float32(params)
+
+    def at(signed_step: jax.Array) -> PyTree:
+        return gradient(jax.tree.map(lambda w, d: w + (signed_step * d).astype(w.dtype), wide, u))
+
+    inverse = jnp.where(step > 0, 0.5 / jnp.where(step > 0, step, 1), 0)
+    plus, minus = at(step), at(-step)
+
+    def slope(a: jax.Array, b: jax.Array) -> jax.Array:
+        # A NaN in α must be seen, and not turned into the zero of a missing ε.
+        return ((a - b) * jnp.where(jnp.isnan(length), length, inverse)).astype(a.dtype)
+
+    return jax.tree.map(slope, plus, minus)
+
+
+def coordinate_differences(
+    phi: Callable[[PyTree], PyTree],
+    alpha: PyTree,
+    hyperparams: PyTree,
+    eps: float | None,
+    chunk: int,
+) -> PyTree:
+    """Return `α·∂Φ/∂λ` by central differences on λ, one coordinate at a time.
+
+    `α·∂Φ/∂λ_i ≈ ⟨α, Φ(λ + ε_i e_i) - Φ(λ - ε_i e_i)⟩ / 2ε_i`, for every coordinate of every leaf:
+    2·dim(λ) evaluations of Φ. `ε_i` is `eps`, or the cube root of the machine epsilon times `max(1, |λ_i|)`. `chunk`
+    coordinates are evaluated together. A step lost in rounding gives zero.
+    """
+    leaves, structure = jax.tree.flatten(hyperparams)
+    sizes = [leaf.size for leaf in leaves]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+
+    def shift(leaf: jax.Array, start: int, index: jax.Array, sign: int) -> jax.Array:
+        machine = float(jnp.finfo(leaf.dtype).eps) ** (1 / 3)
+        width = machine * jnp.maximum(1, jnp.abs(leaf)) if eps is None else eps
+        here = jnp.arange(leaf.size).reshape(leaf.shape) + start == index
+        return jnp.where(here, (leaf + sign * width).astype(leaf.dtype), leaf)
+
+    def slope(index: jax.Array) -> jax.Array:
+        plus = [shift(leaf, start, index, 1) for leaf, start in zip(leaves, starts, strict=True)]
+        minus = [shift(leaf, start, index, -1) for leaf, start in zip(leaves, starts, strict=True)]
+        # The distance really moved, after rounding: only coordinate `index` differs.
+        moved = [jnp.sum(a.astype(float) - b) for a, b in zip(plus, minus, strict=True)]
+        distance = jnp.sum(jnp.stack(moved))
+        after, before = phi(structure.unflatten(plus)), phi(structure.unflatten(minus))
+        change = optax.tree.sub(after, before)
+        rise = optax.tree.vdot(at_least_float32(alpha), at_least_float32(change))
+        return jnp.where(distance == 0, 0, rise / jnp.where(distance == 0, 1, distance))
+
+    slopes = jax.lax.map(slope, jnp.arange(sum(sizes)), batch_size=min(chunk, sum(sizes)))
+    parts: list[Any] = [
+        slopes[start : start + leaf.size].reshape(leaf.shape).astype(leaf.dtype)
+        for leaf, start in zip(leaves, starts, strict=True)
+    ]
+    return structure.unflatten(parts)

@@ -1,0 +1,395 @@
+"""`BilevelOptimizer`: the interface of every algorithm, its `step`, and the outer update."""
+
+from __future__ import annotations
+
+import abc
+import functools
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gradhpo import episodes
+from gradhpo.errors import (
+    check_exactly_one,
+    check_floating,
+    check_hashable,
+    check_same_tree,
+)
+from gradhpo.hypergradient import norm, validation
+from gradhpo.inner import InnerStep, is_optax, optimizer_at
+from gradhpo.state import BilevelState, LossFn, PyTree, as_array, prepare
+
+
+class Estimate(NamedTuple):
+    """What an algorithm's mathematics gives for one step: a hypergradient and the moved weights."""
+
+    hypergradient: PyTree
+    """Shaped like the hyperparameters."""
+    params: PyTree
+    """`w_t`."""
+    inner_opt_state: PyTree
+    """`s_t`."""
+    train_loss: jax.Array
+    """Scalar, at the weights before the step."""
+    val_loss: jax.Array
+    """Scalar, at the weights after the step."""
+    metadata: Mapping[str, Any] = MappingProxyType({})
+    """What the algorithm itself remembers, by name."""
+
+
+class BilevelOptimizer(abc.ABC):
+    """Tunes hyperparameters by hypergradients while the weights train.
+
+    To write an optimizer, define `init` and `compute_hypergradient`; `step` and `run` then work.
+    Define `estimate` instead of leaving it to its default where the hypergradient and the inner
+    step share work.
+    """
+
+    inner_optimizer: Any = None
+    outer_optimizer: Any = None
+    update_fn: Callable[[Any, Any, Any], Any] | None = None
+
+    T: int = 20
+    """Steps in an episode of `run`."""
+    calibration_period: int = 0
+    """Episodes between two calls of `calibrate`; 0 for never."""
+    remembers_batch: bool = False
+    """Whether `init` also takes `train_batch` and `key`."""
+
+    def __init__(self, inner_optimizer: Any = None, outer_optimizer: Any = None) -> None:
+        self.inner_optimizer = inner_optimizer
+        self.outer_optimizer = outer_optimizer
+
+    @abc.abstractmethod
+    def init(self, params: PyTree, hyperparams: PyTree) -> BilevelState:
+        """Return the state before the first step.
+
+        Args:
+          params: weights, a pytree of floating arrays.
+          hyperparams: hyperparameters, a pytree of floating arrays.
+
+        Raises:
+          TypeError: if a leaf is not a floating array; it is named by its path.
+          ValueError: if a tree has no leaves.
+        """
+
+    @abc.abstractmethod
+    def compute_hypergradient(
+        self,
+        state: BilevelState,
+        train_batch: PyTree,
+        val_batch: PyTree,
+        train_loss_fn: LossFn,
+        val_loss_fn: LossFn,
+    ) -> PyTree:
+        """Return the hypergradient that `step` would apply from `state`, shaped like λ."""
+
+    def estimate(
+        self,
+        state: BilevelState,
+        train_batch: PyTree,
+        val_batch: PyTree,
+        train_loss_fn: LossFn,
+        val_loss_fn: LossFn,
+    ) -> Estimate:
+        """Return the hypergradient together with the step of the weights it was computed from.
+
+        Pure and traceable. By default `compute_hypergradient` beside a separate inner step.
+        """
+        hypergradient = self.compute_hypergradient(
+            state, train_batch, val_batch, train_loss_fn, val_loss_fn
+        )
+        moved = self.inner_step(train_loss_fn)(
+            state.params, state.inner_opt_state, state.hyperparams, train_batch
+        )
+        val = validation(val_loss_fn, moved.params, state.hyperparams, val_batch)
+        return Estimate(hypergradient, moved.params, moved.opt_state, moved.train_loss, val.loss)
+
+    def step(
+        self,
+        state: BilevelState,
+        train_batch: PyTree,
+        val_batch: PyTree,
+        train_loss_fn: LossFn,
+        val_loss_fn: LossFn,
+        lr_hyper: Any = None,
+    ) -> BilevelState:
+        """Take one step of the weights and one of the hyperparameters.
+
+        Compiled once for each optimizer, pair of losses and shapes: the compiled step is looked
+        up by the loss functions, so define them once, and not anew at every call.
+
+        Args:
+          state: from `init` or an earlier step; it stays valid (nothing is donated).
+          train_batch: a pytree of arrays, passed to `train_loss_fn`.
+          val_batch: a pytree of arrays, passed to `val_loss_fn`.
+          train_loss_fn: `(params, hyperparams, batch) -> scalar`.
+          val_loss_fn: `(params, hyperparams, batch) -> scalar`.
+          lr_hyper: step size of plain gradient descent on λ, where there is no
+            `outer_optimizer`; a number or a scalar array, traced.
+
+        Returns:
+          The state after the step, with the metrics `METRICS` in its `metadata`.
+
+        Raises:
+          ValueError: if neither or both of `outer_optimizer` and `lr_hyper` are given, or a loss
+            is not scalar.
+          TypeError: if a loss does not return a floating-point number.
+        """
+        self.check_step(train_loss_fn, val_loss_fn, lr_hyper)
+        state, lr_hyper = prepare(state), rate(lr_hyper)
+        return _step(self, state, train_batch, val_batch, train_loss_fn, val_loss_fn, lr_hyper)
+
+    def advance(
+        self,
+        state: BilevelState,
+        train_batch: PyTree,
+        val_batch: PyTree,
+        train_loss_fn: LossFn,
+        val_loss_fn: LossFn,
+        lr_hyper: Any = None,
+    ) -> BilevelState:
+        """Take the step of `step` as a pure function, for use inside another traced program."""
+        done = self.estimate(state, train_batch, val_batch, train_loss_fn, val_loss_fn)
+        check_same_tree("hypergradient", done.hypergradient, "hyperparams", state.hyperparams)
+        hyperparams, outer_opt_state = self._outer_update(done.hypergradient, state, lr_hyper)
+        metrics = {
+            "train_loss": done.train_loss,
+            "val_loss": done.val_loss,
+            "hypergrad_norm": norm(done.hypergradient),
+            "param_norm": norm(done.params),
+            "hyperparam_norm": norm(hyperparams),
+        }
+        new = state.update(
+            params=done.params,
+            hyperparams=hyperparams,
+            inner_opt_state=done.inner_opt_state,
+            outer_opt_state=outer_opt_state,
+            step=state.step + 1,
+            metadata={**metrics, **done.metadata},
+        )
+        return _same_types(new, state)
+
+    def run(
+        self,
+        state: BilevelState,
+        M: int,
+        get_train_batch: Callable[[], Any],
+        get_val_batch: Callable[[], Any],
+        train_loss_fn: LossFn,
+        val_loss_fn: LossFn,
+        lr_reptile: float = 1.0,
+        lr_hyper: float | None = None,
+        callback: Callable[[int, BilevelState], Any] | None = None,
+        progress: bool | None = None,
+    ) -> BilevelState:
+        """Train for `M` episodes of `T` steps, each from the initialization `φ`.
+
+        After an episode `φ ← φ - lr_reptile (φ - w_T)` (Reptile); `lr_hyper` falls linearly to 0
+        over the episodes (HyperDistill, Algorithm 3). The weights, the step count and the inner
+        optimizer start anew in each episode; hyperparameters and the outer optimizer go on. The
+        step compiles once, whatever `M`, `T` and the schedule.
+
+        Args:
+          state: from `init` or an earlier run; its `params` are the first φ. It stays valid.
+          M: episodes.
+          get_train_batch: called without arguments for the next training batch.
+          get_val_batch: called without arguments for the next validation batch.
+          train_loss_fn: `(params, hyperparams, batch) -> scalar`.
+          val_loss_fn: `(params, hyperparams, batch) -> scalar`.
+          lr_reptile: Reptile step size; 1 goes on from `w_T`.
+          lr_hyper: initial step size on λ, where there is no `outer_optimizer`.
+          callback: called as `callback(episode, state)` after each episode, counted from 1, with
+            `state.params = w_T` and the loss on a fresh validation batch in
+            `state.metadata["val_loss"]`.
+          progress: whether to draw a progress bar (needs tqdm); None draws one on a terminal.
+
+        Returns:
+          The state after the last episode, with `params = φ`. If a loss or a norm stops being
+          finite, the state before that step, after a `DivergenceWarning` that says which and when.
+        """
+        self.check_step(train_loss_fn, val_loss_fn, lr_hyper)
+        plan = episodes.Plan(M, self.T, lr_reptile, lr_hyper, callback, progress)
+        return episodes.run(
+            self, prepare(state), plan, get_train_batch, get_val_batch, train_loss_fn, val_loss_fn
+        )
+
+    def reset(self, state: BilevelState, params: PyTree) -> BilevelState:
+        """Return `state` at the beginning of an episode that starts from `params`."""
+        fresh = state.inner_opt_state
+        if self.inner_optimizer is not None:
+            fresh = optimizer_at(self.inner_optimizer, state.hyperparams).init(params)
+        return _same_types(state.update(params=params, inner_opt_state=fresh, step=0), state)
+
+    def calibrate(
+        self,
+        state: BilevelState,
+        train_batches: PyTree,
+        val_batch: PyTree,
+        train_loss_fn: LossFn,
+        val_loss_fn: LossFn,
+    ) -> BilevelState:
+        """Return `state` with the algorithm's own settings estimated anew; by default, as it is.
+
+        Called before every `calibration_period`-th episode with a stack of `T` training batches.
+        """
+        del train_batches, val_batch, train_loss_fn, val_loss_fn
+        return state
+
+    def inner_step(self, train_loss_fn: LossFn) -> InnerStep:
+        """Return Φ for this training loss."""
+        return InnerStep(self.inner_optimizer, self.update_fn, train_loss_fn)
+
+    def check_step(self, train_loss_fn: LossFn, val_loss_fn: LossFn, lr_hyper: Any) -> None:
+        """Raise if a step with these arguments could not be compiled."""
+        check_hashable("train_loss_fn", train_loss_fn)
+        check_hashable("val_loss_fn", val_loss_fn)
+        owner = f"{type(self).__name__}.step"
+        check_exactly_one(owner, outer_optimizer=self.outer_optimizer, lr_hyper=lr_hyper)
+
+    def _outer_update(
+        self, hypergradient: PyTree, state: BilevelState, lr_hyper: Any
+    ) -> tuple[PyTree, PyTree]:
+        if self.outer_optimizer is None:
+            updates = jax.tree.map(lambda g: -lr_hyper * g, hypergradient)
+            return optax.apply_updates(state.hyperparams, updates), state.outer_opt_state
+        updates, outer_opt_state = self.outer_optimizer.update(
+            hypergradient, state.outer_opt_state, state.hyperparams
+        )
+        return optax.apply_updates(state.hyperparams, updates), outer_opt_state
+
+
+class HypergradientMethod(BilevelOptimizer):
+    """An optimizer that states its `estimate`, and nothing else."""
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        check_exactly_one(name, inner_optimizer=self.inner_optimizer, update_fn=self.update_fn)
+        if self.update_fn is not None:
+            check_hashable("update_fn", self.update_fn)
+        elif not is_optax(self.inner_optimizer) and not callable(self.inner_optimizer):
+            accepted = "an optax.GradientTransformation or a function of the hyperparameters"
+            raise TypeError(f"inner_optimizer must be {accepted}, got {self.inner_optimizer!r}")
+        if self.outer_optimizer is not None and not is_optax(self.outer_optimizer):
+            accepted = "an optax.GradientTransformation"
+            raise TypeError(f"outer_optimizer must be {accepted}, got {self.outer_optimizer!r}")
+
+    @abc.abstractmethod
+    def estimate(
+        self,
+        state: BilevelState,
+        train_batch: PyTree,
+        val_batch: PyTree,
+        train_loss_fn: LossFn,
+        val_loss_fn: LossFn,
+    ) -> Estimate:
+        """Return the hypergradient together with the step it was computed from."""
+
+    def init(self, params: PyTree, hyperparams: PyTree) -> BilevelState:
+        """Return the state before the first step; see `BilevelOptimizer.init`."""
+        check_floating("params", params)
+        check_floating("hyperparams", hyperparams)
+        params, hyperparams = jax.tree.map(as_array, (params, hyperparams))
+        inner, outer = self.inner_optimizer, self.outer_optimizer
+        state = BilevelState.create(
+            params,
+            hyperparams,
+            optimizer_at(inner, hyperparams).init(params) if inner is not None else None,
+            outer.init(hyperparams) if outer is not None else None,
+        )
+        return prepare(state)
+
+    def compute_hypergradient(
+        self,
+        state: BilevelState,
+        train_batch: PyTree,
+        val_batch: PyTree,
+        train_loss_fn: LossFn,
+        val_loss_fn: LossFn,
+    ) -> PyTree:
+        """Return the hypergradient that `step` would apply from `state`.
+
+        Args:
+          state: from `init` or a step.
+          train_batch: a pytree of arrays, passed to `train_loss_fn`.
+          val_batch: a pytree of arrays, passed to `val_loss_fn`.
+          train_loss_fn: `(params, hyperparams, batch) -> scalar`.
+          val_loss_fn: `(params, hyperparams, batch) -> scalar`.
+
+        Returns:
+          A pytree with the structure, shapes and dtypes of `state.hyperparams`.
+        """
+        check_hashable("train_loss_fn", train_loss_fn)
+        check_hashable("val_loss_fn", val_loss_fn)
+        state = prepare(state)
+        return _hypergradient(self, state, train_batch, val_batch, train_loss_fn, val_loss_fn)
+
+
+class StatelessMethod(HypergradientMethod):
+    """A method that keeps nothing between steps: an episode's length is an argument of `run`."""
+
+    def run(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        state: BilevelState,
+        M: int,
+        T: int,
+        get_train_batch: Callable[[], Any],
+        get_val_batch: Callable[[], Any],
+        train_loss_fn: LossFn,
+        val_loss_fn: LossFn,
+        lr_reptile: float = 1.0,
+        lr_hyper: float | None = None,
+        callback: Callable[[int, BilevelState], Any] | None = None,
+        progress: bool | None = None,
+    ) -> BilevelState:
+        """Train for `M` episodes of `T` steps; the other arguments as in `BilevelOptimizer.run`."""
+        self.check_step(train_loss_fn, val_loss_fn, lr_hyper)
+        plan = episodes.Plan(M, T, lr_reptile, lr_hyper, callback, progress)
+        draw = (get_train_batch, get_val_batch)
+        return episodes.run(self, prepare(state), plan, *draw, train_loss_fn, val_loss_fn)
+
+
+def rate(lr_hyper: Any) -> Any:
+    """Return a learning rate as a scalar that costs no compilation: a host array, or as traced."""
+    if lr_hyper is None or isinstance(lr_hyper, jax.Array):
+        return lr_hyper if lr_hyper is None else as_array(lr_hyper, jnp.result_type(float))
+    if isinstance(lr_hyper, bool) or np.shape(lr_hyper) != ():
+        raise TypeError(f"lr_hyper must be a number or a scalar array, got {lr_hyper!r}")
+    return np.asarray(lr_hyper, dtype=jnp.result_type(float))
+
+
+def _same_types(new: BilevelState, old: BilevelState) -> BilevelState:
+    """Cast the leaves of `new` to the dtypes of `old`, so that the state fits a `scan`."""
+    check_same_tree("the new state", new, "the old one", old, dtypes=False)
+    return jax.tree.map(lambda leaf, like: as_array(leaf, like.dtype), new, old)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def _step(
+    optimizer: BilevelOptimizer,
+    state: BilevelState,
+    train_batch: PyTree,
+    val_batch: PyTree,
+    train_loss_fn: LossFn,
+    val_loss_fn: LossFn,
+    lr_hyper: Any,
+) -> BilevelState:
+    return optimizer.advance(state, train_batch, val_batch, train_loss_fn, val_loss_fn, lr_hyper)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def _hypergradient(
+    optimizer: HypergradientMethod,
+    state: BilevelState,
+    train_batch: PyTree,
+    val_batch: PyTree,
+    train_loss_fn: LossFn,
+    val_loss_fn: LossFn,
+) -> PyTree:
+    done = optimizer.estimate(state, train_batch, val_batch, train_loss_fn, val_loss_fn)
+    return done.hypergradient

@@ -1,0 +1,62 @@
+"""`Problem`: what an optimizer is given to solve. An example, a sweep and a benchmark take one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+
+from gradhpo.errors import check_exactly_one, check_hashable
+from gradhpo.state import LossFn, PyTree
+
+Batches: TypeAlias = Iterable[tuple[Any, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A bilevel problem: `min_λ L_val(w(λ), λ)` with weights trained on `L_train(w, λ)`.
+
+    Data comes from exactly one of `batch` and `batches`.
+
+    Raises:
+      ValueError: if neither or both of `batch` and `batches` are given.
+      TypeError: if something that must be a function is not.
+    """
+
+    init: Callable[[jax.Array], tuple[PyTree, PyTree]]
+    """`key -> (params, hyperparams)`, traceable."""
+    train_loss: LossFn
+    """`(params, hyperparams, batch) -> scalar`."""
+    val_loss: LossFn
+    """`(params, hyperparams, batch) -> scalar`."""
+    batch: Callable[..., tuple[PyTree, PyTree]] | None = None
+    """`key -> (train_batch, val_batch)`, traceable: drawn on the device, inside the compiled run;
+    `(key, data) -> …` where there is `data`. For all data at every step, ignore the key."""
+    batches: Batches | Callable[[np.random.Generator], Batches] | None = None
+    """Host data: an iterable of `(train_batch, val_batch)` NumPy pairs, all of one shape, or a
+    function that makes one from a random generator (seeded by the key of `solve`)."""
+    metrics: Callable[..., dict[str, Any]] | None = None
+    """`(params, hyperparams) -> {name: array}`, traceable: what else to follow, a test accuracy
+    say; `(params, hyperparams, data) -> …` where there is `data`. Evaluated now and then, see
+    `solve(eval_every=…)`."""
+    data: Callable[[jax.Array], PyTree] | None = None
+    """`key -> data`, traceable: arrays made once for a run and handed to `batch` and `metrics`,
+    such as a random split or corrupted labels. They are arguments of the compiled run, not
+    constants in it, so large arrays belong here."""
+
+    def __post_init__(self) -> None:
+        for name in ("init", "train_loss", "val_loss"):
+            check_hashable(f"Problem.{name}", getattr(self, name))
+        check_exactly_one("Problem", batch=self.batch, batches=self.batches)
+        if self.batch is not None:
+            check_hashable("Problem.batch", self.batch)
+        elif not callable(self.batches) and not isinstance(self.batches, Iterable):
+            got = type(self.batches).__name__
+            accepted = "an iterable of (train, val) pairs, or a function of a NumPy generator"
+            raise TypeError(f"Problem.batches must be {accepted}, got {got}")
+        for name in ("metrics", "data"):
+            if getattr(self, name) is not None:
+                check_hashable(f"Problem.{name}", getattr(self, name))

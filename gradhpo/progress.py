@@ -1,0 +1,41 @@
+"""A progress bar, where tqdm is installed and somebody is looking."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from typing import Any
+
+
+class Bar:
+    """A context that draws a tqdm bar, or does nothing.
+
+    `show` True needs tqdm, False never draws, None draws where tqdm is installed and stderr is a
+    terminal.
+
+    Raises:
+      ImportError: if `show` is True and tqdm is missing.
+    """
+
+    def __init__(self, show: bool | None, total: int, unit: str, done: int = 0) -> None:
+        installed = importlib.util.find_spec("tqdm") is not None
+        if show and not installed:
+            raise ImportError("progress=True needs tqdm: pip install tqdm, or pass progress=None")
+        self._bar: Any = None
+        if show or (show is None and installed and sys.stderr.isatty()):
+            from tqdm.auto import tqdm
+
+            self._bar = tqdm(total=total, initial=done, unit=unit, smoothing=0.1)
+
+    def advance(self, steps: int, **shown: float) -> None:
+        """Move the bar on, and show these numbers beside it."""
+        if self._bar is not None:
+            self._bar.update(steps)
+            self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.close()

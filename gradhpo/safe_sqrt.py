@@ -1,0 +1,67 @@
+"""Differentiate an optimizer's update where its square roots are at zero.
+
+Adam divides by `sqrt(v)`. A dead ReLU unit, or an embedding row absent from the batch, has v = 0,
+where the derivative of the root is infinite; times the zero it meets next, that is NaN. The root
+there is `|gradient|` up to a constant, whose subgradient at 0 is 0: the limit that is used here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Jaxpr, Literal, primitives
+
+
+@jax.custom_jvp
+def sqrt(x: jax.Array) -> jax.Array:
+    """Return the square root of `x`, with derivative 0 at 0."""
+    return jnp.sqrt(x)
+
+
+@sqrt.defjvp
+def _sqrt_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    (x,), (dx,) = primals, tangents
+    root = sqrt(x)
+    slope = jnp.where(x == 0, 0, 0.5 / jnp.where(x == 0, 1, root))
+    return root, slope * dx
+
+
+def with_safe_sqrt(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function` with each square root's derivative at 0 taken as 0; values are unchanged.
+
+    The function is traced, and its operations replayed with the other root in place of JAX's.
+    Roots inside loops, branches and custom derivatives are left as they are.
+    """
+
+    def replayed(*args: Any) -> Any:
+        closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
+        outputs = _replay(closed.jaxpr, closed.consts, jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(shape), outputs)
+
+    return replayed
+
+
+def _replay(jaxpr: Jaxpr, consts: list[Any], args: list[Any]) -> list[Any]:
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, Literal) else values[atom]
+
+    for eqn in jaxpr.eqns:
+        inputs = [read(atom) for atom in eqn.invars]
+        if eqn.primitive is primitives.sqrt_p:
+            outputs = [sqrt(*inputs)]
+        elif eqn.primitive is primitives.jit_p:
+            inner = eqn.params["jaxpr"]
+            outputs = _replay(inner.jaxpr, inner.consts, inputs)
+        else:
+            made = eqn.primitive.get_bind_params(eqn.params)
+            # Up to jax 0.9 a pair (functions, parameters), the parameters alone since.
+            subfuns, params = made if isinstance(made, tuple) else ((), made)
+            outputs = eqn.primitive.bind(*subfuns, *inputs, **params)
+            outputs = outputs if eqn.primitive.multiple_results else [outputs]
+        values.update(zip(eqn.outvars, outputs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]

@@ -1,0 +1,325 @@
+"""`solve`: a whole run as one compiled program, executed in chunks of steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gradhpo.errors import (
+    DivergenceWarning,
+    check_callable,
+    check_count,
+    check_number,
+)
+from gradhpo.feed import Segment, Timetable, device_feed, host_feed, host_pairs
+from gradhpo.optimizer import BilevelOptimizer
+from gradhpo.problem import Problem
+from gradhpo.program import Carry, Program
+from gradhpo.progress import Bar
+from gradhpo.state import METRICS, BilevelState, PyTree, prepare
+
+CHUNK_SECONDS = 0.5
+"""How long a chunk of steps should take, so that the progress bar moves."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """What `solve` returns, and what it goes on from with `resume=`. A pytree.
+
+    With a batch of n keys, `state`, `phi` and `diverged_at` have a leading axis of length n, and
+    `metrics` and `evals` have it after the axis of steps.
+    """
+
+    state: BilevelState
+    """The state after the last step."""
+    metrics: dict[str, np.ndarray]
+    """The scalar metrics of each step, `(steps,)`; NaN from a divergence on."""
+    evals: dict[str, np.ndarray]
+    """`Problem.metrics` at each evaluation, `(evaluations, …)`."""
+    eval_steps: np.ndarray
+    """How many steps had been taken at each evaluation: int, `(evaluations,)`."""
+    steps: int
+    """Steps taken in all, those before a `resume` included."""
+    phi: PyTree
+    """The initialization of the current episode, with `episode_length`; None without."""
+    diverged_at: np.ndarray
+    """The step, counted from 1, at which a metric first was not finite; 0 for never. Int, `()`."""
+
+
+def solve(
+    problem: Problem,
+    optimizer: BilevelOptimizer,
+    steps: int,
+    key: jax.Array,
+    *,
+    lr_hyper: float | Callable[[jax.Array], Any] | None = None,
+    episode_length: int | None = None,
+    lr_reptile: float = 1.0,
+    eval_every: int | None = None,
+    resume: Solution | None = None,
+    callback: Callable[[int, BilevelState], Any] | None = None,
+    progress: bool | None = None,
+) -> Solution:
+    """Run an optimizer on a problem for a number of steps, reproducibly to the bit.
+
+    The loop is compiled once, whatever `steps`; the host sees the metrics of each chunk of steps.
+    Randomness at a step depends on the key and the number of the step alone, so a run that is
+    resumed gives the bits of one that was not interrupted.
+
+    Args:
+      problem: the losses, the data and the initialization.
+      optimizer: any `BilevelOptimizer`.
+      steps: steps to take in all, those before `resume` included.
+      key: a key from `jax.random.key`, or an array of n keys: n runs, batched by `vmap` in one
+        program, each with its own weights, hyperparameters and device data. Host data is shared.
+      lr_hyper: step size of plain gradient descent on λ, where the optimizer has no
+        `outer_optimizer`: a number, or a traceable function of the step, counted from 0.
+      episode_length: steps in an episode, after which the weights start anew from φ, moved by
+        Reptile; None for one long episode, in which nothing starts anew.
+      lr_reptile: Reptile step size, with `episode_length`.
+      eval_every: steps between evaluations of `problem.metrics` and calls of `callback`; by
+        default only after the last.
+      resume: a solution of the same problem, optimizer and key, to go on from. An iterator of
+        host batches is read on from where it stands (exactly the batches used were read); a list,
+        or a function that makes an iterator, is started anew, and the batches used are skipped.
+      callback: called as `callback(steps, state)` at every evaluation.
+      progress: whether to draw a progress bar (needs tqdm); None draws one on a terminal.
+
+    Returns:
+      The state and the metrics of every step. If a metric of a step is not finite, a
+      `DivergenceWarning` names it, and the state before that step is returned; in a batch of
+      keys, the others go on. If host data ends early, a warning says so, and what was done is
+      returned.
+
+    Raises:
+      ValueError: for an argument out of range, neither or both of `outer_optimizer` and
+        `lr_hyper`, or host batches whose shapes differ.
+      TypeError: for an argument of the wrong kind.
+    """
+    check_count("steps", steps)
+    key = _check_key(key)
+    optimizer.check_step(problem.train_loss, problem.val_loss, lr_hyper)
+    if episode_length is not None:
+        check_count("episode_length", episode_length)
+    if eval_every is not None:
+        check_count("eval_every", eval_every)
+        if problem.metrics is None and callback is None:
+            raise ValueError("eval_every needs Problem.metrics or a callback: nothing to evaluate")
+    if callback is not None:
+        check_callable("callback", callback)
+    rates = {"lr_reptile": check_number("lr_reptile", lr_reptile, -np.inf, np.inf)}
+    schedule = None
+    if callable(lr_hyper):
+        schedule = lr_hyper
+    elif lr_hyper is not None:
+        rates["lr_hyper"] = check_number("lr_hyper", lr_hyper, -np.inf, np.inf)
+    program = Program(
+        problem.init,
+        problem.train_loss,
+        problem.val_loss,
+        problem.batch,
+        problem.metrics,
+        problem.data,
+        optimizer,
+        schedule,
+        episode_length,
+        batched=jnp.shape(key) != (),
+    )
+    first = 0 if resume is None else resume.steps
+    if first > steps:
+        raise ValueError(f"resume has taken {first} steps already, more than steps={steps}")
+    timetable = Timetable(
+        first,
+        steps,
+        period=(episode_length or 0) * optimizer.calibration_period,
+        T=optimizer.T if optimizer.calibration_period else 0,
+    )
+    if problem.batch is not None:
+        segments = device_feed(timetable)
+    else:
+        seed = np.asarray(jax.random.key_data(key)).ravel().tolist()
+        segments = host_feed(timetable, host_pairs(problem.batches, seed, timetable))
+    with Bar(progress, total=steps, unit="step", done=first) as bar:
+        run = _Run(program, key, rates, resume)
+        for segment in segments:
+            run.begin(segment)
+            while run.done < segment.end and run.alive.any():
+                every = eval_every or steps
+                stop = min(steps, (run.done // every + 1) * every)
+                taken = run.advance(segment, until=min(segment.end, stop))
+                bar.advance(taken, **run.latest)
+                if run.done == stop and run.alive.any():
+                    run.evaluate(callback)
+            if not run.alive.any():
+                break
+    run.finish(steps, callback)
+    return run.solution()
+
+
+class _Run:
+    """A run in progress: the carry on the device, and what the host has collected of it."""
+
+    def __init__(
+        self,
+        program: Program,
+        key: jax.Array,
+        rates: dict[str, float],
+        resume: Solution | None,
+    ) -> None:
+        self.program, self.key = program, key
+        self.rates = {name: np.asarray(r, jnp.result_type(float)) for name, r in rates.items()}
+        self.data = None if program.make_data is None else program.data(key)
+        self.done = 0
+        self.latest: dict[str, float] = {}
+        self._carry: Carry | None = None
+        self._planned, self._compiled, self._evaluated = 8, False, 0
+        self._metrics: list[dict[str, np.ndarray]] = []
+        self._evals: list[dict[str, np.ndarray]] = []
+        self._eval_steps: list[int] = []
+        self._diverged = np.zeros(key.shape, int)
+        self._frozen: Carry | None = None
+        if resume is not None:
+            self._carry = Carry(prepare(resume.state), resume.phi)
+            self.done = resume.steps
+            self._metrics, self._evals = [resume.metrics], [resume.evals]
+            self._eval_steps = resume.eval_steps.tolist()
+            if program.batched:  # a run alone goes on, with a lower rate perhaps
+                self._diverged = np.array(resume.diverged_at)
+                self._frozen = self._carry
+
+    @property
+    def alive(self) -> np.ndarray:
+        """Which runs have not diverged: bools, `()` or `(n,)`."""
+        return self._diverged == 0
+
+    def begin(self, segment: Segment) -> None:
+        """Make the first carry if there is none, and calibrate where the segment says so."""
+        if self._carry is None:
+            pair = jax.tree.map(lambda x: x[0], segment.host)
+            self._carry = self.program.init(self.key, self.data, pair)
+        if segment.calibrate:
+            index = np.int32(segment.start)
+            self._carry = self.program.calibrate(
+                self._carry, self.key, self.data, index, segment.host
+            )
+
+    def advance(self, segment: Segment, until: int) -> int:
+        """Take steps of the segment, no more than until the given one; return how many."""
+        started, before = time.perf_counter(), self._carry
+        n = min(self._planned, segment.capacity, until - self.done)
+        self._carry, values, bad = self._chunk(before, segment, n)
+        values, bad = jax.device_get((values, bad))
+        values, bad = {name: np.array(v[:n]) for name, v in values.items()}, bad[:n]
+        for run in np.flatnonzero(np.ravel(self.alive & bad.any(axis=(0, -1)))):
+            self._diverge(int(run), bad, before, segment)
+        for array in values.values():
+            rows = self.done + 1 + np.arange(n).reshape(-1, *[1] * self._diverged.ndim)
+            array[(self._diverged > 0) & (rows >= self._diverged)] = np.nan
+        self._metrics.append(values)
+        self.done += n
+        seconds = time.perf_counter() - started
+        self._planned = max(1, int(n * CHUNK_SECONDS / seconds)) if self._compiled else 8
+        self._compiled = True
+        if self.alive.any():
+            self.latest = {name: float(np.nanmean(values[name][-1])) for name in METRICS[:2]}
+        else:
+            self.done = int(self._diverged.max()) - 1
+        return n
+
+    def finish(self, steps: int, callback: Callable[[int, BilevelState], Any] | None) -> None:
+        """Say so if the data ended early, and evaluate at the end if that was not done yet."""
+        if self._carry is None:
+            raise ValueError("Problem.batches is empty: no step was taken")
+        if self.done < steps and self.alive.any():
+            message = f"Problem.batches ended: {self.done} of {steps} steps were taken"
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
+        if self._evaluated < self.done:
+            self.evaluate(callback)
+
+    def evaluate(self, callback: Callable[[int, BilevelState], Any] | None) -> None:
+        """Record `Problem.metrics`, and call the callback."""
+        state = self._mended().state
+        if self.program.metrics is not None:
+            evaluated = jax.device_get(self.program.evaluate(state, self.data))
+            self._evals.append({name: np.asarray(row)[None] for name, row in evaluated.items()})
+            self._eval_steps.append(self.done)
+        self._evaluated = self.done
+        if callback is not None:
+            callback(self.done, state)
+
+    def solution(self) -> Solution:
+        """Return what there is."""
+        carry = self._mended()
+        return Solution(
+            carry.state,
+            {name: rows[: self.done] for name, rows in _concatenate(self._metrics).items()},
+            _concatenate(self._evals),
+            np.asarray(self._eval_steps, int),
+            self.done,
+            carry.phi,
+            self._diverged,
+        )
+
+    def _chunk(self, carry: Carry | None, segment: Segment, n: int) -> Any:
+        offset = self.done - segment.start if segment.host is not None else 0
+        span = {"start": self.done, "n": n, "offset": offset}
+        span = {name: np.int32(value) for name, value in span.items()}
+        args = (carry, self.key, self.data, self.rates, span, segment.host, segment.capacity)
+        return self.program.chunk(*args)
+
+    def _diverge(self, run: int, bad: np.ndarray, before: Carry | None, segment: Segment) -> None:
+        """Report a run's first bad step, and keep its state before it.
+
+        The steps up to there are taken again from the chunk's beginning by the same program, to
+        the same bits: that costs nothing while all goes well.
+        """
+        faults = bad.reshape(bad.shape[0], -1, bad.shape[-1])[:, run]
+        first = int(np.argmax(faults.any(axis=-1)))
+        step = self.done + first + 1
+        metric = METRICS[int(np.argmax(faults[first]))]
+        which = f" of run {run}" if self.program.batched else ""
+        warnings.warn(
+            f"{metric} stopped being finite at step {step}{which}: the state after step "
+            f"{step - 1} is kept. Lower the learning rates, or clip",
+            DivergenceWarning,
+            stacklevel=4,
+        )
+        kept = self._chunk(before, segment, first)[0]
+        mask = (np.arange(self._diverged.size) == run).reshape(self._diverged.shape)
+        self._frozen = self.program.merge(self._frozen or kept, kept, mask)
+        self._diverged[mask] = step
+
+    def _mended(self) -> Carry:
+        """Return the carry, with each diverged run's part as it was before it diverged."""
+        assert self._carry is not None
+        if self._frozen is None or self.alive.all():
+            return self._carry
+        return self.program.merge(self._carry, self._frozen, ~self.alive)
+
+
+def _concatenate(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    parts = [part for part in parts if part]
+    names = parts[0] if parts else {}
+    return {name: np.concatenate([part[name] for part in parts]) for name in names}
+
+
+def _check_key(key: Any) -> jax.Array:
+    """Return a typed key, `()` or `(n,)`, from a typed or a legacy one."""
+    accepted = "key must be made by jax.random.key, or be an array of n such keys"
+    if not isinstance(key, jax.Array):
+        raise TypeError(f"{accepted}, got {key!r}")
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if key.dtype != jnp.uint32 or key.shape[-1:] != (2,):
+            raise TypeError(f"{accepted}, got an array of {key.dtype} of shape {key.shape}")
+        key = jax.random.wrap_key_data(key)
+    if key.ndim > 1:
+        raise ValueError(f"{accepted}, got keys of shape {key.shape}")
+    return key

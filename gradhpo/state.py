@@ -1,0 +1,119 @@
+"""`BilevelState`: everything an optimizer remembers between two steps, as one immutable pytree."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PyTree: TypeAlias = Any
+"""A nested structure of arrays."""
+
+LossFn: TypeAlias = Callable[[Any, Any, Any], jax.Array]
+"""`(params, hyperparams, batch) -> scalar`, differentiable in its first two arguments."""
+
+
+METRICS = ("train_loss", "val_loss", "hypergrad_norm", "param_norm", "hyperparam_norm")
+"""The metrics that every step leaves in `metadata`: scalars, NaN before the first step."""
+
+
+class DataBatch(NamedTuple):
+    """A batch of supervised data. Any other pytree of arrays serves as a batch too."""
+
+    inputs: Any
+    """Array of shape `(batch, ...)`."""
+    targets: Any
+    """Array of shape `(batch, ...)`."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BilevelState:
+    """The state of a bilevel optimization, unchanged in structure from `init` to the last step.
+
+    A pytree whose every field is data, so it goes through `jax.jit`, `jax.vmap`, `jax.lax.scan`
+    and `jax.shard_map`; `step` is a leaf, and a new step count never compiles anything again.
+    """
+
+    params: PyTree
+    """Weights `w`, the inner level: a pytree of floating arrays."""
+    hyperparams: PyTree
+    """Hyperparameters `λ`, the outer level: a pytree of floating arrays."""
+    inner_opt_state: PyTree
+    """State of the inner optimizer; None with an `update_fn`."""
+    outer_opt_state: PyTree
+    """State of the outer optimizer; None when λ moves by plain gradient descent."""
+    step: Any
+    """Steps taken in the current episode: an int32 scalar."""
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    """Metrics of the last step and what the algorithm itself remembers, by name."""
+
+    @classmethod
+    def create(
+        cls,
+        params: PyTree,
+        hyperparams: PyTree,
+        inner_opt_state: PyTree = None,
+        outer_opt_state: PyTree = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> BilevelState:
+        """Return a state at step 0, its leaves strongly typed arrays."""
+        state = cls(params, hyperparams, inner_opt_state, outer_opt_state, 0, dict(metadata or {}))
+        return canonical(state)
+
+    def update(self, **fields: Any) -> BilevelState:
+        """Return a copy with `fields` replaced.
+
+        `metadata` is merged into the present metadata; a field given as None keeps its value.
+
+        Raises:
+          TypeError: if a name is not a field of the state.
+        """
+        names = [field.name for field in dataclasses.fields(self)]
+        if unknown := sorted(set(fields) - set(names)):
+            raise TypeError(f"BilevelState has no field {unknown[0]!r}; its fields are {names}")
+        changes = {name: value for name, value in fields.items() if value is not None}
+        if "metadata" in changes:
+            changes["metadata"] = {**self.metadata, **changes["metadata"]}
+        return dataclasses.replace(self, **changes)
+
+    def get_metric(self, key: str, default: Any = None) -> Any:
+        """Return `metadata[key]`, or `default` where there is none."""
+        return self.metadata.get(key, default)
+
+
+def canonical(state: BilevelState) -> BilevelState:
+    """Return `state` with every leaf a strongly typed array and `step` an int32.
+
+    A Python number or a weakly typed scalar would make `jax.jit` see a new type at the second
+    step, and compile it again.
+    """
+    state = dataclasses.replace(state, step=as_array(state.step, jnp.int32))
+    return jax.tree.map(as_array, state)
+
+
+def prepare(state: BilevelState) -> BilevelState:
+    """Return `state` ready for a compiled step: typed leaves, and every metric present."""
+    missing = [name for name in METRICS if name not in state.metadata]
+    if missing:
+        state = state.update(metadata=dict.fromkeys(missing, float("nan")))
+    return canonical(state)
+
+
+def as_array(leaf: Any, dtype: Any = None) -> Any:
+    """Return `leaf` as a strongly typed array, a Python number in JAX's default precision."""
+    if isinstance(leaf, jax.Array):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+            return leaf  # PRNG keys
+        dtype = leaf.dtype if dtype is None else dtype
+        if not leaf.weak_type and leaf.dtype == dtype:
+            return leaf
+        return jax.lax.convert_element_type(leaf, dtype)
+    if isinstance(leaf, np.ndarray | np.generic | bool | int | float | complex):
+        kind = np.asarray(leaf).dtype if dtype is None else dtype
+        return jnp.asarray(leaf, dtype=jax.dtypes.canonicalize_dtype(kind))
+    return leaf
