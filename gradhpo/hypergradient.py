@@ -82,8 +82,8 @@ def coordinate_differences(
     """Return `α·∂Φ/∂λ` by central differences on λ, one coordinate at a time.
 
     `α·∂Φ/∂λ_i ≈ ⟨α, Φ(λ + ε_i e_i) - Φ(λ - ε_i e_i)⟩ / 2ε_i`, for every coordinate of every leaf:
-    2·dim(λ) evaluations of Φ. `ε_i` is `eps`, or the cube root of the machine epsilon times `max(1, |λ_i|)`. `chunk`
-    coordinates are evaluated together. A step lost in rounding gives zero.
+    2·dim(λ) evaluations of Φ. `ε_i` is `eps`, or the cube root of the machine epsilon times
+    `max(1, |λ_i|)`. `chunk` coordinates are evaluated together. A step lost in rounding gives zero.
     """
     leaves, structure = jax.tree.flatten(hyperparams)
     sizes = [leaf.size for leaf in leaves]

@@ -35,7 +35,9 @@ class Problem:
     batch: Callable[..., tuple[PyTree, PyTree]] | None = None
     """`key -> (train_batch, val_batch)`, traceable: drawn on the device, inside the compiled run;
     `(key, data) -> …` where there is `data`. For all data at every step, ignore the key."""
-    batches: Batches | Callable[[np.random.Generator], Batches] | None = None
+    batches: Batches | Callable[[np.random.Generator], Batches] | None = dataclasses.field(
+        default=None, compare=False
+    )
     """Host data: an iterable of `(train_batch, val_batch)` NumPy pairs, all of one shape, or a
     function that makes one from a random generator (seeded by the key of `solve`)."""
     metrics: Callable[..., dict[str, Any]] | None = None
@@ -60,3 +62,36 @@ class Problem:
         for name in ("metrics", "data"):
             if getattr(self, name) is not None:
                 check_hashable(f"Problem.{name}", getattr(self, name))
+
+    def start(self, key: jax.Array) -> tuple[PyTree, PyTree]:
+        """Return the weights and hyperparameters from which `solve` starts with this key."""
+        return _pair("init", "(params, hyperparams)", self.init(stream(key, "init")))
+
+    def start_data(self, key: jax.Array) -> PyTree:
+        """Return the `data` that `solve` uses with this key; None where there is none."""
+        return None if self.data is None else self.data(stream(key, "data"))
+
+    def draw(self, key: jax.Array, data: PyTree) -> tuple[PyTree, PyTree]:
+        """Return a training and a validation batch from `batch`."""
+        assert self.batch is not None
+        made = self.batch(key) if self.data is None else self.batch(key, data)
+        return _pair("batch", "(train_batch, val_batch)", made)
+
+    def measure(self, params: PyTree, hyperparams: PyTree, data: PyTree) -> dict[str, Any]:
+        """Return `metrics`; empty where there are none."""
+        if self.metrics is None:
+            return {}
+        args = (params, hyperparams) if self.data is None else (params, hyperparams, data)
+        return self.metrics(*args)
+
+
+def stream(key: jax.Array, purpose: str) -> jax.Array:
+    """Return the part of a run's randomness that serves one purpose."""
+    purposes = ("init", "data", "batches", "calibration", "optimizer")
+    return jax.random.fold_in(key, purposes.index(purpose))
+
+
+def _pair(name: str, accepted: str, made: Any) -> tuple[Any, Any]:
+    if not isinstance(made, tuple | list) or len(made) != 2:
+        raise TypeError(f"Problem.{name} must return {accepted}, got {type(made).__name__}")
+    return made[0], made[1]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from gradhpo.episodes import faults, reptile
 from gradhpo.optimizer import BilevelOptimizer
+from gradhpo.problem import Problem, stream
 from gradhpo.state import METRICS, BilevelState, LossFn, PyTree, prepare
 
 
@@ -29,12 +30,7 @@ class Carry:
 class Program:
     """The static description of a run. Equal programs share their compiled code."""
 
-    init_fn: Callable[..., Any]
-    train_loss: LossFn
-    val_loss: LossFn
-    batch: Callable[..., Any] | None
-    metrics: Callable[..., Any] | None
-    make_data: Callable[..., Any] | None
+    problem: Problem
     optimizer: BilevelOptimizer
     schedule: Callable[[jax.Array], Any] | None
     episode_length: int | None
@@ -44,22 +40,18 @@ class Program:
     @functools.partial(jax.jit, static_argnums=0)
     def data(self, key: jax.Array) -> PyTree:
         """Make the data of each run."""
-        assert self.make_data is not None
-        make = self.make_data
-        return self._each(lambda key: make(_stream(key, "data")))(key)
+        return self._each(self.problem.start_data)(key)
 
     @functools.partial(jax.jit, static_argnums=0)
     def init(self, key: jax.Array, data: PyTree, host_pair: PyTree) -> Carry:
         """Make the weights, the hyperparameters and the state of each run."""
 
         def one(key: jax.Array, data: PyTree) -> Carry:
-            params, hyperparams = _pair(
-                "Problem.init", "(params, hyperparams)", self.init_fn(_stream(key, "init"))
-            )
+            params, hyperparams = self.problem.start(key)
             extra: dict[str, Any] = {}
             if self.optimizer.remembers_batch:
-                pair = host_pair if self.batch is None else self._draw(key, data, 0)
-                extra = {"train_batch": pair[0], "key": _stream(key, "optimizer")}
+                pair = self._draw(key, data, 0, host_pair)
+                extra = {"train_batch": pair[0], "key": stream(key, "optimizer")}
             state = prepare(self.optimizer.init(params, hyperparams, **extra))
             return Carry(state, None if self.episode_length is None else state.params)
 
@@ -83,11 +75,11 @@ class Program:
         """
 
         def one(carry: Carry, key: jax.Array, data: PyTree, index: Any, host_pair: PyTree) -> Any:
-            train, val = host_pair if self.batch is None else self._draw(key, data, index)
+            train, val = self._draw(key, data, index, host_pair)
             lr_hyper = rates.get("lr_hyper")
             if self.schedule is not None:
                 lr_hyper = jnp.asarray(self.schedule(index), jnp.result_type(float))
-            losses = (self.train_loss, self.val_loss)
+            losses = self._losses()
             state = self.optimizer.advance(carry.state, train, val, *losses, lr_hyper)
             metadata = {name: state.metadata[name] for name in recorded}
             return Carry(state, carry.phi), metadata, faults(state.metadata)
@@ -126,14 +118,14 @@ class Program:
         """Estimate the algorithm's own settings, at the beginning of an episode."""
 
         def one(carry: Carry, key: jax.Array, data: PyTree) -> Carry:
-            if self.batch is None:
+            if self.problem.batch is None:
                 trains, vals = host
             else:
-                fresh = jax.random.fold_in(_stream(key, "calibration"), index)
+                fresh = jax.random.fold_in(stream(key, "calibration"), index)
                 keys = jax.random.split(fresh, self.optimizer.T)
-                trains, vals = jax.vmap(lambda key: self._draw(key, data, index))(keys)
+                trains, vals = jax.vmap(lambda key: self.problem.draw(key, data))(keys)
             val = jax.tree.map(lambda x: x[-1], vals)
-            losses = (self.train_loss, self.val_loss)
+            losses = self._losses()
             state = self.optimizer.calibrate(carry.state, trains, val, *losses)
             return Carry(state, carry.phi)
 
@@ -142,13 +134,9 @@ class Program:
     @functools.partial(jax.jit, static_argnums=0)
     def evaluate(self, state: BilevelState, data: PyTree) -> dict[str, Any]:
         """Return `Problem.metrics` of each run."""
-        metrics, with_data = self.metrics, self.make_data is not None
 
         def one(state: BilevelState, data: PyTree) -> dict[str, Any]:
-            if metrics is None:
-                return {}
-            args = (state.params, state.hyperparams)
-            return metrics(*args, data) if with_data else metrics(*args)
+            return self.problem.measure(state.params, state.hyperparams, data)
 
         return self._each(one)(state, data)
 
@@ -160,23 +148,13 @@ class Program:
         )
         return choose(mask, carry, other)
 
-    def _draw(self, key: jax.Array, data: PyTree, index: Any) -> tuple[PyTree, PyTree]:
-        assert self.batch is not None
-        key = jax.random.fold_in(_stream(key, "batches"), index)
-        pair = self.batch(key) if self.make_data is None else self.batch(key, data)
-        return _pair("Problem.batch", "(train_batch, val_batch)", pair)
+    def _draw(self, key: jax.Array, data: PyTree, index: Any, host_pair: PyTree) -> Any:
+        if self.problem.batch is None:
+            return host_pair
+        return self.problem.draw(jax.random.fold_in(stream(key, "batches"), index), data)
+
+    def _losses(self) -> tuple[LossFn, LossFn]:
+        return self.problem.train_loss, self.problem.val_loss
 
     def _each(self, function: Callable[..., Any], in_axes: Any = 0) -> Callable[..., Any]:
         return jax.vmap(function, in_axes=in_axes) if self.batched else function
-
-
-def _stream(key: jax.Array, purpose: str) -> jax.Array:
-    """Return a stream of the run's randomness, independent of the others."""
-    streams = ("init", "data", "batches", "calibration", "optimizer")
-    return jax.random.fold_in(key, streams.index(purpose))
-
-
-def _pair(name: str, accepted: str, made: Any) -> tuple[Any, Any]:
-    if not isinstance(made, tuple | list) or len(made) != 2:
-        raise TypeError(f"{name} must return {accepted}, got {type(made).__name__}")
-    return made[0], made[1]

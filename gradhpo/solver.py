@@ -121,18 +121,10 @@ def solve(
         schedule = lr_hyper
     elif lr_hyper is not None:
         rates["lr_hyper"] = check_number("lr_hyper", lr_hyper, -np.inf, np.inf)
-    program = Program(
-        problem.init,
-        problem.train_loss,
-        problem.val_loss,
-        problem.batch,
-        problem.metrics,
-        problem.data,
-        optimizer,
-        schedule,
-        episode_length,
-        batched=jnp.shape(key) != (),
-    )
+    # Compiled code is kept by the problem; it must not keep the host data too.
+    described = problem if problem.batches is None else dataclasses.replace(problem, batches=())
+    batched = jnp.shape(key) != ()
+    program = Program(described, optimizer, schedule, episode_length, batched)
     first = 0 if resume is None else resume.steps
     if first > steps:
         raise ValueError(f"resume has taken {first} steps already, more than steps={steps}")
@@ -176,7 +168,7 @@ class _Run:
     ) -> None:
         self.program, self.key = program, key
         self.rates = {name: np.asarray(r, jnp.result_type(float)) for name, r in rates.items()}
-        self.data = None if program.make_data is None else program.data(key)
+        self.data = None if program.problem.data is None else program.data(key)
         self.done = 0
         self.latest: dict[str, float] = {}
         self._carry: Carry | None = None
@@ -247,7 +239,7 @@ class _Run:
     def evaluate(self, callback: Callable[[int, BilevelState], Any] | None) -> None:
         """Record `Problem.metrics`, and call the callback."""
         state = self._mended().state
-        if self.program.metrics is not None:
+        if self.program.problem.metrics is not None:
             evaluated = jax.device_get(self.program.evaluate(state, self.data))
             self._evals.append({name: np.asarray(row)[None] for name, row in evaluated.items()})
             self._eval_steps.append(self.done)
