@@ -59,11 +59,16 @@ def gradient_difference(
     step = jnp.where(usable, step, 0).astype(length.dtype)
     wide = at_least_float32(params)
 
-    def at(signed_step: jax.Array) -> PyTree:
-        return gradient(jax.tree.map(lambda w, d: w + (signed_step * d).astype(w.dtype), wide, u))
+    def shifted(signed_step: jax.Array) -> PyTree:
+        return jax.tree.map(lambda w, d: w + (signed_step * d).astype(w.dtype), wide, u)
 
-    inverse = jnp.where(step > 0, 0.5 / jnp.where(step > 0, step, 1), 0)
-    plus, minus = at(step), at(-step)
+    ahead, behind = shifted(step), shifted(-step)
+    moved = jax.tree.reduce(
+        jnp.logical_or, jax.tree.map(lambda a, b: jnp.any(a != b), ahead, behind)
+    )
+    usable = (step > 0) & moved
+    inverse = jnp.where(usable, 0.5 / jnp.where(usable, step, 1), 0)
+    plus, minus = gradient(ahead), gradient(behind)
 
     def slope(a: jax.Array, b: jax.Array) -> jax.Array:
         # A NaN in α must be seen, and not turned into the zero of a missing ε.

@@ -10,7 +10,7 @@ import jax
 import optax
 
 from gradhpo.errors import check_same_tree, scalar_loss
-from gradhpo.safe_sqrt import with_safe_sqrt
+from gradhpo.finite_derivatives import with_finite_derivatives
 from gradhpo.state import LossFn, PyTree, as_array
 
 
@@ -90,7 +90,9 @@ class InnerStep:
         """Apply the optimizer, and return with it `α ↦ (∂w_t/∂G)ᵀα, (∂Ψ/∂λ)ᵀα`: cheap, no model."""
 
         def move(gradient: PyTree, hyperparams: PyTree) -> tuple[PyTree, tuple[PyTree, PyTree]]:
-            moved = with_safe_sqrt(self.move)(gradient, opt_state, params, hyperparams, loss)
+            moved = with_finite_derivatives(self.move)(
+                gradient, opt_state, params, hyperparams, loss
+            )
             return moved[0], moved
 
         _, pull, moved = jax.vjp(move, gradient, hyperparams, has_aux=True)
@@ -115,7 +117,7 @@ class InnerStep:
             loss = scalar_loss("train_loss_fn", self.train_loss_fn)
             return Moved(new, opt_state, loss(params, hyperparams, batch))
         loss, gradient = self.gradient(params, hyperparams, batch)
-        move = with_safe_sqrt(self.move) if differentiable else self.move
+        move = with_finite_derivatives(self.move) if differentiable else self.move
         new_params, new_state = move(gradient, opt_state, params, hyperparams, loss)
         return Moved(new_params, new_state, loss)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -38,7 +37,7 @@ class Estimate(NamedTuple):
     """Scalar, at the weights before the step."""
     val_loss: jax.Array
     """Scalar, at the weights after the step."""
-    metadata: Mapping[str, Any] = MappingProxyType({})
+    metadata: dict[str, Any] | None = None
     """What the algorithm itself remembers, by name."""
 
 
@@ -58,6 +57,8 @@ class BilevelOptimizer(abc.ABC):
     """Steps in an episode of `run`."""
     calibration_period: int = 0
     """Episodes between two calls of `calibrate`; 0 for never."""
+    batch_axis: int = 0
+    """The axis of `train_batch` that counts examples."""
     remembers_batch: bool = False
     """Whether `init` also takes `train_batch` and `key`."""
 
@@ -171,7 +172,7 @@ class BilevelOptimizer(abc.ABC):
             inner_opt_state=done.inner_opt_state,
             outer_opt_state=outer_opt_state,
             step=state.step + 1,
-            metadata={**metrics, **done.metadata},
+            metadata={**metrics, **(done.metadata or {})},
         )
         return _same_types(new, state)
 

@@ -60,11 +60,11 @@ class Exact:
         return w - LR * (G @ w - x + lam * w + C.T @ (x * lam))
 
     @staticmethod
-    def A(lam):
+    def dphi_dw(lam):
         return np.eye(N) - LR * (G + np.diag(lam))
 
     @staticmethod
-    def B(w, rows):
+    def dphi_dlam(w, rows):
         return -LR * (np.diag(w) + C.T @ np.diag(rows.mean(0)))
 
     @staticmethod
@@ -142,7 +142,7 @@ def unrolled(optimizer_of, train_loss, val_loss, params, lam, batches, val_batch
         weights, _ = optax_loop(optimizer_of(lam), train_loss, params, lam, batches, state)
         return val_loss(weights, lam, val_batch)
 
-    return jax.jit(jax.grad(objective))(lam)
+    return jax.grad(objective)(lam)
 
 
 def as_jax(tree):

@@ -1,4 +1,4 @@
-"""A script in the manner of `gradhpo` 0.1.3: per-parameter learning rates of an MLP, all learned."""
+"""A script in the manner of `gradhpo` 0.1.3: learned learning rates, one for each parameter."""
 
 import jax
 import jax.numpy as jnp

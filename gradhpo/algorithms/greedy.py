@@ -57,6 +57,11 @@ class GreedyOptimizer(HypergradientMethod):
         if self.batches not in ("repeat", "stack"):
             raise ValueError(f'batches must be "repeat" or "stack", got {self.batches!r}')
 
+    @property
+    def batch_axis(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """1 for a stack of batches, 0 for a batch."""
+        return int(self.batches == "stack")
+
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         state: BilevelState,

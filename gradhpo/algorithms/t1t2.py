@@ -36,7 +36,8 @@ class T1T2Optimizer(HypergradientMethod):
       T: steps in an episode of `run`.
       update_fn: `(params, hyperparams, batch) -> params`, in place of `inner_optimizer`.
       eps: the step of the differences, along `u` or in λ. By default `0.01/‖u‖₂` (DARTS), or the
-        cube root of the machine epsilon times `max(1, |λ_i|)`.
+        cube root of the machine epsilon times `max(1, |λ_i|)`; with an `update_fn` that rounds
+        to bfloat16 a larger one is needed.
 
     Raises:
       ValueError: if neither or both of `inner_optimizer` and `update_fn` are given, or a number

@@ -1,0 +1,198 @@
+"""DARTS and coordinate differences against the exact vector-Jacobian product."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gradhpo import OneStepOptimizer, T1T2Optimizer
+from gradhpo.hypergradient import coordinate_differences, gradient_difference
+from tests import problems
+from tests.problems import assert_close, assert_same_bits
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+rng = np.random.default_rng(1)
+PARAMS = {"W": rng.normal(size=(3, 2)), "b": rng.normal(size=2)}
+LAM = {
+    "matrix": rng.normal(size=(3, 2)) - 2,
+    "nested": [rng.normal(size=4), {"scalar": np.full((), -1.0)}],
+    "lr": np.full((), 0.05),
+    "momentum": np.full((), 0.8),
+}
+BATCH = {"x": rng.normal(size=(4, 3)), "y": rng.normal(size=(4, 2))}
+VAL = {"x": rng.normal(size=(5, 3)), "y": rng.normal(size=(5, 2))}
+
+
+def train(params, lam, batch):
+    """Quadratic in the weights, whatever λ: its central differences in w are exact."""
+    errors = jnp.sum((batch["x"] @ params["W"] + params["b"] - batch["y"]) ** 2, axis=1)
+    weights, decay = lam["nested"]
+    penalty = jnp.sum(jnp.exp(lam["matrix"]) * params["W"] ** 2)
+    return weights @ errors / 4 + penalty + jnp.exp(decay["scalar"]) * jnp.sum(params["b"] ** 2)
+
+
+def train_without_lambda(params, lam, batch):
+    del lam
+    return train(params, LAM, batch)
+
+
+def val(params, lam, batch):
+    errors = (batch["x"] @ params["W"] + params["b"] - batch["y"]) ** 2
+    return jnp.mean(errors) + jnp.sum(lam["matrix"] ** 2)
+
+
+def val_without_params(params, lam, batch):
+    del params, batch
+    return jnp.sum(lam["matrix"] ** 2)
+
+
+def update(params, lam, batch):
+    """The user's own step, nonlinear in λ, through the learning rate too."""
+    gradient = jax.grad(train)(params, lam, batch)
+    return jax.tree.map(lambda w, g: w - jnp.sin(lam["lr"]) * g, params, gradient)
+
+
+INNER = {
+    "sgd": {"inner_optimizer": optax.sgd(0.1)},
+    "momentum": {"inner_optimizer": optax.sgd(0.1, momentum=0.9)},
+    "nesterov": {"inner_optimizer": optax.sgd(0.1, momentum=0.9, nesterov=True)},
+    "adam": {"inner_optimizer": optax.adam(0.05, eps=0.01)},
+    "sgd of λ": {"inner_optimizer": lambda lam: optax.sgd(lam["lr"], momentum=lam["momentum"])},
+    "adamw of λ": {
+        "inner_optimizer": lambda lam: optax.adamw(
+            lam["lr"], eps=0.01, weight_decay=lam["momentum"]
+        )
+    },
+    "update_fn": {"update_fn": update},
+}
+
+
+def both(inner, losses=(train, val), steps=3, **settings):
+    """The differences and the exact product, after steps that fill the optimizer's state."""
+    exact, differences = OneStepOptimizer(**inner), T1T2Optimizer(**inner, **settings)
+    step = jax.jit(lambda state: exact.estimate(state, BATCH, VAL, *losses)[:3])
+    state = exact.init(PARAMS, LAM)
+    for _ in range(steps):
+        _, params, opt_state = step(state)
+        state = state.update(params=params, inner_opt_state=opt_state)
+    return differences.compute_hypergradient(state, BATCH, VAL, *losses), step(state)[0]
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_differences_equal_the_exact_product_in_every_coordinate(name):
+    differences, exact = both(INNER[name])
+    assert_close(differences, exact, rtol=1e-8, atol=1e-9)
+    assert np.unique(exact["nested"][0]).size == 4  # a whole leaf shifted at once would show
+    if name in ("sgd of λ", "adamw of λ", "update_fn"):
+        assert abs(exact["lr"]) > 1e-3  # the optimizer's own, direct term
+
+
+@pytest.mark.parametrize("name", ["sgd", "update_fn"])
+@pytest.mark.parametrize("eps", [1e-1, 1e-4])
+def test_differences_hold_for_any_reasonable_eps(name, eps):
+    differences, exact = both(INNER[name], eps=eps)
+    error = 1e-9 / eps if name == "sgd" else max(eps**2, 1e-9 / eps)  # cubic in λ: O(ε²)
+    assert_close(differences, exact, rtol=0, atol=error)
+
+
+def test_eps_is_the_step_along_u():
+    # ((w + εu)³ - (w - εu)³)/2ε = 3w²u + ε²u³ shows what ε was.
+    w, u = jnp.array([1.0, -2.0]), jnp.array([0.3, 0.4])
+    for eps, used in [(0.7, 0.7), (None, 0.01 / 0.5)]:
+        found = gradient_difference(lambda w: w**3, w, u, eps)
+        assert_close(found, 3 * w**2 * u + used**2 * u**3, rtol=1e-9)
+
+
+def test_eps_is_the_step_of_a_coordinate():
+    lam = jnp.array([0.5, -3.0])
+    for eps in (0.7, None):
+        used = eps or np.finfo(float).eps ** (1 / 3) * np.maximum(1, np.abs(lam))
+        found = coordinate_differences(lambda x: x**3, jnp.ones(2), lam, eps, 2)
+        assert_close(found, 3 * lam**2 + used**2, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "update_fn"])
+def test_without_a_second_order_term_the_rest_is_exact_and_not_nan(name):
+    inner = {"update_fn": lambda w, lam, batch: w} if name == "update_fn" else INNER[name]
+    # No λ in the inner step: the second-order term is zero; no w in the validation loss: u = 0.
+    for losses in [(train_without_lambda, val), (train, val_without_params)]:
+        differences, _ = both(inner, losses, steps=0)
+        expected = {**jax.tree.map(np.zeros_like, LAM), "matrix": 2 * LAM["matrix"]}
+        assert_same_bits(differences, expected)
+
+
+@pytest.mark.parametrize("eps", [1e-30, 1e-310])
+@pytest.mark.parametrize("name", ["sgd", "update_fn"])
+def test_an_eps_lost_in_rounding_gives_a_zero_term(name, eps):
+    # What is left of a difference is then rounding noise, over a tiny (or subnormal) 2ε.
+    differences, _ = both(INNER[name], steps=0, eps=eps)
+    expected = {**jax.tree.map(np.zeros_like, LAM), "matrix": 2 * LAM["matrix"]}
+    assert_same_bits(differences, expected)
+
+
+def test_a_nan_in_the_validation_gradient_is_seen():
+    found = gradient_difference(lambda w: w**3, jnp.ones(2), jnp.array([jnp.nan, 1.0]), None)
+    assert np.isnan(found).all()
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "sgd of λ"])
+def test_bfloat16_weights_with_float32_hyperparameters(name):
+    with jax.enable_x64(False):
+        half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), PARAMS)
+        differences, exact = T1T2Optimizer(**INNER[name]), OneStepOptimizer(**INNER[name])
+        rounded = jax.tree.map(lambda x: x.astype(jnp.float32), half)
+        found = differences.compute_hypergradient(
+            differences.init(half, LAM), BATCH, VAL, train, val
+        )
+        expected = exact.compute_hypergradient(exact.init(rounded, LAM), BATCH, VAL, train, val)
+        assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float32")}
+        scale = optax.tree.norm(expected)
+        assert optax.tree.norm(optax.tree.sub(found, expected)) < 0.03 * scale
+
+
+def test_bfloat16_weights_under_an_update_fn_stay_finite():
+    # Φ returns bfloat16, which rounds away most of a small shift of λ: only finite is promised.
+    def half_update(w, lam, batch):
+        return jax.tree.map(lambda x: x.astype(jnp.bfloat16), update(w, lam, batch))
+
+    with jax.enable_x64(False):
+        half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), PARAMS)
+        optimizer = T1T2Optimizer(update_fn=half_update)
+        found = optimizer.compute_hypergradient(optimizer.init(half, LAM), BATCH, VAL, train, val)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+def test_coordinates_evaluated_in_chunks_equal_the_exact_product(chunk):
+    # 150 coordinates in three leaves: chunks end inside leaves, and the last one is not full.
+    lam = {"a": rng.normal(size=(10, 10)), "b": [rng.normal(size=49), rng.normal(size=())]}
+    lam = problems.as_jax(lam)
+    mixing = jnp.asarray(rng.normal(size=(5, 150)))
+
+    def phi(lam):
+        flat = jnp.concatenate([x.ravel() for x in jax.tree.leaves(lam)])
+        return {"w": jnp.sin(mixing @ flat / 10)}
+
+    alpha = {"w": jnp.asarray(rng.normal(size=5))}
+    exact = jax.jit(jax.vjp(phi, lam)[1])(alpha)[0]
+    found = jax.jit(lambda lam: coordinate_differences(phi, alpha, lam, None, chunk))(lam)
+    assert_close(found, exact, rtol=0, atol=1e-9)
+
+
+def test_more_hyperparameters_than_a_chunk_through_the_optimizer():
+    def scale_each(w, lam, batch):
+        return w * (1 - 0.1 * jnp.exp(lam)) + batch
+
+    def square(w, lam, batch):
+        return jnp.sum((w - batch) ** 2) + 0 * jnp.sum(lam)
+
+    n = 150
+    weights, lam, batch = rng.normal(size=n), rng.normal(size=n) - 1, rng.normal(size=n)
+    optimizer = T1T2Optimizer(update_fn=scale_each)
+    found = optimizer.compute_hypergradient(
+        optimizer.init(weights, lam), batch, batch, square, square
+    )
+    alpha = 2 * (scale_each(weights, lam, batch) - batch)
+    assert_close(found, -0.1 * alpha * np.exp(lam) * weights, rtol=1e-7, atol=1e-8)
