@@ -124,7 +124,7 @@ def estimate(optimizer, losses, state, batch, val_batch):
     """The hypergradient, and the state with its weights moved, from one compilation."""
     done = optimizer.estimate(state, batch, val_batch, *losses)
     moved = {"params": done.params, "inner_opt_state": done.inner_opt_state}
-    memory = {"step": state.step + 1, "metadata": dict(done.metadata)}
+    memory = {"step": state.step + 1, "metadata": dict(done.metadata or {})}
     return done.hypergradient, state.update(**moved, **memory)
 
 

@@ -1,0 +1,327 @@
+"""Data-parallel steps: the batch is divided over devices, and the result is one device's.
+
+The losses are replaced by their mean over the mesh axis; differentiating that mean gives exact
+derivatives of first and second order, so no algorithm knows that it runs in parallel.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.custom_derivatives import linear_call
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
+
+from gradhpo import episodes
+from gradhpo.errors import check_same_tree, scalar_loss
+from gradhpo.optimizer import BilevelOptimizer
+from gradhpo.parallel.mesh import axis_size
+from gradhpo.state import BilevelState, LossFn, PyTree, prepare
+
+Backend = Literal["shard_map", "auto", "pmap"]
+Rules = Callable[[str, Any], P]
+
+
+def data_parallel(
+    optimizer: BilevelOptimizer,
+    mesh: Mesh,
+    *,
+    axis: str = "data",
+    backend: Backend = "shard_map",
+    reduction: Literal["mean", "sum"] = "mean",
+    rules: Rules | None = None,
+) -> DataParallel:
+    """Return `optimizer` with its batches divided over the devices of a mesh axis.
+
+    The result has the same interface, and gives the numbers of one device: in `step`, `run`,
+    `solve` and a population.
+
+    - The losses average over the batch (or sum, with `reduction`). A loss with statistics of the
+      batch (batch normalization) sees those of each device's part, as everywhere in data
+      parallelism, and is then not what one device computes; with "auto" it is.
+    - Per-example hyperparameters are looked up by an index in the batch, and work.
+    - Randomness: a key in the batch is a leaf that is divided too, so give a key for each row;
+      a key in the parameters is the same on every device. With "auto" nothing changes.
+    - An `update_fn` has its gradient inside; the weights it returns on each part are averaged.
+      That is exact for an update linear in the gradient; for others use `inner_optimizer`.
+
+    Args:
+      optimizer: any `BilevelOptimizer`, one's own included.
+      mesh: from `make_mesh`, or any mesh with Auto axes.
+      axis: the mesh axis over which rows of a batch are divided.
+      backend: "shard_map": one program for each device, the fewest collectives; state replicated.
+        "auto": arrays are placed, and the compiler divides the work; exact for any function, and
+        with `rules` the state is divided too (FSDP). "pmap": for code that needs `jax.pmap`.
+      reduction: what the losses do over the rows of a batch.
+      rules: with "auto", a function `(path, array) -> PartitionSpec` for every leaf of the state,
+        the path as `jax.tree_util.keystr` writes it (`.params['w']`).
+
+    Raises:
+      ValueError: for an unknown backend, reduction or axis, for `rules` without "auto", or an
+        optimizer that remembers batches.
+    """
+    return DataParallel(optimizer, mesh, axis, backend, reduction, rules)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataParallel(BilevelOptimizer):
+    """A data-parallel optimizer; made by `data_parallel`."""
+
+    optimizer: BilevelOptimizer
+    mesh: Mesh
+    axis: str = "data"
+    backend: Backend = "shard_map"
+    reduction: Literal["mean", "sum"] = "mean"
+    rules: Rules | None = None
+
+    def __post_init__(self) -> None:
+        axis_size(self.mesh, self.axis)
+        for name, accepted in (
+            ("backend", ("shard_map", "auto", "pmap")),
+            ("reduction", ("mean", "sum")),
+        ):
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name} must be one of {accepted}, got {getattr(self, name)!r}")
+        if self.rules is not None and self.backend != "auto":
+            raise ValueError(f'rules need backend="auto", got {self.backend!r}')
+        if self.optimizer.remembers_batch and self.backend != "auto":
+            raise ValueError('distill_data mixes rows of whole batches: use backend="auto"')
+
+    # What the wrapped optimizer is, this one is too.
+    inner_optimizer = property(lambda self: self.optimizer.inner_optimizer)
+    outer_optimizer = property(lambda self: self.optimizer.outer_optimizer)
+    update_fn = property(lambda self: self.optimizer.update_fn)
+    T = property(lambda self: self.optimizer.T)
+    calibration_period = property(lambda self: self.optimizer.calibration_period)
+    remembers_batch = property(lambda self: self.optimizer.remembers_batch)
+    batch_axis = property(lambda self: self.optimizer.batch_axis)
+
+    def init(self, params: PyTree, hyperparams: PyTree, **extra: Any) -> BilevelState:
+        """Return the state before the first step, placed on the mesh; as the wrapped `init`."""
+        state = self.optimizer.init(params, hyperparams, **extra)
+        return self.place(state)
+
+    def place(self, state: BilevelState) -> BilevelState:
+        """Return the state on the mesh's devices: replicated, or by `rules`."""
+        state = prepare(state)
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(state)):
+            return self._constrain(state)
+        return jax.device_put(state, self._shardings(state))
+
+    def compute_hypergradient(
+        self,
+        state: BilevelState,
+        train_batch: PyTree,
+        val_batch: PyTree,
+        train_loss_fn: LossFn,
+        val_loss_fn: LossFn,
+    ) -> PyTree:
+        """Return the hypergradient of the whole batch."""
+        state = self.place(state)
+        return _hypergradient(self, state, train_batch, val_batch, train_loss_fn, val_loss_fn)
+
+    def advance(
+        self,
+        state: BilevelState,
+        train_batch: PyTree,
+        val_batch: PyTree,
+        train_loss_fn: LossFn,
+        val_loss_fn: LossFn,
+        lr_hyper: Any = None,
+    ) -> BilevelState:
+        """Take the step on the parts of the batch; traceable."""
+        batches, losses = (train_batch, val_batch), (train_loss_fn, val_loss_fn)
+        new = self.divided("advance", state, batches, losses, lr_hyper, self.batch_axis)
+        return self._constrain(new)
+
+    def calibrate(
+        self,
+        state: BilevelState,
+        train_batches: PyTree,
+        val_batch: PyTree,
+        train_loss_fn: LossFn,
+        val_loss_fn: LossFn,
+    ) -> BilevelState:
+        """Estimate the wrapped optimizer's own settings, from divided batches."""
+        batches, losses = (train_batches, val_batch), (train_loss_fn, val_loss_fn)
+        return self.divided("calibrate", state, batches, losses, None, batch_axis=1)
+
+    def reset(self, state: BilevelState, params: PyTree) -> BilevelState:
+        """Return `state` at the beginning of an episode that starts from `params`."""
+        return self._constrain(self.optimizer.reset(state, params))
+
+    def run(self, state: BilevelState, *args: Any, **kwargs: Any) -> BilevelState:
+        """Train in episodes; the arguments are those of the wrapped optimizer's `run`."""
+        bound = inspect.signature(self.optimizer.run).bind(state, *args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        losses = (given["train_loss_fn"], given["val_loss_fn"])
+        self.check_step(*losses, given["lr_hyper"])
+        rest = (given["lr_reptile"], given["lr_hyper"], given["callback"], given["progress"])
+        plan = episodes.Plan(given["M"], given.get("T", self.T), *rest)
+        draw = (given["get_train_batch"], given["get_val_batch"])
+        return episodes.run(self, prepare(self.place(state)), plan, *draw, *losses)
+
+    def on_part(self, losses: tuple[LossFn, LossFn]) -> tuple[BilevelOptimizer, LossFn, LossFn]:
+        """Return the optimizer and the losses as each device uses them on its part of a batch."""
+        n = axis_size(self.mesh, self.axis)
+        spread, gather = _collectives(self.axis, legacy=self.backend == "pmap")
+        share = 1 / n if self.reduction == "mean" else 1
+
+        def on_part(name: str, loss_fn: LossFn) -> LossFn:
+            checked = scalar_loss(name, loss_fn)
+
+            def loss(params: PyTree, hyperparams: PyTree, batch: PyTree) -> jax.Array:
+                params, hyperparams = spread((params, hyperparams))
+                return gather(share * checked(params, hyperparams, batch))
+
+            return loss
+
+        def update_fn(params: PyTree, hyperparams: PyTree, batch: PyTree) -> PyTree:
+            assert self.update_fn is not None
+            local, hyperparams = spread((params, hyperparams))
+            moved = self.update_fn(local, hyperparams, batch)
+            check_same_tree("update_fn", moved, "params", params)
+            change = optax.tree.scale(share, optax.tree.sub(moved, local))
+            return optax.tree.cast_like(optax.tree.add(params, gather(change)), params)
+
+        inner = self.optimizer
+        if self.update_fn is not None:
+            inner = copy.copy(inner)
+            object.__setattr__(inner, "update_fn", update_fn)
+        train_loss_fn, val_loss_fn = losses
+        return inner, on_part("train_loss_fn", train_loss_fn), on_part("val_loss_fn", val_loss_fn)
+
+    def divided(
+        self,
+        method: str,
+        state: BilevelState,
+        batches: tuple[PyTree, PyTree],
+        losses: tuple[LossFn, LossFn],
+        lr_hyper: Any,
+        batch_axis: int,
+    ) -> Any:
+        """Call the wrapped optimizer's method on the parts of the batches."""
+        n = axis_size(self.mesh, self.axis)
+        train_batch, val_batch = batches
+        _check_rows("train_batch", train_batch, n, batch_axis)
+        _check_rows("val_batch", val_batch, n, 0)
+        train_spec, val_spec = P(*[None] * batch_axis, self.axis), P(self.axis)
+        rate = () if lr_hyper is None else (lr_hyper,)
+
+        if self.backend == "auto":
+            place = functools.partial(_constrain_all, self.mesh)
+            batches = place(train_batch, train_spec), place(val_batch, val_spec)
+            return getattr(self.optimizer, method)(state, *batches, *losses, *rate)
+
+        inner, *local_losses = self.on_part(losses)
+
+        def on_device(state: Any, train_batch: Any, val_batch: Any, rate: Any) -> Any:
+            return getattr(inner, method)(state, train_batch, val_batch, *local_losses, *rate)
+
+        if self.backend == "pmap":
+            parts = _split_rows(train_batch, n, batch_axis), _split_rows(val_batch, n, 0)
+            devices = list(self.mesh.devices.ravel())
+            mapped = jax.pmap(
+                on_device, self.axis, in_axes=(None, 0, 0, None), out_axes=None, devices=devices
+            )
+            return mapped(state, *parts, rate)
+        specs = (P(), train_spec, val_spec, P())
+        mapped = jax.shard_map(on_device, mesh=self.mesh, in_specs=specs, out_specs=P())
+        return mapped(state, train_batch, val_batch, rate)
+
+    def _constrain(self, state: BilevelState) -> BilevelState:
+        if self.backend != "auto":
+            return state
+        return jax.lax.with_sharding_constraint(state, self._shardings(state))
+
+    def _shardings(self, state: BilevelState) -> BilevelState:
+        def sharding(path: Any, leaf: Any) -> NamedSharding:
+            spec = P() if self.rules is None else self.rules(keystr(path), leaf)
+            return NamedSharding(self.mesh, spec)
+
+        return tree_map_with_path(sharding, state)
+
+
+def fully_sharded(mesh: Mesh, axis: str = "data") -> Rules:
+    """Return rules that divide each array of the state along its first dimension that divides."""
+    n = axis_size(mesh, axis)
+
+    def rules(path: str, leaf: Any) -> P:
+        del path
+        fits = [i for i, size in enumerate(leaf.shape) if size and size % n == 0]
+        return P(*[None] * fits[0], axis) if fits else P()
+
+    return rules
+
+
+def _collectives(axis: str, *, legacy: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return `spread`, which copies a value to all devices, and `gather`, the sum over them.
+
+    Each is the other's transpose. `shard_map` tracks which values vary over devices, and its own
+    `pcast` and `psum` are such a pair; under `pmap` the transpose of `psum` is `psum`, which counts
+    each device once too often, and the pair is made here.
+    """
+    if not legacy:
+
+        def spread(tree: PyTree) -> PyTree:
+            return jax.tree.map(lambda x: jax.lax.pcast(x, axis, to="varying"), tree)
+
+        return spread, lambda tree: jax.lax.psum(tree, axis)
+
+    def copies(_: Any, x: Any) -> Any:
+        return x
+
+    def total(_: Any, x: Any) -> Any:
+        return jax.lax.psum(x, axis)
+
+    def linear(forward: Any, backward: Any) -> Callable[..., Any]:
+        return lambda tree: jax.tree.map(lambda x: linear_call(forward, backward, (), x), tree)
+
+    return linear(copies, total), linear(total, copies)
+
+
+def _check_rows(name: str, batch: PyTree, n: int, batch_axis: int) -> None:
+    for path, leaf in tree_flatten_with_path(batch)[0]:
+        shape = jnp.shape(leaf)
+        if len(shape) <= batch_axis or shape[batch_axis] % n:
+            raise ValueError(
+                f"{name} must have a multiple of {n} rows, one part for each of {n} devices; got "
+                f"shape {shape} at leaf {keystr(path) or 'root'}. Drop rows, or use pad_batch"
+            )
+
+
+def _split_rows(batch: PyTree, n: int, batch_axis: int) -> PyTree:
+    def split(x: Any) -> Any:
+        shape = jnp.shape(x)
+        parts = jnp.reshape(x, (*shape[:batch_axis], n, -1, *shape[batch_axis + 1 :]))
+        return jnp.moveaxis(parts, batch_axis, 0)
+
+    return jax.tree.map(split, batch)
+
+
+def _constrain_all(mesh: Mesh, batch: PyTree, spec: P) -> PyTree:
+    return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, spec))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def _hypergradient(
+    optimizer: DataParallel,
+    state: BilevelState,
+    train_batch: PyTree,
+    val_batch: PyTree,
+    train_loss_fn: LossFn,
+    val_loss_fn: LossFn,
+) -> PyTree:
+    batches, losses = (train_batch, val_batch), (train_loss_fn, val_loss_fn)
+    name = "compute_hypergradient"
+    return optimizer.divided(name, state, batches, losses, None, optimizer.batch_axis)

@@ -1,0 +1,118 @@
+"""Meshes with the axes "trial" and "data", and this process's part in a job of several."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gradhpo.state import PyTree
+
+
+def make_mesh(*, trial: int = 1, data: int | None = None, devices: Any = None) -> Mesh:
+    """Return a mesh with the axes "trial" and "data".
+
+    Args:
+      trial: devices along "trial", over which a population's slots are divided.
+      data: devices along "data", over which batches are divided; by default all that remain.
+      devices: a sequence of devices; by default all of the job's.
+
+    Raises:
+      ValueError: if there are not `trial * data` devices.
+    """
+    found: Sequence[Any] = jax.devices() if devices is None else list(devices)
+    data = len(found) // trial if data is None else data
+    if trial < 1 or data < 1 or trial * data > len(found):
+        raise ValueError(f"trial={trial} times data={data} devices wanted, {len(found)} found")
+    # Explicit axes, the default of `jax.make_mesh`, would make `shard_map` refuse unsharded input.
+    axis_types = (AxisType.Auto, AxisType.Auto)
+    used = np.asarray(found[: trial * data]).reshape(trial, data)
+    return Mesh(used, ("trial", "data"), axis_types=axis_types)
+
+
+def axis_size(mesh: Mesh, axis: str) -> int:
+    """Return the number of devices along an axis.
+
+    Raises:
+      ValueError: if the mesh has no such axis.
+    """
+    if axis not in mesh.shape:
+        raise ValueError(f"axis must be one of the mesh's {tuple(mesh.shape)}, got {axis!r}")
+    return mesh.shape[axis]
+
+
+def initialize(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Join this process to a job of several, before any JAX computation.
+
+    Without arguments the job is read from the environment of SLURM, Open MPI or a TPU pod, as
+    `jax.distributed.initialize` does it.
+
+    Args:
+      coordinator: `host:port` of process 0.
+      num_processes: processes in the job.
+      process_id: this process's number, from 0.
+
+    Raises:
+      ValueError: if only some of the three are given, or the number is out of range.
+    """
+    given = {
+        "coordinator": coordinator,
+        "num_processes": num_processes,
+        "process_id": process_id,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if missing and len(missing) < len(given):
+        raise ValueError(f"initialize takes all of {list(given)} or none; missing {missing}")
+    if process_id is not None and not 0 <= process_id < (num_processes or 0):
+        raise ValueError(f"process_id must be in [0, {num_processes}), got {process_id}")
+    jax.distributed.initialize(coordinator, num_processes, process_id)
+
+
+def global_batch(batch: PyTree, mesh: Mesh, axis: str = "data") -> PyTree:
+    """Return the batch of the whole job from this process's rows of it.
+
+    Args:
+      batch: a pytree of arrays `(rows of this process, …)`, as many in each process.
+      mesh: a mesh over the devices of all processes.
+      axis: the mesh axis that divides the rows.
+    """
+    axis_size(mesh, axis)
+    sharding = NamedSharding(mesh, P(axis))
+    return jax.tree.map(
+        lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), batch
+    )
+
+
+def pad_batch(batch: PyTree, devices: int) -> tuple[PyTree, np.ndarray]:
+    """Pad a batch with zeros to a multiple of `devices` rows, with weights that undo the padding.
+
+    The weights are 0 for padded rows and `padded rows / rows` for the others: the mean of
+    `weights * loss of each row` over all rows, on one device or on many, is the mean over the real
+    rows. Pass the weights in the batch, and use them so in the loss.
+
+    Args:
+      batch: a pytree of arrays `(rows, …)`.
+      devices: the number of devices along the data axis.
+
+    Returns:
+      The padded batch, and the weights, float32 `(padded rows,)`.
+    """
+    sizes = {np.shape(leaf)[0] for leaf in jax.tree.leaves(batch)}
+    if len(sizes) != 1:
+        raise ValueError(f"batch must have one number of rows, got {sorted(sizes)}")
+    (rows,) = sizes
+    padded = math.ceil(rows / devices) * devices
+
+    def pad(leaf: Any) -> np.ndarray:
+        leaf = np.asarray(leaf)
+        return np.pad(leaf, [(0, padded - rows)] + [(0, 0)] * (leaf.ndim - 1))
+
+    weights = np.where(np.arange(padded) < rows, padded / rows, 0).astype(np.float32)
+    return jax.tree.map(pad, batch), weights
