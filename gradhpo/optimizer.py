@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -157,6 +158,7 @@ class BilevelOptimizer(abc.ABC):
     ) -> BilevelState:
         """Take the step of `step` as a pure function, for use inside another traced program."""
         done = self.estimate(state, train_batch, val_batch, train_loss_fn, val_loss_fn)
+        chex.assert_rank([done.train_loss, done.val_loss], 0)
         check_same_tree("hypergradient", done.hypergradient, "hyperparams", state.hyperparams)
         hyperparams, outer_opt_state = self._outer_update(done.hypergradient, state, lr_hyper)
         metrics = {

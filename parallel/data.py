@@ -16,6 +16,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jax.custom_derivatives import linear_call
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -29,6 +30,11 @@ from gradhpo.state import BilevelState, LossFn, PyTree, prepare
 
 Backend = Literal["shard_map", "auto", "pmap"]
 Rules = Callable[[str, Any], P]
+# What the wrapped optimizer is, the data-parallel one is too.
+_SHARED = (
+    *("inner_optimizer", "outer_optimizer", "update_fn"),
+    *("T", "calibration_period", "remembers_batch", "batch_axis"),
+)
 
 
 def data_parallel(
@@ -95,15 +101,8 @@ class DataParallel(BilevelOptimizer):
             raise ValueError(f'rules need backend="auto", got {self.backend!r}')
         if self.optimizer.remembers_batch and self.backend != "auto":
             raise ValueError('distill_data mixes rows of whole batches: use backend="auto"')
-
-    # What the wrapped optimizer is, this one is too.
-    inner_optimizer = property(lambda self: self.optimizer.inner_optimizer)
-    outer_optimizer = property(lambda self: self.optimizer.outer_optimizer)
-    update_fn = property(lambda self: self.optimizer.update_fn)
-    T = property(lambda self: self.optimizer.T)
-    calibration_period = property(lambda self: self.optimizer.calibration_period)
-    remembers_batch = property(lambda self: self.optimizer.remembers_batch)
-    batch_axis = property(lambda self: self.optimizer.batch_axis)
+        for name in _SHARED:
+            object.__setattr__(self, name, getattr(self.optimizer, name))
 
     def init(self, params: PyTree, hyperparams: PyTree, **extra: Any) -> BilevelState:
         """Return the state before the first step, placed on the mesh; as the wrapped `init`."""
@@ -113,7 +112,7 @@ class DataParallel(BilevelOptimizer):
     def place(self, state: BilevelState) -> BilevelState:
         """Return the state on the mesh's devices: replicated, or by `rules`."""
         state = prepare(state)
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(state)):
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(state)):
             return self._constrain(state)
         return jax.device_put(state, self._shardings(state))
 

@@ -1,0 +1,139 @@
+"""The models of the benchmarks, in plain JAX; λ: a weight for every training row, a decay."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import gradhpo
+
+ROWS = 256
+"""Training rows, each with its own weight σ(λ_i)."""
+
+
+class Task(NamedTuple):
+    """A problem, with a batch of it to take steps on."""
+
+    problem: gradhpo.Problem
+    train_batch: Any
+    val_batch: Any
+
+    def start(self) -> tuple[Any, Any]:
+        """Return weights and hyperparameters."""
+        return self.problem.start(jax.random.key(0))
+
+
+def mlp(width: int = 128) -> Task:
+    """Return an MLP of two hidden layers on 64 inputs and 10 classes."""
+    sizes = (64, width, width, 10)
+
+    def predict(params: Any, x: jax.Array) -> jax.Array:
+        *hidden, last = params
+        for layer in hidden:
+            x = jax.nn.relu(x @ layer["w"] + layer["b"])
+        return x @ last["w"] + last["b"]
+
+    def init(key: jax.Array) -> Any:
+        keys = jax.random.split(key, len(sizes) - 1)
+        pairs = zip(keys, sizes[:-1], sizes[1:], strict=True)
+        return [{"w": _matrix(key, n, m), "b": jnp.zeros(m)} for key, n, m in pairs]
+
+    return _task(init, predict, (64,), batch_size=64)
+
+
+def cnn(channels: int = 16) -> Task:
+    """Return a CNN of two 3x3 convolutions on images of 16x16x3."""
+
+    def predict(params: Any, x: jax.Array) -> jax.Array:
+        for kernel in params["kernels"]:
+            dimensions = ("NHWC", "HWIO", "NHWC")
+            x = jax.lax.conv_general_dilated(
+                x, kernel, (2, 2), "SAME", dimension_numbers=dimensions
+            )
+            x = jax.nn.relu(x)
+        return x.mean((1, 2)) @ params["out"]
+
+    def init(key: jax.Array) -> Any:
+        first, second, out = jax.random.split(key, 3)
+        shapes = ((first, 3, channels), (second, channels, 2 * channels))
+        kernels = [_matrix(key, 9 * n, m).reshape(3, 3, n, m) for key, n, m in shapes]
+        return {"kernels": kernels, "out": _matrix(out, 2 * channels, 10)}
+
+    return _task(init, predict, (16, 16, 3), batch_size=32)
+
+
+def transformer(layers: int = 2, width: int = 64, length: int = 32, heads: int = 4) -> Task:
+    """Return a transformer encoder with pre-norm blocks, mean pooling and 10 classes."""
+
+    def normalize(x: jax.Array) -> jax.Array:
+        x = x - x.mean(-1, keepdims=True)
+        return x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+
+    def block(p: Any, x: jax.Array) -> jax.Array:
+        n, t, d = x.shape
+        qkv = (normalize(x) @ p["qkv"]).reshape(n, t, 3, heads, d // heads)
+        mixed = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        x = x + mixed.reshape(n, t, d) @ p["out"]
+        return x + jax.nn.gelu(normalize(x) @ p["up"]) @ p["down"]
+
+    def predict(params: Any, x: jax.Array) -> jax.Array:
+        for p in params["blocks"]:
+            x = block(p, x)
+        return normalize(x).mean(1) @ params["head"]
+
+    def init(key: jax.Array) -> Any:
+        shapes = {"qkv": (1, 3), "out": (1, 1), "up": (1, 4), "down": (4, 1)}
+
+        def one(key: jax.Array) -> Any:
+            items = zip(jax.random.split(key, 4), shapes.items(), strict=True)
+            return {name: _matrix(k, n * width, m * width) for k, (name, (n, m)) in items}
+
+        blocks = [one(k) for k in jax.random.split(key, layers)]
+        return {"blocks": blocks, "head": _matrix(key, width, 10)}
+
+    return _task(init, predict, (length, width), batch_size=16)
+
+
+TASKS = {"MLP": mlp, "CNN": cnn, "transformer": transformer}
+
+
+def _matrix(key: jax.Array, n: int, m: int) -> jax.Array:
+    return jax.random.normal(key, (n, m)) / jnp.sqrt(n)
+
+
+def _task(init: Any, predict: Any, shape: tuple[int, ...], batch_size: int) -> Task:
+    keys = jax.random.split(jax.random.key(1), 4)
+    x = jax.random.normal(keys[0], (ROWS, *shape))
+    y = jax.random.randint(keys[1], (ROWS,), 0, 10)
+    val_batch = {
+        "x": jax.random.normal(keys[2], (batch_size, *shape)),
+        "y": jax.random.randint(keys[3], (batch_size,), 0, 10),
+    }
+
+    def losses(params: Any, batch: Any) -> jax.Array:
+        logits = predict(params, batch["x"])
+        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+
+    def train_loss(params: Any, lam: Any, batch: Any) -> jax.Array:
+        weights = jax.nn.sigmoid(lam["logits"][batch["index"]])
+        decay = jnp.exp(lam["log_decay"]) * optax.tree.norm(params, squared=True)
+        return jnp.mean(weights * losses(params, batch)) + decay
+
+    def val_loss(params: Any, lam: Any, batch: Any) -> jax.Array:
+        del lam
+        return jnp.mean(losses(params, batch))
+
+    def start(key: jax.Array) -> Any:
+        return init(key), {"logits": jnp.zeros(ROWS), "log_decay": jnp.asarray(-7.0)}
+
+    def rows(index: jax.Array) -> Any:
+        return {"x": x[index], "y": y[index], "index": index}
+
+    def batch(key: jax.Array) -> Any:
+        return rows(jax.random.randint(key, (batch_size,), 0, ROWS)), val_batch
+
+    problem = gradhpo.Problem(start, train_loss, val_loss, batch=batch)
+    return Task(problem, rows(jnp.arange(batch_size)), val_batch)

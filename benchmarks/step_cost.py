@@ -1,0 +1,181 @@
+"""What a step costs: against plain training, and against the same mathematics written by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import by_hand
+import jax
+import jax.numpy as jnp
+import models
+import optax
+import typer
+from measure import CompileCounter, Report, cost, paired_ratio
+
+import gradhpo
+from gradhpo import episodes
+from gradhpo import optimizer as core
+
+INNER = optax.adam(1e-3)
+OUTER = optax.adam(1e-2)
+
+
+def optimizers() -> dict[str, gradhpo.BilevelOptimizer]:
+    """Return the library's optimizers under the names of `by_hand.steps`."""
+    made = (
+        gradhpo.FOOptimizer(INNER, OUTER),
+        gradhpo.OneStepOptimizer(INNER, OUTER),
+        gradhpo.T1T2Optimizer(INNER, OUTER),
+        gradhpo.GreedyOptimizer(INNER, OUTER, by_hand.UNROLL, by_hand.GREEDY_GAMMA),
+        gradhpo.OnlineHypergradientOptimizer(INNER, OUTER, gamma=by_hand.GAMMA),
+    )
+    return dict(zip(list(hand_steps(models.mlp()))[1:], made, strict=True))
+
+
+def hand_steps(task: models.Task) -> Any:
+    """Return the steps written by hand for a task."""
+    return by_hand.steps(task.problem.train_loss, task.problem.val_loss, INNER, OUTER)
+
+
+def step_rows(task: models.Task, name: str, rounds: int) -> list[list[str]]:
+    """Measure each method's step on a task."""
+    params, hyperparams = task.start()
+    carry = by_hand.start(params, hyperparams, INNER, OUTER)
+    batches = (task.train_batch, task.val_batch)
+    losses = (task.problem.train_loss, task.problem.val_loss)
+    hand = {name: jax.jit(step) for name, step in hand_steps(task).items()}
+    plain_step = hand.pop("plain training")
+    plain_flops, plain_bytes = cost(plain_step.lower(carry, *batches).compile())
+    rows: list[list[str]] = []
+    for method, optimizer in optimizers().items():
+        state = optimizer.init(params, hyperparams)
+        by_hand_step = hand[method]
+
+        def ours(optimizer: Any = optimizer, state: Any = state) -> Any:
+            return optimizer.step(state, *batches, *losses)
+
+        def theirs(step: Any = by_hand_step) -> Any:
+            return step(carry, *batches)
+
+        def plain() -> Any:
+            return plain_step(carry, *batches)
+
+        compiled_step: Any = core._step  # pyright: ignore[reportPrivateUsage]
+        lowered = compiled_step.lower(optimizer, state, *batches, *losses, None)
+        flops, temporary = cost(lowered.compile())
+        hand_flops, hand_bytes = cost(by_hand_step.lower(carry, *batches).compile())
+        ratio, low, high = paired_ratio(ours, theirs, rounds)
+        against_plain = paired_ratio(ours, plain, rounds)[0]
+        rows.append(
+            [
+                name,
+                method,
+                f"{flops / plain_flops:.2f}",
+                f"{temporary / plain_bytes:.2f}",
+                f"{against_plain:.2f}",
+                f"{flops / hand_flops:.3f}",
+                f"{temporary / hand_bytes:.3f}",
+                f"{ratio:.2f} ({low:.2f}-{high:.2f})",
+            ]
+        )
+    return rows
+
+
+def solve_rows(tasks: dict[str, models.Task], rounds: int, steps: int) -> list[list[str]]:
+    """Measure `solve` against a `lax.scan` written by hand, both with batches drawn inside."""
+    rows: list[list[str]] = []
+    key = jax.random.key(0)
+    for name, task in tasks.items():
+        for method, optimizer in optimizers().items():
+            length = steps // (by_hand.UNROLL if "Greedy" in method else 1)
+            step = hand_steps(task)[method]
+
+            @jax.jit
+            def scan(key: Any, step: Any = step, task: Any = task, length: int = length) -> Any:
+                def body(carry: Any, i: Any) -> Any:
+                    return step(carry, *task.problem.batch(jax.random.fold_in(key, i)))
+
+                carry = by_hand.start(*task.problem.start(key), INNER, OUTER)
+                return jax.lax.scan(body, carry, jnp.arange(length))
+
+            def theirs(scan: Any = scan) -> Any:
+                return jax.device_get(scan(key)[1])
+
+            def ours(optimizer: Any = optimizer, task: Any = task, length: int = length) -> Any:
+                return gradhpo.solve(task.problem, optimizer, length, key, progress=False).metrics
+
+            ratio, low, high = paired_ratio(ours, theirs, rounds)
+            rows.append([name, method, str(length), f"{ratio:.2f} ({low:.2f}-{high:.2f})"])
+    return rows
+
+
+def compile_rows(task: models.Task) -> list[list[str]]:
+    """Count what `run` compiles for several lengths, and how often it compiles its step."""
+    params, hyperparams = task.start()
+    losses = (task.problem.train_loss, task.problem.val_loss)
+    rows: list[list[str]] = []
+    kinds: dict[str, Any] = {
+        "First-Order": gradhpo.FOOptimizer,
+        "One-Step": gradhpo.OneStepOptimizer,
+        "T1-T2": gradhpo.T1T2Optimizer,
+        "HyperDistill": gradhpo.OnlineHypergradientOptimizer,
+    }
+    for method, kind in kinds.items():
+        counts: list[str] = []
+        for M, length in ((2, 5), (20, 5), (5, 20)):
+            jax.clear_caches()
+            takes_length = kind in (gradhpo.FOOptimizer, gradhpo.OneStepOptimizer)
+            optimizer: Any = kind(INNER) if takes_length else kind(INNER, T=length)
+            with CompileCounter() as compiled:
+                optimizer.run(
+                    optimizer.init(params, hyperparams),
+                    M,
+                    *([length] if takes_length else []),
+                    lambda: task.train_batch,
+                    lambda: task.val_batch,
+                    *losses,
+                    lr_hyper=0.1,
+                    progress=False,
+                )
+            counts.append(f"{compiled.count} ({core_steps()} step)")
+        rows.append([method, *counts])
+    return rows
+
+
+def core_steps() -> int:
+    """Return how many versions of the step `run` compiled since the caches were cleared."""
+    compiled_step: Any = episodes._guarded_step  # pyright: ignore[reportPrivateUsage]
+    return compiled_step._cache_size()
+
+
+def main(
+    rounds: Annotated[int, typer.Option(min=1, help="Paired rounds for each ratio.")] = 15,
+    steps: Annotated[int, typer.Option(min=10, help="Steps of `solve` and of the scan.")] = 500,
+    output: Annotated[Path | None, typer.Option(help="Write the tables as Markdown.")] = None,
+) -> None:
+    """Measure steps, whole runs and compiles. Ratios are medians of paired runs, with quartiles."""
+    command = f"make bench ARGS='--rounds {rounds} --steps {steps}'"
+    report = Report("What a step costs", command)
+    report.say(
+        "Adam inside and outside, float32. λ: a weight for each of 256 training rows and a weight "
+        "decay. FLOPs and bytes of temporaries are XLA's own figures for the compiled step; times "
+        "are medians (and quartiles) of the ratio over paired rounds."
+    )
+    tasks = {name: make() for name, make in models.TASKS.items()}
+    columns = ["model", "method", "FLOPs / plain", "memory / plain", "time / plain"]
+    columns += ["FLOPs / hand", "memory / hand", "time / hand"]
+    rows = [row for name, task in tasks.items() for row in step_rows(task, name, rounds)]
+    report.table("A step against plain training, and against one written by hand", columns, rows)
+    columns = ["model", "method", "steps", "time / hand"]
+    rows = solve_rows(tasks, max(3, rounds // 3), steps)
+    report.table("`solve` against a `lax.scan` written by hand", columns, rows)
+    columns = ["method", "M = 2, T = 5", "M = 20, T = 5", "M = 5, T = 20"]
+    report.table(
+        "Programs compiled by `run`, whatever M and T", columns, compile_rows(tasks["MLP"])
+    )
+    report.write(output)
+
+
+if __name__ == "__main__":
+    typer.run(main)
