@@ -26,8 +26,7 @@ def sqrt(x: jax.Array) -> jax.Array:
 def _sqrt_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
     (x,), (dx,) = primals, tangents
     root = sqrt(x)
-    slope = jnp.where(x == 0, 0, 0.5 / jnp.where(x == 0, 1, root))
-    return root, slope * dx
+    return root, 0.5 / jnp.where(x == 0, jnp.inf, root) * dx
 
 
 @jax.custom_jvp
@@ -39,9 +38,8 @@ def div(x: jax.Array, y: jax.Array) -> jax.Array:
 @div.defjvp
 def _div_jvp(primals: Any, tangents: Any) -> Any:
     (x, y), (dx, dy) = primals, tangents
-    slope = jnp.where(y == 0, 0, 1 / jnp.where(y == 0, 1, y))
-    quotient = div(x, y)
-    return quotient, slope * (dx - jnp.where(y == 0, 0, quotient) * dy)
+    slope = 1 / jnp.where(y == 0, jnp.inf, y)
+    return div(x, y), slope * (dx - (x * slope) * dy)
 
 
 def with_finite_derivatives(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -97,11 +97,20 @@ def canonical(state: BilevelState) -> BilevelState:
 
 
 def prepare(state: BilevelState) -> BilevelState:
-    """Return `state` ready for a compiled step: typed leaves, and every metric present."""
+    """Return `state` ready for a compiled step: typed leaves, and every metric present.
+
+    A state that a step returned is ready, and costs only a look at its leaves.
+    """
+    if all(name in state.metadata for name in METRICS) and all(map(_typed, jax.tree.leaves(state))):
+        return state
     missing = [name for name in METRICS if name not in state.metadata]
     if missing:
         state = state.update(metadata=dict.fromkeys(missing, float("nan")))
     return canonical(state)
+
+
+def _typed(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not leaf.weak_type
 
 
 def as_array(leaf: Any, dtype: Any = None) -> Any:
