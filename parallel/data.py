@@ -200,6 +200,24 @@ class DataParallel(BilevelOptimizer):
         train_loss_fn, val_loss_fn = losses
         return inner, on_part("train_loss_fn", train_loss_fn), on_part("val_loss_fn", val_loss_fn)
 
+    def part(
+        self, train_batch: PyTree, val_batch: PyTree, batch_axis: int
+    ) -> tuple[PyTree, PyTree]:
+        """Return this device's rows of whole batches, inside a `shard_map`."""
+        n = axis_size(self.mesh, self.axis)
+        _check_rows("train_batch", train_batch, n, batch_axis)
+        _check_rows("val_batch", val_batch, n, 0)
+
+        def rows(batch: PyTree, axis: int) -> PyTree:
+            def mine(x: jax.Array) -> jax.Array:
+                size = x.shape[axis] // n
+                start = jax.lax.axis_index(self.axis) * size
+                return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+
+            return jax.tree.map(mine, batch)
+
+        return rows(train_batch, batch_axis), rows(val_batch, 0)
+
     def divided(
         self,
         method: str,

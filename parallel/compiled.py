@@ -1,0 +1,284 @@
+"""Compiled programs that are shared: kept by their step key, sent as bytes, and counted.
+
+A step key says what identifies a compiled program: the computation, the shapes, the layout, the
+versions, the devices and the flags. Equal keys, equal programs, equal bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import threading
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import serialize_executable
+from jax.sharding import NamedSharding
+
+from gradhpo.state import PyTree
+
+MAGIC = b"gradhpo executable 1\n"
+
+
+class CompileWarning(UserWarning):
+    """Bytes could not be used, and the program was compiled here instead."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepKey:
+    """What identifies a compiled program."""
+
+    computation: str
+    """SHA-256 of the lowered program (StableHLO), shapes and shardings included."""
+    shapes: tuple[str, ...]
+    """The arguments, by path, as `float32[8,3]`."""
+    layout: str
+    """How slots are laid out; see `Population`."""
+    jax: str
+    jaxlib: str
+    device_kind: str
+    devices: int
+    processor: str
+    """What the CPU can do, for programs of the CPU; they may not run on another."""
+    flags: tuple[str, ...]
+    """`XLA_FLAGS`, and the settings of JAX that change numbers."""
+
+    def digest(self) -> str:
+        """Return 64 hexadecimal digits."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self)).encode()).hexdigest()
+
+    def difference(self, other: StepKey) -> str | None:
+        """Return which field differs, with both values; None where none does."""
+        for field in dataclasses.fields(self):
+            mine, its = getattr(self, field.name), getattr(other, field.name)
+            if mine != its:
+                return f"{field.name} is {_short(its)}, here {_short(mine)}"
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What this process did to get its programs."""
+
+    compiles: int = 0
+    """Programs compiled by XLA."""
+    loads: int = 0
+    """Programs loaded from bytes."""
+    hits: int = 0
+    """Programs found in this process, by their step key."""
+    refusals: int = 0
+    """Bytes refused; each was followed by a compile or a hit."""
+
+
+class Compiled:
+    """A program for one step key. Call it with arguments of the shapes that it was made for."""
+
+    def __init__(self, key: StepKey, executable: jax.stages.Compiled) -> None:
+        self.key = key
+        self.executable = executable
+
+    def __call__(self, *args: PyTree) -> PyTree:
+        """Run the program."""
+        return self.executable(*args)
+
+    def serialize(self) -> bytes:
+        """Return the program as bytes: its step key, a checksum, and XLA's own serialization."""
+        payload, _, _ = serialize_executable.serialize(self.executable)
+        header = {
+            "key": dataclasses.asdict(self.key),
+            "sha256": hashlib.sha256(payload).hexdigest(),
+            "size": len(payload),
+        }
+        return MAGIC + json.dumps(header).encode() + b"\n" + payload
+
+    def bytes_needed(self) -> int:
+        """Return the bytes on one device while it runs: arguments, results and temporaries."""
+        return needed(self.executable)
+
+
+def compile(function: Callable[..., Any], *args: PyTree, layout: str = "") -> Compiled:
+    """Compile a function for arguments like these, unless this process has the program already.
+
+    Args:
+      function: traceable; jitted here.
+      *args: arrays, or `jax.ShapeDtypeStruct`s with their shardings.
+      layout: a name that becomes part of the step key.
+    """
+    lowered, key = _lower(function, args, layout)
+    return _find_or_compile(lowered, key)
+
+
+def load(blob: bytes, function: Callable[..., Any], *args: PyTree, layout: str = "") -> Compiled:
+    """Return the program in `blob`, from `Compiled.serialize`, for the given function.
+
+    The function is traced and lowered here, not compiled, and its step key must be the blob's.
+    A blob that is damaged, or made for something else, is refused with a `CompileWarning` that
+    says why, and the program is compiled here.
+
+    Warning: never load bytes from an untrusted place. The checksum finds damage, not malice: an
+    executable is code, and it is unpickled, so whoever made the bytes runs what they like.
+
+    Args:
+      blob: bytes.
+      function: as for `compile`.
+      *args: as for `compile`.
+      layout: as for `compile`.
+    """
+    lowered, key = _lower(function, args, layout)
+    with _LOCK:
+        known = _PROGRAMS.get(key)
+    if known is not None:
+        _count(hits=1)
+        return known
+    reason, payload = _open(blob, key)
+    if reason is None:
+        try:
+            compiled = Compiled(key, _deserialize(payload, lowered, _devices(args)))
+        except Exception as error:
+            reason = f"XLA could not load it: {error}"
+        else:
+            _count(loads=1)
+            return _keep(compiled)
+    _count(refusals=1)
+    warnings.warn(f"{reason}; the program is compiled here", CompileWarning, stacklevel=2)
+    return _find_or_compile(lowered, key)
+
+
+def counts() -> Counts:
+    """Return how many programs this process compiled, loaded and found since it began."""
+    with _LOCK:
+        return _COUNTS[0]
+
+
+def clear() -> None:
+    """Forget all programs; the counts go on."""
+    with _LOCK:
+        _PROGRAMS.clear()
+
+
+def needed(executable: jax.stages.Compiled) -> int:
+    """Return the bytes on one device while a program runs, from XLA's memory analysis."""
+    memory: Any = executable.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return held + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+
+
+_LOCK = threading.Lock()
+_PROGRAMS: dict[StepKey, Compiled] = {}
+_COUNTS = [Counts()]
+
+
+def _lower(
+    function: Callable[..., Any], args: tuple[PyTree, ...], layout: str
+) -> tuple[Any, StepKey]:
+    lowered = jax.jit(function).lower(*args)
+    leaves = jax.tree_util.tree_flatten_with_path(args)[0]
+    devices = _devices(args)
+    kind = devices[0]
+    flags = [f"XLA_FLAGS={os.environ.get('XLA_FLAGS', '')}"]
+    for name in ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion"):
+        flags.append(f"{name}={getattr(jax.config, name)}")
+    key = StepKey(
+        computation=hashlib.sha256(lowered.as_text().encode()).hexdigest(),
+        shapes=tuple(f"{jax.tree_util.keystr(path)} {_shape(leaf)}" for path, leaf in leaves),
+        layout=layout,
+        jax=jax.__version__,
+        jaxlib=version("jaxlib"),
+        device_kind=f"{kind.platform} {kind.device_kind}",
+        devices=len(devices),
+        processor=_processor() if kind.platform == "cpu" else "",
+        flags=tuple(flags),
+    )
+    return lowered, key
+
+
+def _find_or_compile(lowered: Any, key: StepKey) -> Compiled:
+    with _LOCK:
+        known = _PROGRAMS.get(key)
+    if known is not None:
+        _count(hits=1)
+        return known
+    compiled = Compiled(key, lowered.compile())
+    _count(compiles=1)
+    return _keep(compiled)
+
+
+def _keep(compiled: Compiled) -> Compiled:
+    with _LOCK:
+        return _PROGRAMS.setdefault(compiled.key, compiled)
+
+
+def _count(**more: int) -> None:
+    with _LOCK:
+        old = dataclasses.asdict(_COUNTS[0])
+        _COUNTS[0] = Counts(**{name: n + more.get(name, 0) for name, n in old.items()})
+
+
+def _open(blob: bytes, key: StepKey) -> tuple[str | None, bytes]:
+    """Return why the blob is refused, or None and its payload."""
+    if not blob.startswith(MAGIC):
+        return "the bytes are not a serialized program of this version of gradhpo", b""
+    line, _, payload = blob[len(MAGIC) :].partition(b"\n")
+    try:
+        header = json.loads(line)
+        fields: dict[str, Any] = header["key"]
+        lists = {name: tuple(fields[name]) for name in ("shapes", "flags")}
+        restored: Any = fields | lists
+        its = StepKey(**restored)
+        size, checksum = header["size"], header["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        return f"the header of the program is damaged ({error})", b""
+    if len(payload) != size:
+        return f"the program is cut: {len(payload)} of {size} bytes", b""
+    if hashlib.sha256(payload).hexdigest() != checksum:
+        return "the program is damaged: its checksum does not match", b""
+    if (difference := key.difference(its)) is not None:
+        return f"the program was made for something else: its {difference}", b""
+    return None, payload
+
+
+def _deserialize(payload: bytes, lowered: Any, devices: list[Any]) -> jax.stages.Compiled:
+    trees = (lowered.in_tree, lowered.out_tree)
+    return serialize_executable.deserialize_and_load(payload, *trees, execution_devices=devices)
+
+
+def _devices(args: tuple[PyTree, ...]) -> list[Any]:
+    """Return the devices that a program for these arguments runs on, in their order."""
+    placed = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(args)]
+    for sharding in placed:
+        if isinstance(sharding, NamedSharding):
+            mesh: Any = sharding.mesh
+            return list(mesh.devices.ravel())
+    for sharding in placed:
+        if sharding is not None:
+            return list(sharding.device_set)
+    return jax.devices()[:1]
+
+
+def _shape(leaf: Any) -> str:
+    dtype = getattr(leaf, "dtype", None)
+    return f"{dtype if dtype is not None else np.asarray(leaf).dtype}{list(np.shape(leaf))}"
+
+
+def _processor() -> str:
+    """Return a hash of the CPU's model and instruction sets."""
+    wanted = ("model name", "flags", "Features")
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as info:
+            first = info.read().split("\n\n")[0]
+    except OSError:
+        first = f"flags: {platform.machine()} {platform.processor()}"
+    lines = [line for line in first.splitlines() if line.startswith(wanted)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) < 60 else f"{text[:28]}…{text[-28:]}"

@@ -1,0 +1,462 @@
+"""`Population`: many trials as one `BilevelState`, and a generation of them as one program."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gradhpo.episodes import faults
+from gradhpo.errors import check_count
+from gradhpo.optimizer import BilevelOptimizer
+from gradhpo.parallel import batching as layouts
+from gradhpo.parallel import compiled
+from gradhpo.parallel.batching import Batching, Layout
+from gradhpo.parallel.compiled import Compiled
+from gradhpo.parallel.data import DataParallel
+from gradhpo.problem import Problem, stream
+from gradhpo.state import METRICS, BilevelState, PyTree, prepare
+
+MOST_SLOTS = 2**20
+"""On one device, that "fit" tries."""
+CALIBRATION_STEPS = 2
+"""Steps of the programs that `batching="auto"` compares."""
+
+
+class Population:
+    """Trials in slots: each with its own weights, hyperparameters, rates and random stream.
+
+    A generation is one compiled `scan`; what differs between trials are numbers in it, so that
+    nothing compiles again when they change. A slot whose metrics stop being finite is frozen in
+    the state before, with the step, counted from 1 over all generations, in
+    `metadata["diverged_at"]` (0 for never); the others go on. At one layout a slot's bits do not
+    depend on its neighbours.
+
+    Args:
+      problem: with traceable data: `batch`, and `data` for arrays.
+      optimizer: any `BilevelOptimizer`; a `data_parallel` one divides each trial's batches too.
+      slots: how many trials, or "fit" for as many as the device holds.
+      mesh: from `make_mesh`; slots are divided over its axis "trial".
+      batching: "vmap": all slots at once; "map": one after another; an integer: so many at once;
+        "shard": divided over the mesh, all of a device at once; "shard/map", "shard/16": divided,
+        then so. "auto" measures these on a few steps and takes the fastest; afterwards the
+        attribute `batching` names it, and a run that must give the same bits passes that.
+      data_key: a key from which `problem.data` makes the data shared by all slots; an array of
+        `slots` keys makes data for each slot.
+      memory: bytes on one device that "fit" may use; by default 90% of what the device has.
+
+    Raises:
+      ValueError: for host data, or an argument out of range.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        optimizer: BilevelOptimizer,
+        slots: int | Literal["fit"],
+        mesh: Mesh | None = None,
+        batching: Batching = "auto",
+        *,
+        data_key: jax.Array | None = None,
+        memory: int | None = None,
+    ) -> None:
+        if problem.batch is None:
+            accepted = "Problem.batch, drawn on the device; arrays of the host go into Problem.data"
+            raise ValueError(f"a population needs {accepted}")
+        if isinstance(optimizer, DataParallel):
+            if optimizer.backend != "shard_map":
+                got = f'got backend="{optimizer.backend}"'
+                raise ValueError(f'data_parallel in a population needs backend="shard_map", {got}')
+            if mesh is not None and mesh != optimizer.mesh:
+                raise ValueError("mesh must be the one of data_parallel, or left out")
+            mesh = optimizer.mesh
+        self.problem, self.optimizer, self.mesh = problem, optimizer, mesh
+        self._data_key = jax.random.key(0) if data_key is None else data_key
+        self._programs: dict[Any, Compiled] = {}
+        self._layout: Layout | None = None
+        if slots == "fit":
+            limit = _memory_limit(mesh) if memory is None else memory
+            slots = _largest(functools.partial(self._needs, batching=batching), mesh, limit)
+        check_count("slots", slots)
+        self.slots = slots
+        if self._per_slot_data and self._data_key.shape != (slots,):
+            raise ValueError(
+                f"data_key must be a key, or one for each of {slots} slots, "
+                f"got shape {self._data_key.shape}"
+            )
+        self._layout = layouts.parse(batching, slots, mesh)
+        if self._layout is None:
+            found = layouts.candidates(slots, mesh)
+            self._layout = found[0] if len(found) == 1 else None
+
+    @property
+    def batching(self) -> Batching:
+        """The layout: as given, or what "auto" found, and "auto" until it has measured."""
+        return "auto" if self._layout is None else self._layout.name
+
+    @functools.cached_property
+    def data(self) -> PyTree:
+        """What `problem.data` made, on the devices; with a leading slot axis if drawn per slot."""
+        made = jax.jit(self._make_data)(self._data_key)
+        return jax.device_put(made, self._sharding() if self._per_slot_data else self._replicated())
+
+    def init(
+        self, key: jax.Array, *, params: PyTree = None, hyperparams: PyTree = None
+    ) -> BilevelState:
+        """Return the first state, with a leading slot axis; slot i starts from `split(key)[i]`.
+
+        Args:
+          key: one key.
+          params: weights to start from instead, with a leading slot axis.
+          hyperparams: hyperparameters to start from instead, with a leading slot axis.
+        """
+        given = {"params": params, "hyperparams": hyperparams}
+        given = {name: tree for name, tree in given.items() if tree is not None}
+        for name, tree in given.items():
+            _check_slots(name, tree, self.slots)
+        keys = jax.random.split(key, self.slots)
+        return self._call("init", self._first, self._place(keys), self._place(given), self.data)
+
+    def run(
+        self, state: BilevelState, steps: int, keys: jax.Array, lr_hyper: Any = None
+    ) -> tuple[BilevelState, dict[str, jax.Array]]:
+        """Take a generation of steps in every slot.
+
+        Args:
+          state: from `init`, `run` or `select`; it stays valid.
+          steps: steps in the generation. Another number is another program.
+          keys: one key for each slot, `(slots,)`; with the step's number in this generation it
+            decides the batch, so that a generation that is run again gives the same bits.
+          lr_hyper: where there is no `outer_optimizer`: a number, or one for each slot.
+
+        Returns:
+          The state, and the five metrics of every step, each `(steps, slots)`; NaN from a slot's
+          divergence on.
+
+        Raises:
+          ValueError: if a leading axis is not the slots, or for an argument out of range.
+        """
+        check_count("steps", steps)
+        args = self._arguments(state, keys, lr_hyper)
+        if self._layout is None:
+            self._layout = self._calibrated(*args)
+        return self._generation_program(steps, self._layout, *args)(*args)
+
+    def calibrate(self, state: BilevelState, keys: jax.Array) -> BilevelState:
+        """Let each slot's optimizer estimate its own settings (HyperDistill's θ), from `T` batches.
+
+        Args:
+          state: its weights are where the estimate starts.
+          keys: one key for each slot, from which the batches are drawn.
+        """
+        optimizer = self._on_device()[0]
+        if not optimizer.calibration_period:
+            return state
+        args = self._arguments(state, keys, None, check_rate=False)
+        return self._call("calibrate", self._over(self._calibrate_one, Layout("map")), *args)
+
+    def select(self, state: BilevelState, parents: Any) -> BilevelState:
+        """Return a population whose slot i is a copy of slot `parents[i]`: a gather on the device.
+
+        Raises:
+          ValueError: if `parents` is not one index for each slot, all in range.
+        """
+        parents = np.asarray(parents)
+        wanted = f"parents must be {self.slots} integers, each a slot from 0 to {self.slots - 1}"
+        if parents.shape != (self.slots,) or not np.issubdtype(parents.dtype, np.integer):
+            raise ValueError(f"{wanted}; got {parents.dtype} of shape {parents.shape}")
+        if ((parents < 0) | (parents >= self.slots)).any():
+            raise ValueError(f"{wanted}; got {parents[(parents < 0) | (parents >= self.slots)][0]}")
+        parents = jax.device_put(parents.astype(np.int32), self._replicated())
+        return self._call("select", _gather, self._place(state), parents)
+
+    def compile(self, state: BilevelState, steps: int, lr_hyper: Any = None) -> Compiled:
+        """Return the program of `run`, compiled now; `Compiled.serialize` makes bytes of it."""
+        args = self._arguments(state, jax.random.split(jax.random.key(0), self.slots), lr_hyper)
+        if self._layout is None:
+            self._layout = self._calibrated(*args)
+        return self._generation_program(steps, self._layout, *args)
+
+    def load(self, blob: bytes, state: BilevelState, steps: int, lr_hyper: Any = None) -> Compiled:
+        """Use a program that another process compiled; see `parallel.compiled.load`.
+
+        Never load bytes from an untrusted place. `batching` must be given, not "auto": the layout
+        is part of the program.
+        """
+        check_count("steps", steps)
+        if self._layout is None:
+            raise ValueError('load needs the layout: pass the other Population\'s "batching"')
+        args = self._arguments(state, jax.random.split(jax.random.key(0), self.slots), lr_hyper)
+        function, name = self._generation(steps, self._layout), str(self._layout.name)
+        program = compiled.load(blob, function, *args, layout=name)
+        self._programs[_program_key("run", steps, name, args)] = program
+        return program
+
+    # --- what is traced -------------------------------------------------------------------------
+
+    def _make_data(self, key: jax.Array) -> PyTree:
+        make = self.problem.start_data
+        return jax.vmap(make)(key) if self._per_slot_data else make(key)
+
+    def _first(self, keys: jax.Array, given: dict[str, Any], data: PyTree) -> BilevelState:
+        """Return every slot's first state."""
+        optimizer = self._on_device()[0]
+
+        def one(key: jax.Array, given: dict[str, Any], data: PyTree) -> BilevelState:
+            drawn = dict(zip(("params", "hyperparams"), self.problem.start(key), strict=True))
+            start, extra = drawn | given, {}
+            if optimizer.remembers_batch:
+                train, _ = self.problem.draw(jax.random.fold_in(stream(key, "batches"), 0), data)
+                extra = {"train_batch": train, "key": stream(key, "optimizer")}
+            state = prepare(optimizer.init(start["params"], start["hyperparams"], **extra))
+            flags = {"trial_step": jnp.int32(0), "diverged_at": jnp.int32(0)}
+            return state.update(metadata=flags)
+
+        data_axis = 0 if self._per_slot_data else None
+        first = jax.vmap(one, in_axes=(0, 0, data_axis))(keys, given, data)
+        sharding = self._sharding()
+        return first if sharding is None else jax.lax.with_sharding_constraint(first, sharding)
+
+    def _generation(self, steps: int, layout: Layout) -> Callable[..., Any]:
+        """Return the function of a generation: `(state, keys, lr_hyper, data)`, stacked."""
+        optimizer, losses, part = self._on_device()
+
+        def one(state: BilevelState, key: jax.Array, lr_hyper: Any, data: PyTree) -> Any:
+            def body(state: BilevelState, i: jax.Array) -> Any:
+                drawn = self.problem.draw(jax.random.fold_in(stream(key, "batches"), i), data)
+                train, val = part(*drawn, optimizer.batch_axis)
+                return _guard(state, optimizer.advance(state, train, val, *losses, lr_hyper))
+
+            return jax.lax.scan(body, state, jnp.arange(steps, dtype=jnp.int32))
+
+        slots = self._over(one, layout)
+
+        def generation(*args: Any) -> Any:
+            state, rows = slots(*args)
+            return state, {name: row.T for name, row in rows.items()}
+
+        return generation
+
+    def _calibrate_one(
+        self, state: BilevelState, key: jax.Array, lr_hyper: Any, data: PyTree
+    ) -> BilevelState:
+        del lr_hyper
+        optimizer, losses, part = self._on_device()
+        keys = jax.random.split(stream(key, "calibration"), optimizer.T)
+        trains, vals = jax.lax.map(lambda key: self.problem.draw(key, data), keys)
+        train, val = part(trains, jax.tree.map(lambda x: x[-1], vals), 1)
+        return optimizer.calibrate(state, train, val, *losses)
+
+    def _over(self, one: Callable[..., Any], layout: Layout) -> Callable[..., Any]:
+        """Return `one` over all slots in this layout, and over the mesh's devices."""
+
+        def slots(state: BilevelState, keys: Any, lr_hyper: Any, data: PyTree) -> Any:
+            stacked, each = (state, keys, lr_hyper), one
+            if self._per_slot_data:
+                stacked = (*stacked, data)
+            else:
+
+                def each(state: BilevelState, key: jax.Array, lr_hyper: Any) -> Any:
+                    return one(state, key, lr_hyper, data)
+
+            return layout.over_slots(each, keys.shape[0])(*stacked)
+
+        if self.mesh is None:
+            return slots
+        trial = self._sharding().spec
+        specs = (trial, trial, trial, trial if self._per_slot_data else P())
+        return jax.shard_map(slots, mesh=self.mesh, in_specs=specs, out_specs=trial)
+
+    def _on_device(self) -> tuple[BilevelOptimizer, tuple[Any, Any], Callable[..., Any]]:
+        """Return the optimizer and the losses as a device calls them, and its part of batches."""
+        losses = (self.problem.train_loss, self.problem.val_loss)
+        if not isinstance(self.optimizer, DataParallel):
+            return self.optimizer, losses, lambda train, val, _: (train, val)
+        inner, *local_losses = self.optimizer.on_part(losses)
+        return inner, (local_losses[0], local_losses[1]), self.optimizer.part
+
+    # --- programs -------------------------------------------------------------------------------
+
+    def _call(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
+        key = _program_key(name, 0, "", args)
+        if key not in self._programs:
+            self._programs[key] = compiled.compile(function, *args)
+        return self._programs[key](*args)
+
+    def _generation_program(self, steps: int, layout: Layout, *args: Any) -> Compiled:
+        name = str(layout.name)
+        key = _program_key("run", steps, name, args)
+        if key not in self._programs:
+            function = self._generation(steps, layout)
+            self._programs[key] = compiled.compile(function, *args, layout=name)
+        return self._programs[key]
+
+    def _calibrated(self, *args: Any) -> Layout:
+        """Return the fastest layout, measured once for a step key in this process."""
+        found = layouts.candidates(self.slots, self.mesh)
+        limit = _memory_limit(self.mesh)
+        programs: dict[Layout, Compiled] = {}
+        for layout in found:
+            program = self._generation_program(CALIBRATION_STEPS, layout, *args)
+            known = _FASTEST.get(program.key) if not programs else None
+            if known is not None:
+                return known
+            if layout.within == "map" or program.bytes_needed() <= limit:
+                programs[layout] = program
+        first = next(iter(programs.values())).key
+        _FASTEST[first] = layouts.fastest(programs, *args)
+        return _FASTEST[first]
+
+    def _arguments(
+        self, state: BilevelState, keys: Any, lr_hyper: Any, check_rate: bool = True
+    ) -> tuple[Any, ...]:
+        if check_rate:
+            losses = (self.problem.train_loss, self.problem.val_loss)
+            self.optimizer.check_step(*losses, lr_hyper)
+        _check_slots("state", state, self.slots)
+        if not isinstance(keys, jax.Array) or not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
+            raise TypeError(f"keys must be an array of keys from jax.random.key, got {keys!r}")
+        if keys.shape != (self.slots,):
+            raise ValueError(f"keys must have shape ({self.slots},), one a slot; got {keys.shape}")
+        rates = None
+        if lr_hyper is not None:
+            rates = np.asarray(lr_hyper, jnp.result_type(float))
+            if rates.shape not in ((), (self.slots,)):
+                raise ValueError(
+                    f"lr_hyper must be a number or {self.slots}, one a slot; got {rates.shape}"
+                )
+            rates = np.broadcast_to(rates, (self.slots,))
+        return (*self._place((prepare(state), keys, rates)), self.data)
+
+    def _needs(self, slots: int, batching: Batching) -> int:
+        """Return the bytes on one device of a population of so many slots; nothing is allocated."""
+        layout = layouts.parse(batching, slots, self.mesh)
+        layout = layout or layouts.candidates(slots, self.mesh)[-1]  # "vmap" needs the most
+        if self._per_slot_data:
+            raise ValueError('slots="fit" needs one data_key, shared by all slots')
+        self._layout = layout
+        data = jax.eval_shape(self._make_data, self._data_key)
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), slots))
+        state = jax.eval_shape(self._first, keys, {}, data)
+        rates = None
+        if self.optimizer.outer_optimizer is None:
+            rates = jax.ShapeDtypeStruct((slots,), jnp.result_type(float))
+
+        def placed(tree: PyTree, sharding: Any) -> PyTree:
+            def place(x: Any) -> jax.ShapeDtypeStruct:
+                return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+            return jax.tree.map(place, tree)
+
+        args = (*placed((state, keys, rates), self._sharding()), placed(data, self._replicated()))
+        lowered = jax.jit(self._generation(CALIBRATION_STEPS, layout)).lower(*args)
+        return compiled.needed(lowered.compile())
+
+    # --- placement ------------------------------------------------------------------------------
+
+    @property
+    def _per_slot_data(self) -> bool:
+        return jnp.ndim(self._data_key) > 0
+
+    def _sharding(self) -> Any:
+        """Return where arrays with a slot axis lie; None without a mesh."""
+        if self.mesh is None:
+            return None
+        sharded = self.mesh.shape.get("trial", 1) > 1
+        sharded = sharded if self._layout is None else self._layout.sharded
+        return NamedSharding(self.mesh, P("trial") if sharded else P())
+
+    def _replicated(self) -> Any:
+        return None if self.mesh is None else NamedSharding(self.mesh, P())
+
+    def _place(self, tree: PyTree) -> PyTree:
+        return jax.device_put(tree, self._sharding())
+
+
+_FASTEST: dict[compiled.StepKey, Layout] = {}
+
+
+def _guard(old: BilevelState, new: BilevelState) -> tuple[BilevelState, dict[str, jax.Array]]:
+    """Return the new state, or the old one from the first step on that is not finite; and a row."""
+    taken, since = old.metadata["trial_step"] + 1, old.metadata["diverged_at"]
+    bad = faults(new.metadata).any()
+    stopped = (since > 0) | bad
+    new = new.update(metadata={"trial_step": taken})
+    kept = jax.tree.map(lambda a, b: jnp.where(stopped, a, b), old, new)
+    since = jnp.where((since == 0) & bad, taken, since)
+    row = {name: jnp.where(stopped, jnp.nan, new.metadata[name]) for name in METRICS}
+    return kept.update(metadata={"diverged_at": since}), row
+
+
+def _gather(state: BilevelState, parents: jax.Array) -> BilevelState:
+    return jax.tree.map(lambda x: x[parents], state)
+
+
+def _program_key(name: str, steps: int, layout: str, args: tuple[Any, ...]) -> Any:
+    leaves, structure = jax.tree.flatten(args)
+    return name, steps, layout, structure, tuple((x.shape, x.dtype) for x in leaves)
+
+
+def _check_slots(name: str, tree: PyTree, slots: int) -> None:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if np.shape(leaf)[:1] != (slots,):
+            where = jax.tree_util.keystr(path) or "root"
+            raise ValueError(
+                f"{name} must have a leading axis of {slots} slots; leaf {where} has shape "
+                f"{np.shape(leaf)}"
+            )
+
+
+def _memory_limit(mesh: Mesh | None) -> int:
+    """Return 90% of a device's memory, in bytes; for a CPU device, of its share of the host's."""
+    devices = jax.devices()[:1] if mesh is None else list(mesh.devices.ravel())
+    stats = devices[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(0.9 * (stats["bytes_limit"] - stats.get("bytes_in_use", 0)))
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(0.9 * free / len(devices))
+
+
+def _largest(needs: Callable[[int], int], mesh: Mesh | None, limit: int) -> int:
+    """Return the most slots whose program needs no more than `limit` bytes on a device.
+
+    Bytes grow nearly linearly with slots; each guess comes from a line through what was measured,
+    and is measured itself.
+    """
+    unit = 1 if mesh is None else mesh.shape.get("trial", 1)
+    low, low_bytes = unit, needs(unit)
+    if low_bytes > limit:
+        raise ValueError(
+            f'slots="fit": one slot on each device needs {low_bytes:,} bytes, and {limit:,} are '
+            "there; give more memory=, or a smaller problem"
+        )
+    high, high_bytes = 2 * unit, needs(2 * unit)
+    while high_bytes <= limit:  # outgrow the limit, by the line but at least doubling
+        low, low_bytes = high, high_bytes
+        high *= 2
+        high_bytes = needs(high)
+        if high >= MOST_SLOTS * unit:
+            return low
+    for _ in range(30):
+        if high - low <= max(unit, low // 50 // unit * unit):
+            break
+        slope = (high_bytes - low_bytes) / (high - low)
+        guess = low + int((limit - low_bytes) / max(slope, 1e-9))
+        guess = guess // unit * unit
+        guess = min(max(guess, low + unit), high - unit)
+        measured = needs(guess)
+        if measured <= limit:
+            low, low_bytes = guess, measured
+            guess = min(max(low + max(unit, low // 50 // unit * unit), low + unit), high - unit)
+            if guess > low and needs(guess) > limit:
+                return low
+        else:
+            high, high_bytes = guess, measured
+    return low
