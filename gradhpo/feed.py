@@ -150,7 +150,7 @@ class _Reader:
                 accepted = "must give (train_batch, val_batch) pairs"
                 got = f"{type(given).__name__} at index {self._count}"
                 raise TypeError(f"Problem.batches {accepted}, got {got}")
-            pair = jax.tree.map(np.asarray, tuple(given))
+            pair = jax.tree.map(np.array, tuple(given))  # a copy: its owner may use it again
             if self._first is None:
                 self._first = pair
             check_same_tree(f"Problem.batches: pair {self._count}", pair, "pair 0", self._first)

@@ -18,15 +18,19 @@ from jax.extend.core import Jaxpr, Literal, primitives
 
 @jax.custom_jvp
 def sqrt(x: jax.Array) -> jax.Array:
-    """Return the square root of `x`, with derivative 0 at 0."""
-    return jnp.sqrt(x)
+    """Return the square root of `x`, with derivative 0 at 0; and 0 where `x` is negative.
+
+    Rectified Adam has such a root in the branch that it does not take, and its NaN would meet the
+    derivative that comes back.
+    """
+    return jnp.sqrt(jnp.maximum(x, 0))
 
 
 @sqrt.defjvp
 def _sqrt_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
     (x,), (dx,) = primals, tangents
     root = sqrt(x)
-    return root, 0.5 / jnp.where(x == 0, jnp.inf, root) * dx
+    return root, 0.5 / jnp.where(x <= 0, jnp.inf, root) * dx
 
 
 @jax.custom_jvp
@@ -44,6 +48,8 @@ def _div_jvp(primals: Any, tangents: Any) -> Any:
 
 def with_finite_derivatives(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return `function` with derivatives of `sqrt` and `/` at 0 taken as 0; values are unchanged.
+
+    (But for the root of a negative number, which is 0 instead of NaN.)
 
     The function is traced, and its operations replayed with the other root and quotient in place
     of JAX's, in branches and scans too; `while` loops and custom derivatives are left as they are.

@@ -51,16 +51,20 @@ def gradient_difference(
     """Return `(∂g/∂w)·u` for `g = gradient(params)`, by central differences along `u`.
 
     `[g(w + εu) - g(w - εu)] / 2ε` with `ε = 0.01/‖u‖₂` unless given (Liu et al. 2019, eq. 7-8).
-    A zero or infinite `u`, which leaves no usable ε, gives zero.
+    A zero or infinite `u`, which leaves no usable ε, gives zero. Weights of low precision are
+    shifted in float32; where `g` takes them in their own precision only, ε is the cube root of its
+    machine epsilon over `‖u‖₂`.
     """
     length = norm(u)
     usable = (length > 0) & jnp.isfinite(length)
-    step = jnp.where(usable, 0.01 / jnp.where(usable, length, 1), 0) if eps is None else eps
+    wide = _widest(gradient, params)
+    machine = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(wide))
+    distance = max(0.01, machine ** (1 / 3))
+    step = jnp.where(usable, distance / jnp.where(usable, length, 1), 0) if eps is None else eps
     step = jnp.where(usable, step, 0).astype(length.dtype)
-    wide = at_least_float32(params)
 
     def shifted(signed_step: jax.Array) -> PyTree:
-        return jax.tree.map(lambda w, d: w + (signed_step * d).astype(w.dtype), wide, u)
+        return jax.tree.map(lambda w, d: (w + signed_step * d).astype(w.dtype), wide, u)
 
     ahead, behind = shifted(step), shifted(-step)
     moved = jax.tree.reduce(
@@ -77,6 +81,34 @@ def gradient_difference(
     return jax.tree.map(slope, plus, minus)
 
 
+def without_dead_weights(u: PyTree, gradient: PyTree) -> PyTree:
+    """Return `u` with 0 where the gradient is 0 and `u` is out of all proportion.
+
+    Adam divides by 1e-8 for a weight that has never had a gradient, such as an embedding row that
+    no batch has used; its mixed derivative is 0, but it would take the whole step of a difference.
+    """
+    live = jax.tree.map(lambda u, g: jnp.max(jnp.where(g == 0, 0, jnp.abs(u))), u, gradient)
+    most = jax.tree.reduce(jnp.maximum, at_least_float32(live))
+
+    def mask(u: jax.Array, g: jax.Array) -> jax.Array:
+        return jnp.where((g == 0) & (most > 0) & (jnp.abs(u) > 1000 * most), 0, u)
+
+    return jax.tree.map(mask, u, gradient)
+
+
+def _widest(gradient: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
+    """Return the weights in float32 or better, or as they are where `gradient` refuses that."""
+    wide = at_least_float32(params)
+    same = jax.tree.map(lambda a, b: a.dtype == b.dtype, wide, params)
+    if all(jax.tree.leaves(same)):
+        return params
+    try:
+        jax.eval_shape(gradient, wide)
+    except (TypeError, ValueError):  # a convolution, or the carry of a scan, of one dtype
+        return params
+    return wide
+
+
 def coordinate_differences(
     phi: Callable[[PyTree], PyTree],
     alpha: PyTree,
@@ -87,15 +119,17 @@ def coordinate_differences(
     """Return `α·∂Φ/∂λ` by central differences on λ, one coordinate at a time.
 
     `α·∂Φ/∂λ_i ≈ ⟨α, Φ(λ + ε_i e_i) - Φ(λ - ε_i e_i)⟩ / 2ε_i`, for every coordinate of every leaf:
-    2·dim(λ) evaluations of Φ. `ε_i` is `eps`, or the cube root of the machine epsilon times
-    `max(1, |λ_i|)`. `chunk` coordinates are evaluated together. A step lost in rounding gives zero.
+    2·dim(λ) evaluations of Φ. `ε_i` is `eps`, or the cube root of the machine epsilon (of λ or of
+    the weights, whichever is larger) times `max(1, |λ_i|)`. `chunk` coordinates are evaluated
+    together. A step lost in rounding gives zero.
     """
     leaves, structure = jax.tree.flatten(hyperparams)
     sizes = [leaf.size for leaf in leaves]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    coarsest = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(alpha))
 
     def shift(leaf: jax.Array, start: int, index: jax.Array, sign: int) -> jax.Array:
-        machine = float(jnp.finfo(leaf.dtype).eps) ** (1 / 3)
+        machine = max(float(jnp.finfo(leaf.dtype).eps), coarsest) ** (1 / 3)
         width = machine * jnp.maximum(1, jnp.abs(leaf)) if eps is None else eps
         here = jnp.arange(leaf.size).reshape(leaf.shape) + start == index
         return jnp.where(here, (leaf + sign * width).astype(leaf.dtype), leaf)

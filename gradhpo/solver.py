@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 import warnings
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from gradhpo.errors import (
     check_callable,
     check_count,
     check_number,
+    check_same_tree,
 )
 from gradhpo.feed import Segment, Timetable, device_feed, host_feed, host_pairs
 from gradhpo.optimizer import BilevelOptimizer
@@ -88,7 +90,8 @@ def solve(
       eval_every: steps between evaluations of `problem.metrics` and calls of `callback`; by
         default only after the last.
       resume: a solution of the same problem, optimizer and key, to go on from. An iterator of
-        host batches is read on from where it stands (exactly the batches used were read); a list,
+        host batches is read on from where it stands (exactly the batches used were read, unless
+        the run diverged, which is found at the end of a chunk); a list,
         or a function that makes an iterator, is started anew, and the batches used are skipped.
       callback: called as `callback(steps, state)` at every evaluation.
       progress: whether to draw a progress bar (needs tqdm); None draws one on a terminal.
@@ -126,6 +129,8 @@ def solve(
     batched = jnp.shape(key) != ()
     program = Program(described, optimizer, schedule, episode_length, batched)
     first = 0 if resume is None else resume.steps
+    if resume is not None:
+        _check_resume(resume, key, episode_length)
     if first > steps:
         raise ValueError(f"resume has taken {first} steps already, more than steps={steps}")
     timetable = Timetable(
@@ -168,11 +173,10 @@ class _Run:
     ) -> None:
         self.program, self.key = program, key
         self.rates = {name: np.asarray(r, jnp.result_type(float)) for name, r in rates.items()}
-        self.data = None if program.problem.data is None else program.data(key)
         self.done = 0
         self.latest: dict[str, float] = {}
         self._carry: Carry | None = None
-        self._planned, self._compiled, self._evaluated = 8, False, 0
+        self._planned, self._compiled, self._evaluated, self._checked = 8, False, 0, False
         self._metrics: list[dict[str, np.ndarray]] = []
         self._evals: list[dict[str, np.ndarray]] = []
         self._eval_steps: list[int] = []
@@ -183,6 +187,7 @@ class _Run:
             self.done = resume.steps
             self._metrics, self._evals = [resume.metrics], [resume.evals]
             self._eval_steps = resume.eval_steps.tolist()
+            self._evaluated = max(self._eval_steps, default=0)
             if program.batched:  # a run alone goes on, with a lower rate perhaps
                 self._diverged = np.array(resume.diverged_at)
                 self._frozen = self._carry
@@ -192,16 +197,38 @@ class _Run:
         """Which runs have not diverged: bools, `()` or `(n,)`."""
         return self._diverged == 0
 
+    @functools.cached_property
+    def data(self) -> PyTree:
+        """`Problem.data` of the run or runs."""
+        return None if self.program.problem.data is None else self.program.data(self.key)
+
     def begin(self, segment: Segment) -> None:
         """Make the first carry if there is none, and calibrate where the segment says so."""
-        if self._carry is None:
+        if not self._checked:
             pair = jax.tree.map(lambda x: x[0], segment.host)
-            self._carry = self.program.init(self.key, self.data, pair)
+            first = self._check(segment, pair)
+            if self._carry is None:
+                self._carry = self.program.init(self.key, self.data, pair)
+            else:
+                check_same_tree("resume", self._carry, "the state of this run", first)
+            self._checked = True
         if segment.calibrate:
             index = np.int32(segment.start)
             self._carry = self.program.calibrate(
                 self._carry, self.key, self.data, index, segment.host
             )
+
+    def _check(self, segment: Segment, pair: PyTree) -> Carry:
+        """Trace a run, and compile nothing: what is wrong with a loss is said here."""
+        data: PyTree = None
+        if self.program.problem.data is not None:
+            data = jax.eval_shape(self.program.data, self.key)
+        first = jax.eval_shape(self.program.init, self.key, data, pair)
+        if not segment.calibrate:
+            span = dict.fromkeys(("start", "n", "offset"), np.int32(0))
+            args = (first, self.key, data, self.rates, span, segment.host)
+            jax.eval_shape(lambda *args: self.program.chunk(*args, segment.capacity), *args)
+        return first
 
     def advance(self, segment: Segment, until: int) -> int:
         """Take steps of the segment, no more than until the given one; return how many."""
@@ -301,6 +328,18 @@ def _concatenate(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     parts = [part for part in parts if part]
     names = parts[0] if parts else {}
     return {name: np.concatenate([part[name] for part in parts]) for name in names}
+
+
+def _check_resume(resume: Any, key: jax.Array, episode_length: int | None) -> None:
+    """Raise if the solution is not one of a run with these keys and episodes."""
+    if not isinstance(resume, Solution):
+        raise TypeError(f"resume must be a Solution, got {type(resume).__name__}")
+    shape = np.shape(resume.diverged_at)
+    if shape != key.shape:
+        raise ValueError(f"resume must be of a run with keys of shape {key.shape}, got {shape}")
+    if (resume.phi is None) != (episode_length is None):
+        had, has = ("none", episode_length) if resume.phi is None else ("episodes", None)
+        raise ValueError(f"resume had {had} for episode_length, and now it is {has}")
 
 
 def _check_key(key: Any) -> jax.Array:

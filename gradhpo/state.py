@@ -65,21 +65,28 @@ class BilevelState:
         state = cls(params, hyperparams, inner_opt_state, outer_opt_state, 0, dict(metadata or {}))
         return canonical(state)
 
-    def update(self, **fields: Any) -> BilevelState:
-        """Return a copy with `fields` replaced.
+    def update(
+        self,
+        params: PyTree = None,
+        hyperparams: PyTree = None,
+        inner_opt_state: PyTree = None,
+        outer_opt_state: PyTree = None,
+        step: Any = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> BilevelState:
+        """Return a copy with the given fields replaced.
 
         `metadata` is merged into the present metadata; a field given as None keeps its value.
-
-        Raises:
-          TypeError: if a name is not a field of the state.
         """
-        names = [field.name for field in dataclasses.fields(self)]
-        if unknown := sorted(set(fields) - set(names)):
-            raise TypeError(f"BilevelState has no field {unknown[0]!r}; its fields are {names}")
-        changes = {name: value for name, value in fields.items() if value is not None}
-        if "metadata" in changes:
-            changes["metadata"] = {**self.metadata, **changes["metadata"]}
-        return dataclasses.replace(self, **changes)
+        given = {
+            "params": params,
+            "hyperparams": hyperparams,
+            "inner_opt_state": inner_opt_state,
+            "outer_opt_state": outer_opt_state,
+            "step": step,
+        }
+        changes = {name: value for name, value in given.items() if value is not None}
+        return dataclasses.replace(self, metadata={**self.metadata, **(metadata or {})}, **changes)
 
     def get_metric(self, key: str, default: Any = None) -> Any:
         """Return `metadata[key]`, or `default` where there is none."""
@@ -110,7 +117,8 @@ def prepare(state: BilevelState) -> BilevelState:
 
 
 def _typed(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and not leaf.weak_type
+    # Arrays of PRNG keys have no weak type.
+    return isinstance(leaf, jax.Array) and not getattr(leaf, "weak_type", False)
 
 
 def as_array(leaf: Any, dtype: Any = None) -> Any:

@@ -164,7 +164,7 @@ def test_a_batch_stack_of_the_wrong_length():
     stack = (np.stack([BATCH[0]] * 4), np.stack([BATCH[1]] * 4))
     with pytest.raises(ValueError, match=r"train_batch .* length 3, got shape \(4, 12, 3\)"):
         step("greedy", batches="stack", batch=stack)
-    optimizer, _ = build("hyperdistill")
+    optimizer, _ = build("hyperdistill", T=4)
     state = optimizer.init(*start())
     with pytest.raises(ValueError, match="train_batches gave no batches"):
         optimizer.estimate_theta(state, [], BATCH, train_loss, val_loss)

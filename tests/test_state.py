@@ -41,7 +41,7 @@ def test_update_merges_metadata_and_leaves_the_old_state():
 
 
 def test_update_refuses_an_unknown_field_by_name():
-    with pytest.raises(TypeError, match="no field 'parms'"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'parms'"):
         BilevelState.create(jnp.ones(3), jnp.ones(2)).update(parms=1)
 
 

@@ -52,7 +52,7 @@ def algorithm_4(gamma, batches, w_0, lam, y):
     + [(0.9, 5, {"update_fn": problems.quadratic_update})],
 )
 def test_theta_equals_algorithm_4_from_a_list_and_from_a_stack(gamma, T, inner):
-    optimizer = OnlineHypergradientOptimizer(**inner, gamma=gamma)
+    optimizer = OnlineHypergradientOptimizer(**inner, gamma=gamma, T=T)
     state, stack = optimizer.init(problems.W0, problems.LAM0), problems.TRAIN[:T]
     expected = algorithm_4(gamma, stack, problems.W0, problems.LAM0, problems.VAL)
     for batches in (stack, list(stack)):
@@ -64,7 +64,7 @@ def test_theta_equals_algorithm_4_from_a_list_and_from_a_stack(gamma, T, inner):
 
 
 def test_theta_is_1_without_a_second_order_signal():
-    optimizer = OnlineHypergradientOptimizer(problems.SGD)
+    optimizer = OnlineHypergradientOptimizer(problems.SGD, T=3)
     state = optimizer.init(problems.W0, problems.LAM0)
     losses = (ignores_lambda, problems.quadratic_val)
     assert float(optimizer.estimate_theta(state, problems.TRAIN[:3], problems.VAL, *losses)) == 1
@@ -83,13 +83,14 @@ def test_theta_is_1_without_a_second_order_signal():
             (problems.TRAIN[:3], problems.TRAIN[:2]),
             "train_batches must have a leading axis of length 3",
         ),
+        (problems.TRAIN[:4], "train_batches must have a leading axis of length 3, got shape"),
         (np.zeros(()), "train_batches must have a leading axis"),
         ({}, "train_batches has no arrays"),
     ],
-    ids=["empty", "shapes", "structures", "lengths", "scalar", "no leaves"],
+    ids=["empty", "shapes", "structures", "lengths", "length", "scalar", "no leaves"],
 )
 def test_a_wrong_stack_of_batches_is_refused(batches, message):
-    optimizer = OnlineHypergradientOptimizer(problems.SGD)
+    optimizer = OnlineHypergradientOptimizer(problems.SGD, T=3)
     state = optimizer.init(problems.W0, problems.LAM0)
     with pytest.raises(ValueError, match=message):
         optimizer.estimate_theta(state, batches, problems.VAL, *QUADRATIC)
@@ -172,8 +173,8 @@ def test_the_hypergradient_is_taken_on_the_distilled_batch():
 
 
 def test_theta_with_distilled_batches_is_theta_where_all_rows_are_the_same():
-    plain = OnlineHypergradientOptimizer(problems.SGD, gamma=GAMMA)
-    distilling = OnlineHypergradientOptimizer(problems.SGD, gamma=GAMMA, distill_data=True)
+    plain = OnlineHypergradientOptimizer(problems.SGD, gamma=GAMMA, T=5)
+    distilling = OnlineHypergradientOptimizer(problems.SGD, gamma=GAMMA, T=5, distill_data=True)
     batches = np.broadcast_to(problems.TRAIN[0, 0], (5, 4, problems.N))
     a = plain.init(problems.W0, problems.LAM0)
     b = distilling.init(problems.W0, problems.LAM0, batches[0], jax.random.key(0))
@@ -210,3 +211,11 @@ def test_the_unit_scale_of_no_signal_is_zero_not_nan():
     losses = (ignores_lambda, problems.quadratic_val_without_lambda)
     g = optimizer.compute_hypergradient(state, problems.TRAIN[0], problems.VAL, *losses)
     assert_same_bits(g, np.zeros(problems.N))
+
+
+def test_an_estimate_that_diverges_leaves_theta_as_it_was():
+    optimizer = OnlineHypergradientOptimizer(optax.sgd(1e30), T=5)
+    state = optimizer.init(problems.W0, problems.LAM0).update(metadata={"theta": 0.5})
+    arguments = (problems.TRAIN[:5], problems.VAL, *QUADRATIC)
+    assert not np.isfinite(optimizer.estimate_theta(state, *arguments))
+    assert float(optimizer.calibrate(state, *arguments).metadata["theta"]) == 0.5

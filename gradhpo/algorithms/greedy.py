@@ -53,7 +53,8 @@ class GreedyOptimizer(HypergradientMethod):
         if self.outer_optimizer is None:
             raise ValueError("GreedyOptimizer needs an outer_optimizer: it takes no lr_hyper")
         check_count("unroll_steps", self.unroll_steps)
-        check_number("gamma", self.gamma, 0, 1, open_low=True)
+        gamma = check_number("gamma", self.gamma, 0, 1, open_low=True)
+        object.__setattr__(self, "gamma", gamma)
         if self.batches not in ("repeat", "stack"):
             raise ValueError(f'batches must be "repeat" or "stack", got {self.batches!r}')
 

@@ -60,7 +60,7 @@ class OnlineHypergradientOptimizer(HypergradientMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("gamma", self.gamma, 0, 1)
+        object.__setattr__(self, "gamma", check_number("gamma", self.gamma, 0, 1))
         check_count("estimation_period", self.estimation_period)
         check_count("T", self.T)
         if self.scale not in ("paper", "unit"):
@@ -97,7 +97,8 @@ class OnlineHypergradientOptimizer(HypergradientMethod):
         if not self.distill_data and (train_batch is not None or key is not None):
             raise ValueError("init takes train_batch and key only with distill_data=True")
         state = super().init(params, hyperparams)
-        memory = {"w_star": state.params, "theta": 1.0, "phi": state.params}
+        first = [jax.tree.map(jnp.copy, state.params) for _ in range(2)]  # buffers of their own
+        memory = {"w_star": first[0], "theta": 1.0, "phi": first[1]}
         if self.distill_data:
             stack_length("train_batch", train_batch)
             memory |= {"d_star": jax.tree.map(as_array, train_batch), "key": key}
@@ -148,8 +149,8 @@ class OnlineHypergradientOptimizer(HypergradientMethod):
 
         Args:
           state: its `params`, `inner_opt_state` and `hyperparams` are used; nothing is changed.
-          train_batches: a list of batches, or a stack of them with a leading axis of length T (a
-            list is always read as a list of batches).
+          train_batches: a list of batches, of any length; or a stack of T of them, a batch with
+            a leading axis of length T added.
           val_batch: a pytree of arrays, passed to `val_loss_fn`.
           train_loss_fn: `(params, hyperparams, batch) -> scalar`.
           val_loss_fn: `(params, hyperparams, batch) -> scalar`.
@@ -161,7 +162,8 @@ class OnlineHypergradientOptimizer(HypergradientMethod):
         check_hashable("val_loss_fn", val_loss_fn)
         if isinstance(train_batches, list):
             train_batches = stack("train_batches", train_batches)
-        stack_length("train_batches", train_batches)
+        else:
+            stack_length("train_batches", train_batches, expected=self.T)
         state = prepare(state)
         return _theta(self, state, train_batches, val_batch, train_loss_fn, val_loss_fn)
 
@@ -173,9 +175,10 @@ class OnlineHypergradientOptimizer(HypergradientMethod):
         train_loss_fn: LossFn,
         val_loss_fn: LossFn,
     ) -> BilevelState:
-        """Return `state` with θ estimated anew."""
+        """Return `state` with θ estimated anew; an estimate that diverges leaves θ as it was."""
         theta = _algorithm_4(self, state, train_batches, val_batch, train_loss_fn, val_loss_fn)
-        theta = as_array(theta, state.metadata["theta"].dtype)
+        before = as_array(state.metadata["theta"])
+        theta = jnp.where(jnp.isfinite(theta), as_array(theta, before.dtype), before)
         return state.update(metadata={"theta": theta})
 
     def _factor(self, v: PyTree, theta: jax.Array, t: jax.Array) -> jax.Array:

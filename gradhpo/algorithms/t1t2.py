@@ -11,11 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from gradhpo import ema
 from gradhpo.errors import check_count, check_number, scalar_loss
-from gradhpo.hypergradient import coordinate_differences, gradient_difference, validation
+from gradhpo.hypergradient import (
+    coordinate_differences,
+    gradient_difference,
+    validation,
+    without_dead_weights,
+)
 from gradhpo.inner import InnerStep, Moved
 from gradhpo.optimizer import Estimate, HypergradientMethod
 from gradhpo.state import BilevelState, LossFn, PyTree
@@ -36,8 +42,8 @@ class T1T2Optimizer(HypergradientMethod):
       T: steps in an episode of `run`.
       update_fn: `(params, hyperparams, batch) -> params`, in place of `inner_optimizer`.
       eps: the step of the differences, along `u` or in λ. By default `0.01/‖u‖₂` (DARTS), or the
-        cube root of the machine epsilon times `max(1, |λ_i|)`; with an `update_fn` that rounds
-        to bfloat16 a larger one is needed.
+        cube root of the machine epsilon times `max(1, |λ_i|)`. A smaller one is needed for λ
+        that must stay positive and is small itself, such as a learning rate.
 
     Raises:
       ValueError: if neither or both of `inner_optimizer` and `update_fn` are given, or a number
@@ -57,15 +63,18 @@ class T1T2Optimizer(HypergradientMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("gamma", self.gamma, 0, 1)
+        object.__setattr__(self, "gamma", check_number("gamma", self.gamma, 0, 1))
         check_count("T", self.T)
         if self.eps is not None:
-            check_number("eps", self.eps, 0, float("inf"), open_low=True)
+            eps = check_number("eps", self.eps, 0, float("inf"), open_low=True)
+            object.__setattr__(self, "eps", eps)
 
     def init(self, params: PyTree, hyperparams: PyTree) -> BilevelState:
         """Return the state before the first step; see `BilevelOptimizer.init`."""
         state = super().init(params, hyperparams)
-        return state.update(metadata={"w_star": state.params}) if self.gamma > 0 else state
+        if self.gamma == 0:
+            return state
+        return state.update(metadata={"w_star": jax.tree.map(jnp.copy, state.params)})
 
     def reset(self, state: BilevelState, params: PyTree) -> BilevelState:
         """Return `state` at the beginning of an episode that starts from `params`."""
@@ -114,6 +123,7 @@ class T1T2Optimizer(HypergradientMethod):
         def alpha_b(alpha: PyTree) -> PyTree:
             # u = (∂w_t/∂G)ᵀα; `direct` is the optimizer's own dependence on λ.
             u, direct = pull(alpha)
+            u = without_dead_weights(u, gradient)
             return optax.tree.add(gradient_difference(grad_lambda, w, u, self.eps), direct)
 
         return Moved(params, opt_state, loss), alpha_b

@@ -1,0 +1,347 @@
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import gradhpo
+from gradhpo.parallel import data_parallel, fully_sharded, make_mesh, pad_batch
+from tests.problems import assert_close
+from tests.small import OPTIMIZERS, CompileCounter
+
+ROWS, EXAMPLES = 16, 32
+_rng = np.random.default_rng(0)
+X, Y = _rng.normal(size=(EXAMPLES, 3)), _rng.normal(size=EXAMPLES)
+PARAMS = {"w": _rng.normal(size=(3, 4)), "b": np.zeros(4), "out": _rng.normal(size=4)}
+LAM = {"logits": np.zeros(EXAMPLES), "decay": np.full((), -3.0)}
+VAL = {"x": _rng.normal(size=(ROWS, 3)), "y": _rng.normal(size=ROWS)}
+# At its first step Adam divides a gradient by itself, and its derivative is what eps leaves of a
+# difference of equal numbers: with 1e-8, eight digits fewer than the gradient has.
+ADAM = optax.adam(0.02, eps=1e-3)
+
+
+def rows(step):
+    index = np.random.default_rng(step).permutation(EXAMPLES)[:ROWS]
+    return {"x": X[index], "y": Y[index], "index": index}
+
+
+def errors(params, batch):
+    return (jnp.tanh(batch["x"] @ params["w"] + params["b"]) @ params["out"] - batch["y"]) ** 2
+
+
+def train_loss(params, lam, batch):
+    weights = jax.nn.sigmoid(lam["logits"][batch["index"]])
+    return jnp.mean(weights * errors(params, batch)) + jnp.exp(lam["decay"]) * jnp.sum(
+        params["w"] ** 2
+    )
+
+
+def val_loss(params, lam, batch):
+    return jnp.mean(errors(params, batch)) + 0.01 * jnp.sum(lam["logits"] ** 2)
+
+
+def build(name, **settings):
+    own = {"greedy": {"unroll_steps": 3}}.get(name, {})
+    own |= settings
+    if "update_fn" not in own:
+        own["inner_optimizer"] = ADAM
+    return OPTIMIZERS[name](outer_optimizer=optax.adam(0.05), **own)
+
+
+def walk(optimizer, steps, losses=(train_loss, val_loss), start=(PARAMS, LAM)):
+    state = optimizer.init(*jax.tree.map(jnp.asarray, start))
+    for i in range(steps):
+        state = optimizer.step(state, rows(i), VAL, *losses)
+    return state
+
+
+class OwnOptimizer(gradhpo.BilevelOptimizer):
+    """A user's: the direct term and one from the train loss."""
+
+    inner_optimizer, outer_optimizer = ADAM, optax.adam(0.05)
+
+    def __init__(self):
+        super().__init__(ADAM, optax.adam(0.05))
+
+    def init(self, params, hyperparams):
+        inner, outer = self.inner_optimizer.init(params), self.outer_optimizer.init(hyperparams)
+        return gradhpo.BilevelState.create(params, hyperparams, inner, outer)
+
+    def compute_hypergradient(self, state, train_batch, val_batch, train_loss_fn, val_loss_fn):
+        def both(lam):
+            loss = train_loss_fn(state.params, lam, train_batch)
+            return loss + val_loss_fn(state.params, lam, val_batch) ** 2
+
+        return jax.grad(both)(state.hyperparams)
+
+
+@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_shard_map_equals_one_device(name, devices, x64):
+    optimizer = build(name)
+    parallel = data_parallel(optimizer, make_mesh(data=devices))
+    one = walk(optimizer, 20)
+    with CompileCounter() as compiled:
+        many = walk(parallel, 20)
+    assert_close(jax.device_get(many), jax.device_get(one), rtol=1e-10, atol=1e-13)
+    assert len(many.params["w"].sharding.device_set) == devices
+    steps = gradhpo.optimizer._step._cache_size()
+    walk(parallel, 2)
+    assert gradhpo.optimizer._step._cache_size() == steps
+    assert compiled.count < 40  # init's small programs and one step, not one for each step
+
+
+@pytest.mark.parametrize("backend", ["auto", "pmap"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_other_backends_equal_one_device(name, backend, x64):
+    optimizer = build(name)
+    many = walk(data_parallel(optimizer, make_mesh(data=4), backend=backend), 5)
+    assert_close(jax.device_get(many), jax.device_get(walk(optimizer, 5)), rtol=1e-10, atol=1e-13)
+
+
+def reductions(optimizer):
+    """Return how many all-reduces the compiled step holds."""
+    state = optimizer.init(*jax.tree.map(jnp.asarray, (PARAMS, LAM)))
+    args = (optimizer, gradhpo.state.prepare(state), rows(0), VAL, train_loss, val_loss, None)
+    hlo = gradhpo.optimizer._step.lower(*args).compile().as_text()
+    return len(re.findall(r"= .* all-reduce(?:-start)?\(", hlo))
+
+
+@pytest.mark.parametrize(
+    ("name", "needed"),
+    [("first-order", 2), ("one-step", 3), ("t1t2", 3), ("hyperdistill", 3)],
+)
+def test_a_step_reduces_once_for_each_gradient(name, needed):
+    assert reductions(data_parallel(build(name), make_mesh(data=4))) == needed
+
+
+def test_greedys_reductions_do_not_grow_with_its_unroll():
+    counts = {
+        n: reductions(data_parallel(build("greedy", unroll_steps=n), make_mesh(data=4)))
+        for n in (3, 6)
+    }
+    assert counts[3] == counts[6] > 0
+
+
+@pytest.mark.parametrize("backend", ["shard_map", "pmap"])
+def test_losses_that_sum(backend, x64):
+    def sums(loss):
+        return lambda params, lam, batch: jnp.sum(loss(params, lam, batch))
+
+    train = sums(lambda p, lam, b: jax.nn.sigmoid(lam["logits"][b["index"]]) * errors(p, b))
+    val = sums(lambda p, lam, b: errors(p, b))
+    optimizer = build("one-step")
+    parallel = data_parallel(optimizer, make_mesh(data=4), backend=backend, reduction="sum")
+    many = walk(parallel, 4, (train, val))
+    one = walk(optimizer, 4, (train, val))
+    assert_close(jax.device_get(many), jax.device_get(one), rtol=1e-10, atol=1e-13)
+
+
+def update_fn(params, lam, batch):
+    return optax.tree.add_scale(params, -0.05, jax.grad(train_loss)(params, lam, batch))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_update_function(name, x64):
+    optimizer = build(name, update_fn=update_fn)
+    many = walk(data_parallel(optimizer, make_mesh(data=4)), 4)
+    one = walk(optimizer, 4)
+    # T1-T2 differences an update coordinate by coordinate; rounding is divided by a small step.
+    rtol = 1e-6 if name == "t1t2" else 1e-10
+    assert_close(jax.device_get(many), jax.device_get(one), rtol=rtol, atol=rtol * 1e-2)
+
+
+def test_an_optimizer_that_a_user_wrote(x64):
+    many = walk(data_parallel(OwnOptimizer(), make_mesh(data=4)), 5)
+    assert_close(jax.device_get(many), jax.device_get(walk(OwnOptimizer(), 5)), atol=1e-13)
+
+
+def test_compute_hypergradient_is_that_of_the_whole_batch(x64):
+    optimizer = build("one-step")
+    parallel = data_parallel(optimizer, make_mesh(data=8))
+    start = jax.tree.map(jnp.asarray, (PARAMS, LAM))
+    args = (rows(0), VAL, train_loss, val_loss)
+    many = parallel.compute_hypergradient(parallel.init(*start), *args)
+    one = optimizer.compute_hypergradient(optimizer.init(*start), *args)
+    assert_close(jax.device_get(many), jax.device_get(one), atol=1e-13)
+
+
+def problem():
+    def batch(key, data):
+        index = jax.random.permutation(key, EXAMPLES)[:ROWS]
+        val = jax.tree.map(jnp.asarray, VAL)
+        return {"x": data[0][index], "y": data[1][index], "index": index}, val
+
+    return gradhpo.Problem(
+        lambda key: jax.tree.map(jnp.asarray, (PARAMS, LAM)),
+        train_loss,
+        val_loss,
+        batch=batch,
+        data=lambda key: (jnp.asarray(X), jnp.asarray(Y)),
+    )
+
+
+@pytest.mark.parametrize("name", ["one-step", "hyperdistill"])
+def test_under_solve_with_calibration(name, x64):
+    settings = {"T": 4} if name == "hyperdistill" else {}
+    optimizer = build(name, **settings)
+    parallel = data_parallel(optimizer, make_mesh(data=4))
+    one = gradhpo.solve(problem(), optimizer, 8, jax.random.key(0))
+    many = gradhpo.solve(problem(), parallel, 8, jax.random.key(0))
+    assert_close(jax.device_get(many.state), jax.device_get(one.state), atol=1e-13)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_run_in_episodes(name, x64):
+    own = {"T": 3} if name in ("t1t2", "hyperdistill") else {}
+    length = (3,) if name in ("first-order", "one-step") else ()
+    optimizer = build(name, **own)
+
+    def run(optimizer):
+        state = optimizer.init(*jax.tree.map(jnp.asarray, (PARAMS, LAM)))
+        batches = (lambda: rows(0), lambda: VAL)
+        return optimizer.run(state, 2, *length, *batches, train_loss, val_loss, lr_reptile=0.5)
+
+    many = run(data_parallel(optimizer, make_mesh(data=4)))
+    assert_close(jax.device_get(many), jax.device_get(run(optimizer)), atol=1e-13)
+
+
+def test_weights_state_and_hyperparameters_are_divided(x64):
+    def wide_train(params, lam, batch):
+        return jnp.mean((batch["x"] @ params["w"]) ** 2) + jnp.sum(
+            lam * jnp.mean(params["w"] ** 2, 0)
+        )
+
+    def wide_val(params, lam, batch):
+        return jnp.mean((batch["x"] @ params["w"] - 1) ** 2) + jnp.sum(lam**2)
+
+    start = ({"w": np.ones((3, 512))}, np.zeros(512))
+    mesh, optimizer = make_mesh(data=8), build("hyperdistill")
+    sharded = data_parallel(optimizer, mesh, backend="auto", rules=fully_sharded(mesh))
+    losses = (wide_train, wide_val)
+    state = walk(sharded, 3, losses, start)
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    for device in mesh.devices.ravel():
+        held = sum(
+            shard.data.nbytes
+            for leaf in jax.tree.leaves(state)
+            for shard in leaf.addressable_shards
+            if shard.device == device
+        )
+        assert held < total / 7
+    assert state.get_metric("w_star")["w"].sharding.spec == P(None, "data")
+    one = walk(optimizer, 3, losses, start)
+    assert_close(jax.device_get(state), jax.device_get(one), atol=1e-12)
+
+
+@pytest.mark.slow
+def test_a_hundred_million_hyperparameters_take_a_step():
+    n, mesh = 100_000_000, make_mesh(data=8)
+
+    def train(params, lam, batch):
+        weights = jax.nn.sigmoid(lam[batch["index"]])
+        return jnp.mean(weights * (batch["x"] @ params - batch["y"]) ** 2)
+
+    def val(params, lam, batch):
+        return jnp.mean((batch["x"] @ params - batch["y"]) ** 2)
+
+    rule = fully_sharded(mesh)
+    own = gradhpo.OneStepOptimizer(inner_optimizer=optax.sgd(0.1))
+    optimizer = data_parallel(own, mesh, backend="auto", rules=rule)
+    lam = jax.jit(lambda: jnp.zeros(n), out_shardings=jax.NamedSharding(mesh, P("data")))()
+    state = optimizer.init(jnp.zeros(3), lam)
+    batch = rows(0) | {"index": np.arange(ROWS) * (n // ROWS)}
+    state = optimizer.step(state, batch, VAL, train, val, lr_hyper=1.0)
+    moved = jax.jit(lambda lam: (jnp.sum(lam != 0), lam[batch["index"]]))(state.hyperparams)
+    assert int(moved[0]) == ROWS
+    assert state.hyperparams.addressable_shards[0].data.nbytes == 4 * n // 8
+    expected = own.compute_hypergradient(
+        own.init(jnp.zeros(3), jnp.zeros(EXAMPLES)), rows(0), VAL, train, val
+    )
+    np.testing.assert_allclose(moved[1], -expected[rows(0)["index"]], rtol=1e-4, atol=1e-7)
+
+
+def test_a_padded_batch_gives_the_mean_of_its_rows(x64):
+    uneven = jax.tree.map(lambda x: x[:13], rows(0))
+    padded, weights = pad_batch(uneven, 4)
+
+    def weighted(params, lam, batch):
+        own = jax.nn.sigmoid(lam["logits"][batch["index"]])
+        return jnp.mean(batch["weights"] * own * errors(params, batch))
+
+    def plain(params, lam, batch):
+        return jnp.mean(jax.nn.sigmoid(lam["logits"][batch["index"]]) * errors(params, batch))
+
+    optimizer = build("one-step")
+    parallel = data_parallel(optimizer, make_mesh(data=4))
+    start = jax.tree.map(jnp.asarray, (PARAMS, LAM))
+    many = parallel.step(
+        parallel.init(*start), padded | {"weights": weights}, VAL, weighted, val_loss
+    )
+    one = optimizer.step(optimizer.init(*start), uneven, VAL, plain, val_loss)
+    assert_close(jax.device_get(many), jax.device_get(one), rtol=1e-6, atol=1e-9)
+
+
+def test_a_batch_that_does_not_divide_is_an_error():
+    parallel = data_parallel(build("one-step"), make_mesh(data=8))
+    state = parallel.init(*jax.tree.map(jnp.asarray, (PARAMS, LAM)))
+    uneven = jax.tree.map(lambda x: x[:13], rows(0))
+    with pytest.raises(ValueError, match=r"train_batch .*multiple of 8 .*8 devices.*\(13, 3\)"):
+        parallel.step(state, uneven, VAL, train_loss, val_loss)
+    with pytest.raises(ValueError, match="val_batch must have a multiple of 8"):
+        parallel.step(state, rows(0), jax.tree.map(lambda x: x[:3], VAL), train_loss, val_loss)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"backend": "mpi"}, r"backend must be one of .*shard_map.*, got 'mpi'"),
+        ({"reduction": "max"}, r"reduction must be one of .*mean.*, got 'max'"),
+        ({"axis": "model"}, r"axis must be one of .*trial.*data.*, got 'model'"),
+        ({"rules": lambda path, leaf: P()}, 'rules need backend="auto"'),
+    ],
+)
+def test_bad_arguments(settings, message):
+    with pytest.raises(ValueError, match=message):
+        data_parallel(build("one-step"), make_mesh(data=2), **settings)
+
+
+def test_make_mesh_says_what_there_is():
+    with pytest.raises(ValueError, match="trial=3 times data=4 devices wanted, 8 found"):
+        make_mesh(trial=3, data=4)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_single_process_result(tmp_path, x64):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    script = Path(__file__).parent / "two_processes.py"
+    command = [sys.executable, str(script), address]
+    running = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=180)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0, 0], "\n".join(outputs)
+    one = jax.tree.leaves(jax.device_get(walk(build("one-step"), 5)))
+    for rank in range(2):
+        found = np.load(tmp_path / f"{rank}.npz")
+        many = [found[name] for name in found.files]
+        assert_close(many, one, rtol=1e-10, atol=1e-13)

@@ -1,0 +1,42 @@
+"""One of two processes of a job, each with two CPU devices: run by `test_data_parallel`."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+os.environ["JAX_PLATFORMS"] = "cpu"
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import jax
+
+jax.config.update("jax_enable_x64", True)
+
+import numpy as np
+
+from gradhpo.parallel import data_parallel, global_batch, initialize, make_mesh
+
+
+def main(address, rank, folder):
+    initialize(address, 2, rank)
+    assert (jax.process_count(), jax.device_count(), jax.local_device_count()) == (2, 4, 2)
+    # Its constants are NumPy, so importing it computes nothing.
+    from tests import test_data_parallel as shared
+
+    mesh = make_mesh()
+    optimizer = data_parallel(shared.build("one-step"), mesh)
+    part = slice(rank * shared.ROWS // 2, (rank + 1) * shared.ROWS // 2)
+
+    def mine(batch):
+        return global_batch(jax.tree.map(lambda x: x[part], batch), mesh)
+
+    state = optimizer.init(*jax.tree.map(np.asarray, (shared.PARAMS, shared.LAM)))
+    for i in range(5):
+        batches = (mine(shared.rows(i)), mine(shared.VAL))
+        state = optimizer.step(state, *batches, shared.train_loss, shared.val_loss)
+    leaves = [np.asarray(leaf.addressable_shards[0].data) for leaf in jax.tree.leaves(state)]
+    np.savez(Path(folder) / f"{rank}.npz", *leaves)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
