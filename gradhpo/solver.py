@@ -128,9 +128,9 @@ def solve(
     described = problem if problem.batches is None else dataclasses.replace(problem, batches=())
     batched = jnp.shape(key) != ()
     program = Program(described, optimizer, schedule, episode_length, batched)
-    first = 0 if resume is None else resume.steps
     if resume is not None:
         _check_resume(resume, key, episode_length)
+    first = 0 if resume is None else resume.steps
     if first > steps:
         raise ValueError(f"resume has taken {first} steps already, more than steps={steps}")
     timetable = Timetable(

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 from jax.custom_derivatives import linear_call
@@ -114,7 +115,7 @@ class DataParallel(BilevelOptimizer):
         state = prepare(state)
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(state)):
             return self._constrain(state)
-        return jax.device_put(state, self._shardings(state))
+        return jax.tree.map(_put, state, self._shardings(state))
 
     def compute_hypergradient(
         self,
@@ -180,14 +181,14 @@ class DataParallel(BilevelOptimizer):
             checked = scalar_loss(name, loss_fn)
 
             def loss(params: PyTree, hyperparams: PyTree, batch: PyTree) -> jax.Array:
-                params, hyperparams = spread((params, hyperparams))
+                params, hyperparams = spread(params), spread(hyperparams)
                 return gather(share * checked(params, hyperparams, batch))
 
             return loss
 
         def update_fn(params: PyTree, hyperparams: PyTree, batch: PyTree) -> PyTree:
             assert self.update_fn is not None
-            local, hyperparams = spread((params, hyperparams))
+            local, hyperparams = spread(params), spread(hyperparams)
             moved = self.update_fn(local, hyperparams, batch)
             check_same_tree("update_fn", moved, "params", params)
             change = optax.tree.scale(share, optax.tree.sub(moved, local))
@@ -281,6 +282,19 @@ def fully_sharded(mesh: Mesh, axis: str = "data") -> Rules:
     return rules
 
 
+def _put(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """Return an array on the mesh's devices, those of other processes included."""
+    if jax.process_count() == 1:
+        return jax.device_put(leaf, sharding)
+    if not leaf.is_fully_addressable:
+        return leaf  # of the whole job already
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = _put(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    whole = np.asarray(leaf)
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: whole[index])
+
+
 def _collectives(axis: str, *, legacy: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Return `spread`, which copies a value to all devices, and `gather`, the sum over them.
 
@@ -290,10 +304,10 @@ def _collectives(axis: str, *, legacy: bool) -> tuple[Callable[..., Any], Callab
     """
     if not legacy:
 
-        def spread(tree: PyTree) -> PyTree:
-            return jax.tree.map(lambda x: jax.lax.pcast(x, axis, to="varying"), tree)
+        def vary(flat: jax.Array) -> jax.Array:
+            return jax.lax.pcast(flat, axis, to="varying")
 
-        return spread, lambda tree: jax.lax.psum(tree, axis)
+        return functools.partial(_as_vectors, vary), lambda tree: jax.lax.psum(tree, axis)
 
     def copies(_: Any, x: Any) -> Any:
         return x
@@ -305,6 +319,23 @@ def _collectives(axis: str, *, legacy: bool) -> tuple[Callable[..., Any], Callab
         return lambda tree: jax.tree.map(lambda x: linear_call(forward, backward, (), x), tree)
 
     return linear(copies, total), linear(total, copies)
+
+
+def _as_vectors(function: Callable[[jax.Array], jax.Array], tree: PyTree) -> PyTree:
+    """Apply a linear function to a tree's leaves, joined into one vector for each dtype.
+
+    So its transpose, a sum over devices, is one reduction however many leaves there are. XLA
+    removes the joining where nothing happens to the vector.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    done: list[Any] = list(leaves)
+    for dtype in dict.fromkeys(leaf.dtype for leaf in leaves):
+        places = [i for i, leaf in enumerate(leaves) if leaf.dtype == dtype]
+        vector = function(jnp.concatenate([leaves[i].ravel() for i in places]))
+        ends = np.cumsum([leaves[i].size for i in places]).tolist()
+        for i, end in zip(places, ends, strict=True):
+            done[i] = vector[end - leaves[i].size : end].reshape(leaves[i].shape)
+    return structure.unflatten(done)
 
 
 def _check_rows(name: str, batch: PyTree, n: int, batch_axis: int) -> None:

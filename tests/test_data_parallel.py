@@ -257,8 +257,9 @@ def test_a_hundred_million_hyperparameters_take_a_step():
     optimizer = data_parallel(own, mesh, backend="auto", rules=rule)
     lam = jax.jit(lambda: jnp.zeros(n), out_shardings=jax.NamedSharding(mesh, P("data")))()
     state = optimizer.init(jnp.zeros(3), lam)
-    batch = rows(0) | {"index": np.arange(ROWS) * (n // ROWS)}
-    state = optimizer.step(state, batch, VAL, train, val, lr_hyper=1.0)
+    single = jax.tree.map(lambda x: np.asarray(x, np.float32), (rows(0), VAL))
+    batch = single[0] | {"index": np.arange(ROWS, dtype=np.int32) * (n // ROWS)}
+    state = optimizer.step(state, batch, single[1], train, val, lr_hyper=1.0)
     moved = jax.jit(lambda lam: (jnp.sum(lam != 0), lam[batch["index"]]))(state.hyperparams)
     assert int(moved[0]) == ROWS
     assert state.hyperparams.addressable_shards[0].data.nbytes == 4 * n // 8
@@ -293,7 +294,9 @@ def test_a_batch_that_does_not_divide_is_an_error():
     parallel = data_parallel(build("one-step"), make_mesh(data=8))
     state = parallel.init(*jax.tree.map(jnp.asarray, (PARAMS, LAM)))
     uneven = jax.tree.map(lambda x: x[:13], rows(0))
-    with pytest.raises(ValueError, match=r"train_batch .*multiple of 8 .*8 devices.*\(13, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"train_batch .*multiple of 8 .*8 devices; got shape \(13,\)"
+    ):
         parallel.step(state, uneven, VAL, train_loss, val_loss)
     with pytest.raises(ValueError, match="val_batch must have a multiple of 8"):
         parallel.step(state, rows(0), jax.tree.map(lambda x: x[:3], VAL), train_loss, val_loss)
