@@ -264,7 +264,7 @@ def test_a_hundred_million_hyperparameters_take_a_step():
     assert int(moved[0]) == ROWS
     assert state.hyperparams.addressable_shards[0].data.nbytes == 4 * n // 8
     expected = own.compute_hypergradient(
-        own.init(jnp.zeros(3), jnp.zeros(EXAMPLES)), rows(0), VAL, train, val
+        own.init(jnp.zeros(3), jnp.zeros(EXAMPLES)), *single, train, val
     )
     np.testing.assert_allclose(moved[1], -expected[rows(0)["index"]], rtol=1e-4, atol=1e-7)
 
