@@ -80,9 +80,15 @@ class Counts:
 class Compiled:
     """A program for one step key. Call it with arguments of the shapes that it was made for."""
 
-    def __init__(self, key: StepKey, executable: jax.stages.Compiled) -> None:
+    def __init__(
+        self, key: StepKey, executable: jax.stages.Compiled, payload: bytes | None = None
+    ) -> None:
         self.key = key
         self.executable = executable
+        self._payload = payload
+        if payload is None and key.processor:
+            # A program of the CPU that sorts cannot be serialized after its first run (0.10.2).
+            self._payload = serialize_executable.serialize(executable)[0]
 
     def __call__(self, *args: PyTree) -> PyTree:
         """Run the program."""
@@ -90,7 +96,9 @@ class Compiled:
 
     def serialize(self) -> bytes:
         """Return the program as bytes: its step key, a checksum, and XLA's own serialization."""
-        payload, _, _ = serialize_executable.serialize(self.executable)
+        payload = self._payload
+        if payload is None:
+            payload = serialize_executable.serialize(self.executable)[0]
         header = {
             "key": dataclasses.asdict(self.key),
             "sha256": hashlib.sha256(payload).hexdigest(),
@@ -140,7 +148,7 @@ def load(blob: bytes, function: Callable[..., Any], *args: PyTree, layout: str =
     reason, payload = _open(blob, key)
     if reason is None:
         try:
-            compiled = Compiled(key, _deserialize(payload, lowered, _devices(args)))
+            compiled = Compiled(key, _deserialize(payload, lowered, _devices(args)), payload)
         except Exception as error:
             reason = f"XLA could not load it: {error}"
         else:

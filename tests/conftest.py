@@ -10,9 +10,25 @@ if DEVICES not in os.environ.get("XLA_FLAGS", ""):
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from gradhpo.parallel import compiled  # noqa: E402
+
 
 @pytest.fixture
 def x64():
     """Compute in float64 in this test, and this test only."""
     with jax.enable_x64(True):
         yield
+    # JAX remembers NumPy constants in the precision of the trace that met them first (0.10.2), and
+    # would hand a float64 buffer to a float32 program that gets the same array.
+    jax.clear_caches()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget():
+    """Forget compiled programs after each file: they hold memory maps, and Linux allows 65530.
+
+    A process that compiles for minutes runs out of them, and the compiler then crashes.
+    """
+    yield
+    jax.clear_caches()
+    compiled.clear()

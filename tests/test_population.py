@@ -75,8 +75,8 @@ def test_layouts_agree(name, layout, x64):
         state, _ = trials.run(trials.init(KEY), 3, KEYS, *rate)
         state = trials.select(state, [0, 0, 2, 3, 4, 5, 7, 7])
         states.append(trials.run(trials.calibrate(state, KEYS), 3, KEYS, *rate))
-    # This problem's decay does not average over a batch, but all devices have the same one.
-    assert_close(jax.device_get(states[1]), jax.device_get(states[0]), rtol=1e-9, atol=1e-11)
+    # One of the hyperparameters stays float32.
+    assert_close(jax.device_get(states[1]), jax.device_get(states[0]), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("layout", ["vmap", "map", "chunk", "shard", "trial-data"])
