@@ -54,3 +54,33 @@ def test_detection_is_perfect_where_weights_separate():
     example = load("hyperclean_digits")
     corrupted = np.asarray([[True, False, False], [False, True, True]])
     assert example.detection(1.0 - corrupted, corrupted).tolist() == [1.0, 1.0]
+
+
+def run_example(name, *arguments):
+    import typer
+
+    app = typer.Typer()
+    app.command()(load(name).main)
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.mark.slow
+def test_population(tmp_path):
+    figure = tmp_path / "figure.png"
+    settings = ["--slots", "8", "--generations", "3", "--steps", "5", "--output", str(figure)]
+    output = run_example("population", *settings)
+    assert re.search(r"compiled\s+after\s+the\s+first\s+generation:\s+0", output)
+    assert figure.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_data_parallel():
+    output = run_example("data_parallel", "--steps", "100")
+    assert re.search(r"auto, fully sharded.*128 of 1024", output)
+    differences = [float(x) for x in re.findall(r"([\d.e+-]+), relative", output)]
+    assert len(differences) == 3
+    assert max(differences) < 0.05
+    clean, wrong = re.search(r"clean rows ([\d.]+), of random ones\s+([\d.]+)", output).groups()
+    assert float(clean) > float(wrong)
