@@ -257,14 +257,18 @@ def test_a_hundred_million_hyperparameters_take_a_step():
     optimizer = data_parallel(own, mesh, backend="auto", rules=rule)
     lam = jax.jit(lambda: jnp.zeros(n), out_shardings=jax.NamedSharding(mesh, P("data")))()
     state = optimizer.init(jnp.zeros(3), lam)
-    single = jax.tree.map(lambda x: np.asarray(x, np.float32), (rows(0), VAL))
-    batch = single[0] | {"index": np.arange(ROWS, dtype=np.int32) * (n // ROWS)}
-    state = optimizer.step(state, batch, single[1], train, val, lr_hyper=1.0)
+
+    def single(x):
+        return np.asarray(x, np.int32 if x.dtype.kind == "i" else np.float32)
+
+    first, val_batch = jax.tree.map(single, (rows(0), VAL))
+    batch = first | {"index": np.arange(ROWS, dtype=np.int32) * (n // ROWS)}
+    state = optimizer.step(state, batch, val_batch, train, val, lr_hyper=1.0)
     moved = jax.jit(lambda lam: (jnp.sum(lam != 0), lam[batch["index"]]))(state.hyperparams)
     assert int(moved[0]) == ROWS
     assert state.hyperparams.addressable_shards[0].data.nbytes == 4 * n // 8
     expected = own.compute_hypergradient(
-        own.init(jnp.zeros(3), jnp.zeros(EXAMPLES)), *single, train, val
+        own.init(jnp.zeros(3), jnp.zeros(EXAMPLES)), first, val_batch, train, val
     )
     np.testing.assert_allclose(moved[1], -expected[rows(0)["index"]], rtol=1e-4, atol=1e-7)
 

@@ -82,5 +82,5 @@ def test_data_parallel():
     differences = [float(x) for x in re.findall(r"([\d.e+-]+), relative", output)]
     assert len(differences) == 3
     assert max(differences) < 0.05
-    clean, wrong = re.search(r"clean rows ([\d.]+), of random ones\s+([\d.]+)", output).groups()
+    clean, wrong = re.search(r"clean rows ([\d.]+), of random ones\s+(\d\.\d+)", output).groups()
     assert float(clean) > float(wrong)
