@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 
 from gradhpo import episodes
+from gradhpo.algorithms import T1T2Optimizer
 from gradhpo.errors import check_same_tree, scalar_loss
 from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.parallel.mesh import axis_size
@@ -102,6 +103,9 @@ class DataParallel(BilevelOptimizer):
             raise ValueError(f'rules need backend="auto", got {self.backend!r}')
         if self.optimizer.remembers_batch and self.backend != "auto":
             raise ValueError('distill_data mixes rows of whole batches: use backend="auto"')
+        coordinates = isinstance(self.optimizer, T1T2Optimizer) and self.optimizer.update_fn
+        if coordinates and self.backend == "pmap":
+            raise ValueError('T1-T2 with an update_fn has no backend="pmap": use "shard_map"')
         for name in _SHARED:
             object.__setattr__(self, name, getattr(self.optimizer, name))
 

@@ -320,6 +320,11 @@ def test_bad_arguments(settings, message):
         data_parallel(build("one-step"), make_mesh(data=2), **settings)
 
 
+def test_what_pmap_cannot_do_is_refused():
+    with pytest.raises(ValueError, match=r'T1-T2 with an update_fn has no backend="pmap"'):
+        data_parallel(build("t1t2", update_fn=update_fn), make_mesh(data=2), backend="pmap")
+
+
 def test_make_mesh_says_what_there_is():
     with pytest.raises(ValueError, match="trial=3 times data=4 devices wanted, 8 found"):
         make_mesh(trial=3, data=4)
