@@ -81,12 +81,18 @@ class Compiled:
     """A program for one step key. Call it with arguments of the shapes that it was made for."""
 
     def __init__(
-        self, key: StepKey, executable: jax.stages.Compiled, payload: bytes | None = None
+        self,
+        key: StepKey,
+        executable: jax.stages.Compiled,
+        payload: bytes | None = None,
+        *,
+        shareable: bool = True,
     ) -> None:
         self.key = key
         self.executable = executable
+        self._shareable = shareable
         self._payload = payload
-        if payload is None and key.processor:
+        if payload is None and key.processor and shareable:
             # A program of the CPU that sorts cannot be serialized after its first run (0.10.2).
             self._payload = serialize_executable.serialize(executable)[0]
 
@@ -95,7 +101,13 @@ class Compiled:
         return self.executable(*args)
 
     def serialize(self) -> bytes:
-        """Return the program as bytes: its step key, a checksum, and XLA's own serialization."""
+        """Return the program as bytes: its step key, a checksum, and XLA's own serialization.
+
+        Raises:
+          ValueError: if the program calls back into Python, which bytes cannot hold.
+        """
+        if not self._shareable:
+            raise ValueError("a program that calls back into Python cannot be serialized")
         payload = self._payload
         if payload is None:
             payload = serialize_executable.serialize(self.executable)[0]
@@ -120,7 +132,7 @@ def compile(function: Callable[..., Any], *args: PyTree, layout: str = "") -> Co
       layout: a name that becomes part of the step key.
     """
     lowered, key = _lower(function, args, layout)
-    return _find_or_compile(lowered, key)
+    return _find_or_compile(lowered, key, _devices(args))
 
 
 def load(blob: bytes, function: Callable[..., Any], *args: PyTree, layout: str = "") -> Compiled:
@@ -140,23 +152,25 @@ def load(blob: bytes, function: Callable[..., Any], *args: PyTree, layout: str =
       layout: as for `compile`.
     """
     lowered, key = _lower(function, args, layout)
-    with _LOCK:
-        known = _PROGRAMS.get(key)
-    if known is not None:
-        _count(hits=1)
+    devices = _devices(args)
+    if (known := _find(key, devices)) is not None:
         return known
     reason, payload = _open(blob, key)
+    if _calls_python(lowered):
+        reason = "a program that calls back into Python cannot be loaded"
     if reason is None:
         try:
-            compiled = Compiled(key, _deserialize(payload, lowered, _devices(args)), payload)
+            compiled = Compiled(key, _deserialize(payload, lowered, devices), payload)
         except Exception as error:
-            reason = f"XLA could not load it: {error}"
+            reason = f"XLA could not load it: {type(error).__name__}: {error}"
+            if isinstance(error, KeyError):
+                reason += " (it was compiled for devices of other numbers)"
         else:
             _count(loads=1)
-            return _keep(compiled)
+            return _keep(compiled, devices)
     _count(refusals=1)
     warnings.warn(f"{reason}; the program is compiled here", CompileWarning, stacklevel=2)
-    return _find_or_compile(lowered, key)
+    return _find_or_compile(lowered, key, devices)
 
 
 def counts() -> Counts:
@@ -179,7 +193,8 @@ def needed(executable: jax.stages.Compiled) -> int:
 
 
 _LOCK = threading.Lock()
-_PROGRAMS: dict[StepKey, Compiled] = {}
+_PROGRAMS: dict[tuple[StepKey, tuple[int, ...]], Compiled] = {}
+"""By step key and the numbers of the devices: a program stays on its devices."""
 _COUNTS = [Counts()]
 
 
@@ -207,20 +222,33 @@ def _lower(
     return lowered, key
 
 
-def _find_or_compile(lowered: Any, key: StepKey) -> Compiled:
-    with _LOCK:
-        known = _PROGRAMS.get(key)
-    if known is not None:
-        _count(hits=1)
+def _find_or_compile(lowered: Any, key: StepKey, devices: list[Any]) -> Compiled:
+    if _calls_python(lowered):  # which the step key does not see
+        _count(compiles=1)
+        return Compiled(key, lowered.compile(), shareable=False)
+    if (known := _find(key, devices)) is not None:
         return known
     compiled = Compiled(key, lowered.compile())
     _count(compiles=1)
-    return _keep(compiled)
+    return _keep(compiled, devices)
 
 
-def _keep(compiled: Compiled) -> Compiled:
+def _calls_python(lowered: Any) -> bool:
+    return "callback" in lowered.as_text()
+
+
+def _find(key: StepKey, devices: list[Any]) -> Compiled | None:
     with _LOCK:
-        return _PROGRAMS.setdefault(compiled.key, compiled)
+        known = _PROGRAMS.get((key, tuple(device.id for device in devices)))
+    if known is not None:
+        _count(hits=1)
+    return known
+
+
+def _keep(compiled: Compiled, devices: list[Any]) -> Compiled:
+    with _LOCK:
+        ids = tuple(device.id for device in devices)
+        return _PROGRAMS.setdefault((compiled.key, ids), compiled)
 
 
 def _count(**more: int) -> None:

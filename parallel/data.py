@@ -57,8 +57,10 @@ def data_parallel(
       batch (batch normalization) sees those of each device's part, as everywhere in data
       parallelism, and is then not what one device computes; with "auto" it is.
     - Per-example hyperparameters are looked up by an index in the batch, and work.
-    - Randomness: a key in the batch is a leaf that is divided too, so give a key for each row;
-      a key in the parameters is the same on every device. With "auto" nothing changes.
+    - Randomness: a key in the batch is a leaf that is divided too, so give a key for each row.
+      With "auto" nothing changes.
+    - An optimizer of one's own sees its part of the batch: with "shard_map" and "pmap", only what
+      comes from the losses or the `update_fn` is of the whole batch.
     - An `update_fn` has its gradient inside; the weights it returns on each part are averaged.
       That is exact for an update linear in the gradient; for others use `inner_optimizer`.
 
@@ -106,6 +108,8 @@ class DataParallel(BilevelOptimizer):
         coordinates = isinstance(self.optimizer, T1T2Optimizer) and self.optimizer.update_fn
         if coordinates and self.backend == "pmap":
             raise ValueError('T1-T2 with an update_fn has no backend="pmap": use "shard_map"')
+        if self.backend == "pmap" and self.mesh.size != axis_size(self.mesh, self.axis):
+            raise ValueError(f'backend="pmap" needs a mesh with no axis but {self.axis!r}')
         for name in _SHARED:
             object.__setattr__(self, name, getattr(self.optimizer, name))
 
@@ -331,7 +335,7 @@ def _as_vectors(function: Callable[[jax.Array], jax.Array], tree: PyTree) -> PyT
     So its transpose, a sum over devices, is one reduction however many leaves there are. XLA
     removes the joining where nothing happens to the vector.
     """
-    leaves, structure = jax.tree.flatten(tree)
+    leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, tree))
     done: list[Any] = list(leaves)
     for dtype in dict.fromkeys(leaf.dtype for leaf in leaves):
         places = [i for i, leaf in enumerate(leaves) if leaf.dtype == dtype]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -26,7 +27,11 @@ def make_mesh(*, trial: int = 1, data: int | None = None, devices: Any = None) -
       ValueError: if there are not `trial * data` devices.
     """
     found: Sequence[Any] = jax.devices() if devices is None else list(devices)
-    data = len(found) // trial if data is None else data
+    if data is None and trial >= 1:
+        if len(found) % trial:
+            raise ValueError(f"trial={trial} does not divide {len(found)} devices: give data= too")
+        data = len(found) // trial
+    data = 0 if data is None else data
     if trial < 1 or data < 1 or trial * data > len(found):
         raise ValueError(f"trial={trial} times data={data} devices wanted, {len(found)} found")
     # Explicit axes, the default of `jax.make_mesh`, would make `shard_map` refuse unsharded input.
@@ -85,13 +90,25 @@ def global_batch(batch: PyTree, mesh: Mesh, axis: str = "data") -> PyTree:
     """
     axis_size(mesh, axis)
     sharding = NamedSharding(mesh, P(axis))
-    return jax.tree.map(
-        lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), batch
-    )
+    parts = axis_size(mesh, axis) // jax.process_count()
+
+    def whole(rows: Any) -> jax.Array:
+        if isinstance(rows, jax.Array) and jnp.issubdtype(rows.dtype, jax.dtypes.prng_key):
+            data = whole(jax.random.key_data(rows))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(rows))
+        shape = np.shape(rows)
+        if not shape or (parts and shape[0] % parts):
+            raise ValueError(
+                f"batch must have a multiple of {parts} rows in each process, one part for each of "
+                f"its devices; got shape {shape}. Drop rows, or use pad_batch"
+            )
+        return jax.make_array_from_process_local_data(sharding, np.asarray(rows))
+
+    return jax.tree.map(whole, batch)
 
 
 def pad_batch(batch: PyTree, devices: int) -> tuple[PyTree, np.ndarray]:
-    """Pad a batch with zeros to a multiple of `devices` rows, with weights that undo the padding.
+    """Pad a batch with its last row to a multiple of `devices` rows, with weights that undo that.
 
     The weights are 0 for padded rows and `padded rows / rows` for the others: the mean of
     `weights * loss of each row` over all rows, on one device or on many, is the mean over the real
@@ -108,11 +125,15 @@ def pad_batch(batch: PyTree, devices: int) -> tuple[PyTree, np.ndarray]:
     if len(sizes) != 1:
         raise ValueError(f"batch must have one number of rows, got {sorted(sizes)}")
     (rows,) = sizes
+    if not rows:
+        raise ValueError("batch has no rows to pad with")
     padded = math.ceil(rows / devices) * devices
 
-    def pad(leaf: Any) -> np.ndarray:
-        leaf = np.asarray(leaf)
-        return np.pad(leaf, [(0, padded - rows)] + [(0, 0)] * (leaf.ndim - 1))
+    last = np.minimum(np.arange(padded), rows - 1)
+
+    def pad(leaf: Any) -> Any:
+        keys = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return leaf[last] if keys else np.asarray(leaf)[last]
 
     weights = np.where(np.arange(padded) < rows, padded / rows, 0).astype(np.float32)
     return jax.tree.map(pad, batch), weights

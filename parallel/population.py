@@ -51,6 +51,10 @@ class Population:
       data_key: a key from which `problem.data` makes the data shared by all slots; an array of
         `slots` keys makes data for each slot.
       memory: bytes on one device that "fit" may use; by default 90% of what the device has.
+      steps: the longest generation that "fit" must have room for; its metrics count too.
+
+    `run` never calibrates: with HyperDistill, call `calibrate` before the first generation, and
+    every `estimation_period` episodes, or θ stays 1.
 
     Raises:
       ValueError: for host data, or an argument out of range.
@@ -66,6 +70,7 @@ class Population:
         *,
         data_key: jax.Array | None = None,
         memory: int | None = None,
+        steps: int = 1000,
     ) -> None:
         if problem.batch is None:
             accepted = "Problem.batch, drawn on the device; arrays of the host go into Problem.data"
@@ -74,6 +79,8 @@ class Population:
             if optimizer.backend != "shard_map":
                 got = f'got backend="{optimizer.backend}"'
                 raise ValueError(f'data_parallel in a population needs backend="shard_map", {got}')
+            if optimizer.axis == "trial" and optimizer.mesh.shape["trial"] > 1:
+                raise ValueError('data_parallel in a population needs an axis other than "trial"')
             if mesh is not None and mesh != optimizer.mesh:
                 raise ValueError("mesh must be the one of data_parallel, or left out")
             mesh = optimizer.mesh
@@ -83,7 +90,9 @@ class Population:
         self._layout: Layout | None = None
         if slots == "fit":
             limit = _memory_limit(mesh) if memory is None else memory
-            slots = _largest(functools.partial(self._needs, batching=batching), mesh, limit)
+            check_count("steps", steps)
+            needs = functools.partial(self._needs, batching=batching, steps=steps)
+            slots = _largest(needs, mesh, limit)
         check_count("slots", slots)
         self.slots = slots
         if self._per_slot_data and self._data_key.shape != (slots,):
@@ -104,8 +113,8 @@ class Population:
     @functools.cached_property
     def data(self) -> PyTree:
         """What `problem.data` made, on the devices; with a leading slot axis if drawn per slot."""
-        made = jax.jit(self._make_data)(self._data_key)
-        return jax.device_put(made, self._sharding() if self._per_slot_data else self._replicated())
+        sharding = self._sharding() if self._per_slot_data else self._replicated()
+        return jax.jit(self._make_data, out_shardings=sharding)(self._data_key)
 
     def init(
         self, key: jax.Array, *, params: PyTree = None, hyperparams: PyTree = None
@@ -179,6 +188,7 @@ class Population:
 
     def compile(self, state: BilevelState, steps: int, lr_hyper: Any = None) -> Compiled:
         """Return the program of `run`, compiled now; `Compiled.serialize` makes bytes of it."""
+        check_count("steps", steps)
         args = self._arguments(state, jax.random.split(jax.random.key(0), self.slots), lr_hyper)
         if self._layout is None:
             self._layout = self._calibrated(*args)
@@ -252,7 +262,9 @@ class Population:
         keys = jax.random.split(stream(key, "calibration"), optimizer.T)
         trains, vals = jax.lax.map(lambda key: self.problem.draw(key, data), keys)
         train, val = part(trains, jax.tree.map(lambda x: x[-1], vals), 1)
-        return optimizer.calibrate(state, train, val, *losses)
+        new = optimizer.calibrate(state, train, val, *losses)
+        frozen = state.metadata["diverged_at"] > 0
+        return jax.tree.map(lambda a, b: jnp.where(frozen, a, b), state, new)
 
     def _over(self, one: Callable[..., Any], layout: Layout) -> Callable[..., Any]:
         """Return `one` over all slots in this layout, and over the mesh's devices."""
@@ -321,12 +333,16 @@ class Population:
             losses = (self.problem.train_loss, self.problem.val_loss)
             self.optimizer.check_step(*losses, lr_hyper)
         _check_slots("state", state, self.slots)
+        if not {"trial_step", "diverged_at"} <= set(state.metadata):
+            raise ValueError("state must come from the population's init, run or select")
         if not isinstance(keys, jax.Array) or not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
             raise TypeError(f"keys must be an array of keys from jax.random.key, got {keys!r}")
         if keys.shape != (self.slots,):
             raise ValueError(f"keys must have shape ({self.slots},), one a slot; got {keys.shape}")
         rates = None
         if lr_hyper is not None:
+            if np.asarray(lr_hyper).dtype.kind not in "fiu":
+                raise TypeError(f"lr_hyper must be a number or one for each slot, got {lr_hyper!r}")
             rates = np.asarray(lr_hyper, jnp.result_type(float))
             if rates.shape not in ((), (self.slots,)):
                 raise ValueError(
@@ -335,7 +351,7 @@ class Population:
             rates = np.broadcast_to(rates, (self.slots,))
         return (*self._place((prepare(state), keys, rates)), self.data)
 
-    def _needs(self, slots: int, batching: Batching) -> int:
+    def _needs(self, slots: int, batching: Batching, steps: int) -> int:
         """Return the bytes on one device of a population of so many slots; nothing is allocated."""
         layout = layouts.parse(batching, slots, self.mesh)
         layout = layout or layouts.candidates(slots, self.mesh)[-1]  # "vmap" needs the most
@@ -356,8 +372,8 @@ class Population:
             return jax.tree.map(place, tree)
 
         args = (*placed((state, keys, rates), self._sharding()), placed(data, self._replicated()))
-        lowered = jax.jit(self._generation(CALIBRATION_STEPS, layout)).lower(*args)
-        return compiled.needed(lowered.compile())
+        program = compiled.compile(self._generation(steps, layout), *args, layout=str(layout.name))
+        return program.bytes_needed()
 
     # --- placement ------------------------------------------------------------------------------
 
@@ -401,7 +417,7 @@ def _gather(state: BilevelState, parents: jax.Array) -> BilevelState:
 
 def _program_key(name: str, steps: int, layout: str, args: tuple[Any, ...]) -> Any:
     leaves, structure = jax.tree.flatten(args)
-    return name, steps, layout, structure, tuple((x.shape, x.dtype) for x in leaves)
+    return name, steps, layout, structure, tuple((x.shape, x.dtype, x.sharding) for x in leaves)
 
 
 def _check_slots(name: str, tree: PyTree, slots: int) -> None:

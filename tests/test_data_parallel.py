@@ -12,7 +12,13 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import gradhpo
-from gradhpo.parallel import data_parallel, fully_sharded, make_mesh, pad_batch
+from gradhpo.parallel import (
+    data_parallel,
+    fully_sharded,
+    global_batch,
+    make_mesh,
+    pad_batch,
+)
 from tests.problems import assert_close
 from tests.small import OPTIMIZERS, CompileCounter
 
@@ -25,6 +31,7 @@ VAL = {"x": _rng.normal(size=(ROWS, 3)), "y": _rng.normal(size=ROWS)}
 # At its first step Adam divides a gradient by itself, and its derivative is what eps leaves of a
 # difference of equal numbers: with 1e-8, eight digits fewer than the gradient has.
 ADAM = optax.adam(0.02, eps=1e-3)
+KEY = jax.random.key(0)
 
 
 def rows(step):
@@ -325,7 +332,33 @@ def test_what_pmap_cannot_do_is_refused():
         data_parallel(build("t1t2", update_fn=update_fn), make_mesh(data=2), backend="pmap")
 
 
+def test_padding_copies_a_row_so_that_its_derivatives_are_finite():
+    padded, weights = pad_batch({"x": np.ones((7, 3)), "key": jax.random.split(KEY, 7)}, 4)
+    assert padded["x"].shape == (8, 3)
+    assert padded["key"].shape == (8,)
+
+    def mean_norm(w):
+        return jnp.mean(weights * jnp.linalg.norm(padded["x"] * w, axis=1))
+
+    np.testing.assert_allclose(jax.grad(mean_norm)(jnp.ones(3)), 3**-0.5, rtol=1e-6)
+    with pytest.raises(ValueError, match="batch has no rows"):
+        pad_batch(np.ones((0, 2)), 4)
+
+
+def test_a_global_batch_holds_keys_and_divides():
+    mesh = make_mesh()
+    made = global_batch({"x": np.ones((16, 2)), "key": jax.random.split(KEY, 16)}, mesh)
+    assert made["key"].shape == (16,)
+    assert made["x"].sharding.spec == P("data")
+    with pytest.raises(ValueError, match=r"multiple of 8 rows .* got shape \(5, 2\)"):
+        global_batch(np.ones((5, 2)), mesh)
+
+
 def test_make_mesh_says_what_there_is():
+    with pytest.raises(ValueError, match="trial=3 does not divide 8 devices: give data= too"):
+        make_mesh(trial=3)
+    with pytest.raises(ValueError, match="trial=0 times data=0 devices wanted, 8 found"):
+        make_mesh(trial=0)
     with pytest.raises(ValueError, match="trial=3 times data=4 devices wanted, 8 found"):
         make_mesh(trial=3, data=4)
 

@@ -213,14 +213,14 @@ def test_auto_measures_once_and_says_what_it_chose():
 def test_fit_finds_the_most_slots_that_memory_holds():
     optimizer, _ = build("one-step", outer=True)
     limit = 300_000
-    trials = Population(PROBLEM, optimizer, "fit", batching="vmap", memory=limit)
+    trials = Population(PROBLEM, optimizer, "fit", batching="vmap", memory=limit, steps=50)
 
     def needs(slots):
         other = Population(PROBLEM, optimizer, slots, batching="vmap")
-        return other.compile(other.init(KEY), 2).bytes_needed()
+        return other.compile(other.init(KEY), 50).bytes_needed()
 
     assert needs(trials.slots) <= limit < needs(int(trials.slots * 1.03) + 2)
-    trials.run(trials.init(KEY), 2, jax.random.split(KEY, trials.slots))
+    trials.run(trials.init(KEY), 50, jax.random.split(KEY, trials.slots))
     with pytest.raises(ValueError, match=r'slots="fit": one slot .* needs [\d,]+ bytes, and 10'):
         Population(PROBLEM, optimizer, "fit", batching="vmap", memory=10)
 
@@ -331,3 +331,62 @@ def test_bad_arguments_of_run():
     optimizer = data_parallel(OPTIMIZER, mesh, backend="pmap")
     with pytest.raises(ValueError, match=r'needs backend="shard_map", got backend="pmap"'):
         Population(PROBLEM, optimizer, 2)
+
+
+def test_a_loss_that_calls_python_runs_and_is_not_shared():
+    def calling(value):
+        def loss(w, lam, batch):
+            made = jax.pure_callback(
+                lambda: np.float32(value), jax.ShapeDtypeStruct((), np.float32)
+            )
+            return train_loss(w, lam, batch) + jax.lax.stop_gradient(made)
+
+        return loss
+
+    found = []
+    for value in (0.0, 5.0):
+        problem = gradhpo.Problem(start, calling(value), val_loss, batch, data=PROBLEM.data)
+        trials, rate = population("first-order", "map", problem, slots=2)
+        state = trials.init(KEY)
+        found.append(trials.run(state, 2, KEYS[:2], *rate)[1]["train_loss"])
+        with pytest.raises(ValueError, match="calls back into Python cannot be serialized"):
+            trials.compile(state, 2, *rate).serialize()
+    np.testing.assert_allclose(found[1] - found[0], 5, rtol=1e-5)
+
+
+def test_populations_on_other_devices_compute_there():
+    for devices in (jax.devices()[:4], jax.devices()[4:]):
+        mesh = make_mesh(trial=4, data=1, devices=devices)
+        trials = Population(PROBLEM, OPTIMIZER, SLOTS, mesh, "shard")
+        state, _ = trials.run(trials.init(KEY), 2, KEYS, 0.05)
+        assert state.params.sharding.device_set == set(devices)
+    for device in jax.devices()[1:3]:
+        trials = Population(PROBLEM, OPTIMIZER, SLOTS, batching="vmap")
+        first = jax.device_put(trials.init(KEY), device)
+        trials.data = jax.device_put(trials.data, device)
+        state, _ = trials.run(first, 2, jax.device_put(KEYS, device), jnp.float32(0.05))
+        assert state.params.devices() == {device}
+
+
+def test_calibrate_leaves_frozen_slots_alone():
+    trials, _rate = population("hyperdistill", "vmap", T=4)
+    state = trials.init(KEY)
+    frozen = jnp.zeros(SLOTS, jnp.int32).at[2].set(1)
+    state = trials.calibrate(state.update(metadata={"diverged_at": frozen}), KEYS)
+    theta = np.asarray(state.metadata["theta"])
+    assert theta[2] == 1
+    assert (np.delete(theta, 2) != 1).all()
+
+
+def test_states_and_axes_that_do_not_fit():
+    trials, rate = population("one-step")
+    foreign = jax.vmap(lambda key: OPTIMIZER.init(*start(key)))(jax.random.split(KEY, SLOTS))
+    with pytest.raises(
+        ValueError, match="state must come from the population's init, run or select"
+    ):
+        trials.run(foreign, 2, KEYS, *rate)
+    with pytest.raises(TypeError, match=r"lr_hyper must be a number .*, got True"):
+        trials.run(trials.init(KEY), 2, KEYS, True)
+    mesh = make_mesh(trial=4, data=2)
+    with pytest.raises(ValueError, match='needs an axis other than "trial"'):
+        Population(PROBLEM, data_parallel(OPTIMIZER, mesh, axis="trial"), SLOTS)
