@@ -86,7 +86,8 @@ def main(
     output: Annotated[Path | None, typer.Option(help="Write the tables as Markdown.")] = None,
 ) -> None:
     """Measure layouts of populations of MLPs with One-Step, Adam inside and outside."""
-    report = Report("Populations", f"python benchmarks/population.py --steps {steps}")
+    options = f"--widths {widths} --slots {slots} --steps {steps} --rounds {rounds}"
+    report = Report("Populations", f"python benchmarks/population.py {options}")
     report.say(
         "MLPs of two hidden layers, batches of 64, λ of 257 numbers, One-Step. A layout's figure "
         "is the time of the fastest fixed layout over its own, each the best of interleaved "

@@ -20,8 +20,8 @@ Batching: TypeAlias = "str | int"
 ACCEPTED = '"auto", "vmap", "map", a chunk size, "shard", or "shard/" before one of these'
 CHUNKS = (4, 16, 64)
 """The chunk sizes that "auto" tries."""
-ROUNDS = 5
-ROUND_SECONDS = 0.02
+ROUNDS = 8
+ROUND_SECONDS = 0.03
 
 
 @dataclasses.dataclass(frozen=True)

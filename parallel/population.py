@@ -26,7 +26,7 @@ from gradhpo.state import METRICS, BilevelState, PyTree, prepare
 
 MOST_SLOTS = 2**20
 """On one device, that "fit" tries."""
-CALIBRATION_STEPS = 2
+CALIBRATION_STEPS = 5
 """Steps of the programs that `batching="auto"` compares."""
 
 
