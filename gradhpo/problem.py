@@ -77,6 +77,10 @@ class Problem:
         made = self.batch(key) if self.data is None else self.batch(key, data)
         return _pair("batch", "(train_batch, val_batch)", made)
 
+    def draw_at(self, key: jax.Array, index: Any, data: PyTree) -> tuple[PyTree, PyTree]:
+        """Return the batches of step `index` of a run with this key."""
+        return self.draw(jax.random.fold_in(stream(key, "batches"), index), data)
+
     def measure(self, params: PyTree, hyperparams: PyTree, data: PyTree) -> dict[str, Any]:
         """Return `metrics`; empty where there are none."""
         if self.metrics is None:

@@ -151,7 +151,7 @@ class Program:
     def _draw(self, key: jax.Array, data: PyTree, index: Any, host_pair: PyTree) -> Any:
         if self.problem.batch is None:
             return host_pair
-        return self.problem.draw(jax.random.fold_in(stream(key, "batches"), index), data)
+        return self.problem.draw_at(key, index, data)
 
     def _losses(self) -> tuple[LossFn, LossFn]:
         return self.problem.train_loss, self.problem.val_loss

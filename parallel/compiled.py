@@ -119,8 +119,11 @@ class Compiled:
         return MAGIC + json.dumps(header).encode() + b"\n" + payload
 
     def bytes_needed(self) -> int:
-        """Return the bytes on one device while it runs: arguments, results and temporaries."""
-        return needed(self.executable)
+        """Return the bytes on one device while it runs, from XLA's memory analysis."""
+        memory: Any = self.executable.memory_analysis()
+        held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+        held += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+        return held - memory.alias_size_in_bytes
 
 
 def compile(function: Callable[..., Any], *args: PyTree, layout: str = "") -> Compiled:
@@ -183,13 +186,6 @@ def clear() -> None:
     """Forget all programs; the counts go on."""
     with _LOCK:
         _PROGRAMS.clear()
-
-
-def needed(executable: jax.stages.Compiled) -> int:
-    """Return the bytes on one device while a program runs, from XLA's memory analysis."""
-    memory: Any = executable.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return held + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
 
 
 _LOCK = threading.Lock()

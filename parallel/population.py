@@ -154,9 +154,7 @@ class Population:
         """
         check_count("steps", steps)
         args = self._arguments(state, keys, lr_hyper)
-        if self._layout is None:
-            self._layout = self._calibrated(*args)
-        return self._generation_program(steps, self._layout, *args)(*args)
+        return self._program(steps, *args)(*args)
 
     def calibrate(self, state: BilevelState, keys: jax.Array) -> BilevelState:
         """Let each slot's optimizer estimate its own settings (HyperDistill's θ), from `T` batches.
@@ -189,10 +187,8 @@ class Population:
     def compile(self, state: BilevelState, steps: int, lr_hyper: Any = None) -> Compiled:
         """Return the program of `run`, compiled now; `Compiled.serialize` makes bytes of it."""
         check_count("steps", steps)
-        args = self._arguments(state, jax.random.split(jax.random.key(0), self.slots), lr_hyper)
-        if self._layout is None:
-            self._layout = self._calibrated(*args)
-        return self._generation_program(steps, self._layout, *args)
+        keys = jax.random.split(jax.random.key(0), self.slots)
+        return self._program(steps, *self._arguments(state, keys, lr_hyper))
 
     def load(self, blob: bytes, state: BilevelState, steps: int, lr_hyper: Any = None) -> Compiled:
         """Use a program that another process compiled; see `parallel.compiled.load`.
@@ -223,7 +219,7 @@ class Population:
             drawn = dict(zip(("params", "hyperparams"), self.problem.start(key), strict=True))
             start, extra = drawn | given, {}
             if optimizer.remembers_batch:
-                train, _ = self.problem.draw(jax.random.fold_in(stream(key, "batches"), 0), data)
+                train, _ = self.problem.draw_at(key, 0, data)
                 extra = {"train_batch": train, "key": stream(key, "optimizer")}
             state = prepare(optimizer.init(start["params"], start["hyperparams"], **extra))
             flags = {"trial_step": jnp.int32(0), "diverged_at": jnp.int32(0)}
@@ -240,8 +236,7 @@ class Population:
 
         def one(state: BilevelState, key: jax.Array, lr_hyper: Any, data: PyTree) -> Any:
             def body(state: BilevelState, i: jax.Array) -> Any:
-                drawn = self.problem.draw(jax.random.fold_in(stream(key, "batches"), i), data)
-                train, val = part(*drawn, optimizer.batch_axis)
+                train, val = part(*self.problem.draw_at(key, i, data), optimizer.batch_axis)
                 return _guard(state, optimizer.advance(state, train, val, *losses, lr_hyper))
 
             return jax.lax.scan(body, state, jnp.arange(steps, dtype=jnp.int32))
@@ -295,6 +290,11 @@ class Population:
         return inner, (local_losses[0], local_losses[1]), self.optimizer.part
 
     # --- programs -------------------------------------------------------------------------------
+
+    def _program(self, steps: int, *args: Any) -> Compiled:
+        if self._layout is None:
+            self._layout = self._calibrated(*args)
+        return self._generation_program(steps, self._layout, *args)
 
     def _call(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
         key = _program_key(name, 0, "", args)
@@ -461,7 +461,8 @@ def _largest(needs: Callable[[int], int], mesh: Mesh | None, limit: int) -> int:
         if high >= MOST_SLOTS * unit:
             return low
     for _ in range(30):
-        if high - low <= max(unit, low // 50 // unit * unit):
+        gap = max(unit, low // 50 // unit * unit)  # as close as it needs to be, about 2%
+        if high - low <= gap:
             break
         slope = (high_bytes - low_bytes) / (high - low)
         guess = low + int((limit - low_bytes) / max(slope, 1e-9))
@@ -470,7 +471,7 @@ def _largest(needs: Callable[[int], int], mesh: Mesh | None, limit: int) -> int:
         measured = needs(guess)
         if measured <= limit:
             low, low_bytes = guess, measured
-            guess = min(max(low + max(unit, low // 50 // unit * unit), low + unit), high - unit)
+            guess = min(low + max(unit, low // 50 // unit * unit), high - unit)
             if guess > low and needs(guess) > limit:
                 return low
         else:
