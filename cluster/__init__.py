@@ -1,4 +1,42 @@
-"""Many processes and hosts: sweeps of populations driven by Ray.
+"""Many processes and hosts: sweeps of populations driven by Ray, that survive anything.
 
-Imported as `gradhpo.cluster`; needs the `cluster` extra. Nothing is exported yet.
+Imported as `gradhpo.cluster`. Without the `cluster` extra, which brings Ray, sweeps run in one
+process.
 """
+
+from gradhpo.cluster.checkpoints import DamagedFile
+from gradhpo.cluster.executors import SweepError
+from gradhpo.cluster.journal import StorageInUse
+from gradhpo.cluster.result import SweepResult, Trial
+from gradhpo.cluster.schedulers import (
+    NEW,
+    PBT,
+    Decision,
+    RandomSearch,
+    Scheduler,
+    SuccessiveHalving,
+    Table,
+)
+from gradhpo.cluster.space import Change, SearchSpace, choice, loguniform, uniform
+from gradhpo.cluster.sweep import Sweep
+
+__all__ = [
+    "NEW",
+    "PBT",
+    "Change",
+    "DamagedFile",
+    "Decision",
+    "RandomSearch",
+    "Scheduler",
+    "SearchSpace",
+    "StorageInUse",
+    "SuccessiveHalving",
+    "Sweep",
+    "SweepError",
+    "SweepResult",
+    "Table",
+    "Trial",
+    "choice",
+    "loguniform",
+    "uniform",
+]

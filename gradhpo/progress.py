@@ -33,6 +33,13 @@ class Bar:
             self._bar.update(steps)
             self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
 
+    def write(self, text: str) -> None:
+        """Print a line to stderr, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
     def __enter__(self) -> Bar:
         return self
 

@@ -114,7 +114,7 @@ class Population:
     def data(self) -> PyTree:
         """What `problem.data` made, on the devices; with a leading slot axis if drawn per slot."""
         sharding = self._sharding() if self._per_slot_data else self._replicated()
-        return jax.jit(self._make_data, out_shardings=sharding)(self._data_key)
+        return jax.jit(self.trace_data, out_shardings=sharding)(self._data_key)
 
     def init(
         self, key: jax.Array, *, params: PyTree = None, hyperparams: PyTree = None
@@ -122,7 +122,7 @@ class Population:
         """Return the first state, with a leading slot axis; slot i starts from `split(key)[i]`.
 
         Args:
-          key: one key.
+          key: one key; or one for each slot, from which it then starts.
           params: weights to start from instead, with a leading slot axis.
           hyperparams: hyperparameters to start from instead, with a leading slot axis.
         """
@@ -130,8 +130,10 @@ class Population:
         given = {name: tree for name, tree in given.items() if tree is not None}
         for name, tree in given.items():
             _check_slots(name, tree, self.slots)
-        keys = jax.random.split(key, self.slots)
-        return self._call("init", self._first, self._place(keys), self._place(given), self.data)
+        keys = jax.random.split(key, self.slots) if jnp.ndim(key) == 0 else key
+        _check_slots("key", keys, self.slots)
+        args = (self.place(keys), self.place(given), self.data)
+        return self._call("init", self.trace_init, *args)
 
     def run(
         self, state: BilevelState, steps: int, keys: jax.Array, lr_hyper: Any = None
@@ -166,8 +168,8 @@ class Population:
         optimizer = self._on_device()[0]
         if not optimizer.calibration_period:
             return state
-        args = self._arguments(state, keys, None, check_rate=False)
-        return self._call("calibrate", self._over(self._calibrate_one, Layout("map")), *args)
+        state, keys, _, data = self._arguments(state, keys, None, check_rate=False)
+        return self._call("calibrate", self.trace_calibrate, state, keys, data)
 
     def select(self, state: BilevelState, parents: Any) -> BilevelState:
         """Return a population whose slot i is a copy of slot `parents[i]`: a gather on the device.
@@ -182,7 +184,14 @@ class Population:
         if ((parents < 0) | (parents >= self.slots)).any():
             raise ValueError(f"{wanted}; got {parents[(parents < 0) | (parents >= self.slots)][0]}")
         parents = jax.device_put(parents.astype(np.int32), self._replicated())
-        return self._call("select", _gather, self._place(state), parents)
+        return self._call("select", _gather, self.place(state), parents)
+
+    def resolve(self, state: BilevelState, lr_hyper: Any = None) -> Batching:
+        """Return the layout, measured now where `batching` is "auto" and nothing has run yet."""
+        if self._layout is None:
+            keys = jax.random.split(jax.random.key(0), self.slots)
+            self._layout = self._calibrated(*self._arguments(state, keys, lr_hyper))
+        return self.batching
 
     def compile(self, state: BilevelState, steps: int, lr_hyper: Any = None) -> Compiled:
         """Return the program of `run`, compiled now; `Compiled.serialize` makes bytes of it."""
@@ -205,14 +214,17 @@ class Population:
         self._programs[_program_key("run", steps, name, args)] = program
         return program
 
-    # --- what is traced -------------------------------------------------------------------------
+    # --- what is traced: parts for a program of one's own, such as a sweep's --------------------
 
-    def _make_data(self, key: jax.Array) -> PyTree:
+    def trace_data(self, key: jax.Array) -> PyTree:
+        """Return what `problem.data` makes; with a leading slot axis from a key for each slot."""
         make = self.problem.start_data
         return jax.vmap(make)(key) if self._per_slot_data else make(key)
 
-    def _first(self, keys: jax.Array, given: dict[str, Any], data: PyTree) -> BilevelState:
-        """Return every slot's first state."""
+    def trace_init(
+        self, keys: jax.Array, given: dict[str, Any], data: PyTree
+    ) -> BilevelState:
+        """Return every slot's first state; `given` may hold `params` and `hyperparams`."""
         optimizer = self._on_device()[0]
 
         def one(key: jax.Array, given: dict[str, Any], data: PyTree) -> BilevelState:
@@ -230,8 +242,33 @@ class Population:
         sharding = self._sharding()
         return first if sharding is None else jax.lax.with_sharding_constraint(first, sharding)
 
+    def trace_run(self, steps: int) -> Callable[..., Any]:
+        """Return the function of a generation, `(state, keys, lr_hyper, data) -> (state, metrics)`.
+
+        Raises:
+          ValueError: if the layout is "auto" and not measured yet; see `resolve`.
+        """
+        if self._layout is None:
+            raise ValueError('batching is "auto": call resolve first')
+        return self._generation(steps, self._layout)
+
+    def trace_measure(self, state: BilevelState, data: PyTree) -> dict[str, Any]:
+        """Return `Problem.metrics` of every slot, with a leading slot axis."""
+        if self.problem.metrics is None:
+            return {}
+
+        def one(state: BilevelState, key: Any, lr_hyper: Any, data: PyTree) -> dict[str, Any]:
+            del key, lr_hyper
+            return self.problem.measure(state.params, state.hyperparams, data)
+
+        layout = self._layout or Layout("map")
+        return self._over(one, layout)(state, None, None, data)
+
+    def trace_calibrate(self, state: BilevelState, keys: jax.Array, data: PyTree) -> BilevelState:
+        """Return the state with each slot's own settings estimated anew; see `calibrate`."""
+        return self._over(self._calibrate_one, Layout("map"))(state, keys, None, data)
+
     def _generation(self, steps: int, layout: Layout) -> Callable[..., Any]:
-        """Return the function of a generation: `(state, keys, lr_hyper, data)`, stacked."""
         optimizer, losses, part = self._on_device()
 
         def one(state: BilevelState, key: jax.Array, lr_hyper: Any, data: PyTree) -> Any:
@@ -273,7 +310,7 @@ class Population:
                 def each(state: BilevelState, key: jax.Array, lr_hyper: Any) -> Any:
                     return one(state, key, lr_hyper, data)
 
-            return layout.over_slots(each, keys.shape[0])(*stacked)
+            return layout.over_slots(each, state.step.shape[0])(*stacked)
 
         if self.mesh is None:
             return slots
@@ -349,7 +386,7 @@ class Population:
                     f"lr_hyper must be a number or {self.slots}, one a slot; got {rates.shape}"
                 )
             rates = np.broadcast_to(rates, (self.slots,))
-        return (*self._place((prepare(state), keys, rates)), self.data)
+        return (*self.place((prepare(state), keys, rates)), self.data)
 
     def _needs(self, slots: int, batching: Batching, steps: int) -> int:
         """Return the bytes on one device of a population of so many slots; nothing is allocated."""
@@ -358,9 +395,9 @@ class Population:
         if self._per_slot_data:
             raise ValueError('slots="fit" needs one data_key, shared by all slots')
         self._layout = layout
-        data = jax.eval_shape(self._make_data, self._data_key)
+        data = jax.eval_shape(self.trace_data, self._data_key)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), slots))
-        state = jax.eval_shape(self._first, keys, {}, data)
+        state = jax.eval_shape(self.trace_init, keys, {}, data)
         rates = None
         if self.optimizer.outer_optimizer is None:
             rates = jax.ShapeDtypeStruct((slots,), jnp.result_type(float))
@@ -392,8 +429,13 @@ class Population:
     def _replicated(self) -> Any:
         return None if self.mesh is None else NamedSharding(self.mesh, P())
 
-    def _place(self, tree: PyTree) -> PyTree:
+    def place(self, tree: PyTree) -> PyTree:
+        """Return arrays with a slot axis where the population's lie."""
         return jax.device_put(tree, self._sharding())
+
+    def place_shared(self, tree: PyTree) -> PyTree:
+        """Return arrays that all slots share, on all devices."""
+        return jax.device_put(tree, self._replicated())
 
 
 _FASTEST: dict[compiled.StepKey, Layout] = {}

@@ -1,0 +1,158 @@
+"""Arrays on disk that can be trusted: written whole or not at all, and checked when they are read.
+
+A file is a NumPy `.npz` of plain numbers beside a JSON text; nothing in it is ever unpickled. Its
+name ends in the beginning of its SHA-256, so a file is known by its name alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes  # comes with JAX
+import numpy as np
+
+SHOWN = 16
+"""Hexadecimal digits of the checksum in a file's name."""
+
+
+class Saved(NamedTuple):
+    """A file that was written, as the journal names it."""
+
+    file: str
+    """The path, relative to the storage."""
+    sha256: str
+
+
+class DamagedFile(RuntimeError):  # noqa: N818
+    """A file is missing, cut short or changed since it was written."""
+
+    def __init__(self, file: str, reason: str) -> None:
+        super().__init__(file, reason)
+        self.file, self.reason = file, reason
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.reason}"
+
+
+def save(
+    storage: Path, stem: str, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]
+) -> Saved:
+    """Write arrays so that after a crash the file is there whole, or not at all.
+
+    Written to a temporary name, fsync'd, and renamed to `{stem}-{checksum}.npz`.
+
+    Args:
+      storage: the sweep's folder.
+      stem: the path below it, without an ending.
+      arrays: by name; any NumPy dtype of plain numbers, bfloat16 and other ML dtypes too.
+      about: what else to remember, as JSON.
+
+    Raises:
+      OSError: if it cannot be written, a full disk included; the temporary file is removed.
+    """
+    stored: dict[str, np.ndarray] = {}
+    dtypes: list[str] = []
+    for index, array in enumerate(arrays.values()):
+        plain = np.asarray(array)
+        dtypes.append(plain.dtype.name)
+        if plain.dtype.kind == "V" or plain.dtype.name not in np.sctypeDict:
+            plain = plain.view(f"u{plain.dtype.itemsize}")
+        stored[f"a{index}"] = plain
+    header = {"names": list(arrays), "dtypes": dtypes, "about": dict(about)}
+    text = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    folder = (storage / stem).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = storage / f"{stem}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, allow_pickle=False, header=text, **stored)
+            file.flush()
+            os.fsync(file.fileno())
+        digest = checksum(temporary)
+        final = f"{stem}-{digest[:SHOWN]}.npz"
+        os.replace(temporary, storage / final)
+        sync_folder(folder)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    return Saved(final, digest)
+
+
+def load(storage: Path, saved: Saved) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return the arrays and what was remembered with them.
+
+    Raises:
+      DamagedFile: if the file is missing, or its checksum is not the one it was written with.
+    """
+    path = storage / saved.file
+    try:
+        digest = checksum(path)
+    except OSError as error:
+        raise DamagedFile(saved.file, f"cannot be read ({error.strerror})") from None
+    if digest != saved.sha256:
+        raise DamagedFile(saved.file, "its checksum does not match; it was cut short or changed")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            header = json.loads(file["header"].tobytes())
+            arrays: dict[str, np.ndarray] = {}
+            for index, (name, dtype) in enumerate(
+                zip(header["names"], header["dtypes"], strict=True)
+            ):
+                array = file[f"a{index}"]
+                arrays[name] = array if array.dtype.name == dtype else array.view(_dtype(dtype))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise DamagedFile(saved.file, f"is not a file of gradhpo: {error}") from None
+    return arrays, header["about"]
+
+
+def find(storage: Path, stem: str) -> Saved | None:
+    """Return the undamaged file that was saved under `stem`; None where there is none."""
+    for path in sorted((storage / stem).parent.glob(f"{(storage / stem).name}-*.npz")):
+        digest = checksum(path)
+        if path.stem.endswith(digest[:SHOWN]):
+            return Saved(str(path.relative_to(storage)), digest)
+    return None
+
+
+def checksum(path: Path) -> str:
+    """Return the SHA-256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a small JSON file, whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in this folder last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _dtype(name: str) -> np.dtype[Any]:
+    return np.dtype(getattr(ml_dtypes, name, name))

@@ -1,0 +1,83 @@
+"""Objects by name: `"package.module:name"` or `"folder/file.py:name"`, as every process finds them."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+ACCEPTED = '"package.module:name" or "folder/file.py:name"'
+
+
+def check_reference(argument: str, reference: str) -> None:
+    """Raise unless `reference` has the form of a reference; nothing is imported.
+
+    Raises:
+      ValueError: naming the argument.
+    """
+    module, _, name = reference.rpartition(":")
+    plain = module.endswith(".py") or all(part.isidentifier() for part in module.split("."))
+    if not module or not plain or not all(part.isidentifier() for part in name.split(".")):
+        raise ValueError(f"{argument} must be {ACCEPTED}, got {reference!r}")
+
+
+def load(reference: str) -> Any:
+    """Import and return what a reference names.
+
+    Raises:
+      ImportError: if the module cannot be found; what it raises itself goes through.
+      AttributeError: if it has no such name.
+    """
+    module_name, _, name = reference.rpartition(":")
+    made: Any = _module(module_name)
+    for part in name.split("."):
+        if not hasattr(made, part):
+            raise AttributeError(f"{module_name!r} has no {part!r}, named by {reference!r}")
+        made = getattr(made, part)
+    return made
+
+
+def extend_path(folders: Iterable[str]) -> None:
+    """Let modules be imported from these folders too."""
+    sys.path.extend(folder for folder in folders if folder not in sys.path)
+
+
+def call_with(function: Any, arguments: Mapping[str, Any]) -> tuple[Any, set[str]]:
+    """Call a function with those of the arguments that it takes; return also their names."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        taken = set(arguments)
+    else:
+        keywords = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        taken = {p.name for p in parameters if p.kind in keywords} & set(arguments)
+    return function(**{name: arguments[name] for name in taken}), taken
+
+
+def _module(name: str) -> Any:
+    if not name.endswith(".py"):
+        return importlib.import_module(name)
+    path = Path(name).resolve()
+    if not path.is_file():
+        raise ImportError(f"there is no file {str(path)!r}")
+    # The same name in every process, and none that another file has.
+    digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
+    unique = f"gradhpo_sweep_{path.stem}_{digest}"
+    if unique in sys.modules:
+        return sys.modules[unique]
+    spec = importlib.util.spec_from_file_location(unique, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[unique] = module
+    extend_path([str(path.parent)])
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[unique]
+        raise
+    return module

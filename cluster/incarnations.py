@@ -1,0 +1,58 @@
+"""Which incarnation of a worker owns a shard: a worker that was given up cannot commit anything.
+
+Every worker process gets a number that was never used in this storage. Before the driver gives it
+a shard, the file says so; before a worker commits, it looks whether the shard is still its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from gradhpo.cluster.checkpoints import write_json
+
+FILE = "incarnations.json"
+
+
+class Superseded(RuntimeError):  # noqa: N818
+    """This worker's shard belongs to a later incarnation; what it computed is not used."""
+
+
+class Incarnations:
+    """The driver's side: hands out numbers, and says whose a shard is."""
+
+    def __init__(self, storage: Path) -> None:
+        self._path = storage / FILE
+        content = json.loads(self._path.read_text()) if self._path.exists() else {}
+        self._next = int(content.get("next", 0))
+        self._owners: dict[str, int] = content.get("owners", {})
+
+    def new(self) -> int:
+        """Return a number that no worker of this storage ever had."""
+        self._next += 1
+        self._write()
+        return self._next
+
+    def own(self, shards: Iterable[int], incarnation: int) -> None:
+        """Give shards to a worker."""
+        changed = {str(s): incarnation for s in shards if self._owners.get(str(s)) != incarnation}
+        if changed:
+            self._owners |= changed
+            self._write()
+
+    def _write(self) -> None:
+        write_json(self._path, {"next": self._next, "owners": self._owners})
+
+
+def check_owner(storage: Path, shard: int, incarnation: int) -> None:
+    """Raise unless this incarnation owns the shard: the worker's side, before it commits.
+
+    Raises:
+      Superseded: if another one owns it.
+    """
+    owners = json.loads((storage / FILE).read_text())["owners"]
+    if owners.get(str(shard)) != incarnation:
+        raise Superseded(
+            f"shard {shard} belongs to incarnation {owners.get(str(shard))}, not {incarnation}"
+        )

@@ -1,0 +1,211 @@
+"""The journal: one line for each generation that is done, and the lock that one driver holds.
+
+A line is the beginning of its SHA-256, a space, and JSON. It is written after the files that it
+names, in one write, and fsync'd; a generation is done when its line is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypedDict
+
+from gradhpo.cluster.checkpoints import Saved, sync_folder
+
+FILE = "journal.jsonl"
+LOCK = "driver.lock"
+
+
+class Best(TypedDict):
+    """The best trial at the end of any generation so far."""
+
+    score: float
+    trial: int
+    slot: int
+    generation: int
+    checkpoint: Saved
+
+
+class Entry(TypedDict):
+    """A line of the journal."""
+
+    generation: int
+    table: Saved
+    """The gathered table, with the decision that was made from it."""
+    checkpoints: list[Saved]
+    """One for each shard."""
+    best: Best | None
+    """None where every trial has diverged."""
+    seconds: float
+
+
+class Journal:
+    """The lines of a storage's journal: the last ones in memory, all of them on disk.
+
+    `damaged` tells what was found when it was opened: a last line cut short is dropped, and a
+    line inside is replaced by what its table's own name proves.
+    """
+
+    def __init__(self, storage: Path) -> None:
+        self.path = storage / FILE
+        self.damaged: list[str] = []
+        self.last: list[Entry] = []
+        """The last two entries."""
+        lines = 0
+        for number, (entry, line) in enumerate(_read(self.path)):
+            lines += 1
+            if entry is None:
+                self.damaged.append(
+                    f"{FILE}: line {number + 1} is damaged ({len(line)} bytes), and not used"
+                )
+            else:
+                self.last = [*self.last, entry][-2:]
+
+    @property
+    def generation(self) -> int:
+        """The last generation that is done; -1 before the first."""
+        return self.last[-1]["generation"] if self.last else -1
+
+    def append(self, entry: Entry) -> None:
+        """Add a line; when this returns it will survive a crash.
+
+        Raises:
+          OSError: if it cannot be written; a part of a line is then taken back.
+        """
+        new = not self.path.exists()
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            size = os.fstat(descriptor).st_size
+            line = encode(entry)
+            if size and not _ends_with_newline(self.path):
+                line = b"\n" + line  # after a line that was cut short
+            try:
+                written = os.write(descriptor, line)
+                if written != len(line):
+                    raise OSError(28, f"only {written} of {len(line)} bytes written")
+                os.fsync(descriptor)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(descriptor, size)
+                raise
+        finally:
+            os.close(descriptor)
+        if new:
+            sync_folder(self.path.parent)
+        self.last = [*self.last, entry][-2:]
+
+    def drop_last(self) -> None:
+        """Forget the last generation, because its files are damaged; it is computed again."""
+        kept = [line for entry, line in _read(self.path) if entry is not None][:-1]
+        temporary = self.path.with_name(FILE + ".tmp")
+        with open(temporary, "wb") as file:
+            file.write(b"".join(line + b"\n" for line in kept))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path)
+        sync_folder(self.path.parent)
+        self.last = [entry for entry, _ in _read(self.path) if entry is not None][-2:]
+
+    def entries(self) -> Iterator[Entry]:
+        """Read all undamaged lines, from the first."""
+        return (entry for entry, _ in _read(self.path) if entry is not None)
+
+
+def encode(entry: Entry) -> bytes:
+    """Return the line of an entry."""
+    text = json.dumps(entry, separators=(",", ":")).encode()
+    return hashlib.sha256(text).hexdigest()[:16].encode() + b" " + text + b"\n"
+
+
+def _read(path: Path) -> Iterator[tuple[Entry | None, bytes]]:
+    """Read the lines, each with its entry; None for a damaged one."""
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        for raw in file:
+            line = raw.rstrip(b"\n")
+            if line:
+                yield _decode(line), line
+
+
+def _decode(line: bytes) -> Entry | None:
+    digest, _, text = line.partition(b" ")
+    if hashlib.sha256(text).hexdigest()[:16].encode() != digest:
+        return None
+    entry: Any = json.loads(text)
+    entry["table"] = Saved(*entry["table"])
+    entry["checkpoints"] = [Saved(*saved) for saved in entry["checkpoints"]]
+    if entry["best"] is not None:
+        entry["best"]["checkpoint"] = Saved(*entry["best"]["checkpoint"])
+    return entry
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+class StorageInUse(RuntimeError):  # noqa: N818
+    """Another driver holds the storage."""
+
+
+class DriverLock:
+    """Held by the one driver that may write to a storage, until its process ends, however.
+
+    It is a lock of the operating system (`flock`) on a file, which says who holds it.
+
+    Raises:
+      StorageInUse: if another driver holds it, with its host and process.
+    """
+
+    def __init__(self, storage: Path) -> None:
+        self._descriptor = os.open(storage / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            text = os.read(self._descriptor, 4096).decode(errors="replace")
+            os.close(self._descriptor)
+            holder = holder_of(text)
+            raise StorageInUse(
+                f"storage {str(storage)!r} is in use by another sweep: {holder}. Wait for it, "
+                "stop it, or give another storage"
+            ) from None
+        about = {"host": socket.gethostname(), "pid": os.getpid(), "since": int(time.time())}
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, json.dumps(about).encode(), 0)
+
+    def release(self) -> None:
+        """Let another driver have the storage."""
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._descriptor, 0)
+            os.close(self._descriptor)
+
+
+def holder(storage: Path) -> str | None:
+    """Return who holds a storage, as text; None where nobody does."""
+    path = storage / LOCK
+    if not path.exists():
+        return None
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return holder_of(file.read().decode(errors="replace"))
+    return None
+
+
+def holder_of(text: str) -> str:
+    """Return the lock file's text as a person reads it."""
+    try:
+        about = json.loads(text)
+        return f"process {about['pid']} on host {about['host']}"
+    except (ValueError, KeyError):
+        return "a process that did not leave its name"

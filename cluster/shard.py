@@ -1,0 +1,563 @@
+"""A shard's part of a sweep: its generation as one compiled program, its state, its checkpoints.
+
+Nothing here knows of Ray: the worker's actor and the local executor both hold a `ShardHost`.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import keystr, tree_flatten_with_path
+
+from gradhpo.cluster import checkpoints, importing
+from gradhpo.cluster.checkpoints import DamagedFile, Saved
+from gradhpo.cluster.incarnations import check_owner
+from gradhpo.cluster.space import SearchSpace
+from gradhpo.optimizer import BilevelOptimizer
+from gradhpo.parallel import Population, compiled, data_parallel, make_mesh
+from gradhpo.problem import Problem
+from gradhpo.state import METRICS, BilevelState, PyTree
+
+DIVERGED = "diverged_at"
+Arrays = dict[str, Any]
+"""Arrays of a state by path, `.params['w']`, each with a leading slot axis."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What every worker of a sweep is told, once."""
+
+    problem: Any
+    """A reference, a function that makes a `Problem`, or one."""
+    optimizer: Any
+    space: SearchSpace
+    slots: int
+    """Of a shard."""
+    steps: int
+    """In a generation."""
+    seed: int
+    storage: str
+    batching: Any = "auto"
+    mesh: Mapping[str, int] | None = None
+    """Devices along "trial" and "data"."""
+    states: int = 1
+    """Shards whose state a worker keeps; others are read from their checkpoints again."""
+    sys_path: tuple[str, ...] = ()
+    x64: bool = False
+
+
+class Import(NamedTuple):
+    """A trial that comes from another shard."""
+
+    slot: int
+    source_shard: int
+    source_slot: int
+    checkpoint: Saved
+    """Of the source shard, should its worker be gone."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """One generation of one shard; executing it twice gives the same."""
+
+    shard: int
+    variant: int
+    generation: int
+    trials: np.ndarray
+    """uint32, `(slots,)`: with the generation they decide all randomness."""
+    parents: np.ndarray
+    """int32, `(slots,)`, slots of this shard; its own for a new trial or an import."""
+    fresh: np.ndarray
+    """Boolean, `(slots,)`: which start anew."""
+    lr_hyper: np.ndarray | None
+    changes: dict[str, Any]
+    """By name, `Change` of hyperparameters, `(slots,)` each."""
+    start: Saved | None
+    """The shard's checkpoint of the generation before; None for the first."""
+    imports: tuple[Import, ...] = ()
+
+
+class Result(NamedTuple):
+    """What a shard gives back."""
+
+    shard: int
+    generation: int
+    columns: dict[str, np.ndarray]
+    """Metrics and settings by name, each `(slots,)`."""
+    checkpoint: Saved
+    incarnation: int
+    seconds: float
+
+
+class Prepared(NamedTuple):
+    """What a worker did to get a variant's programs."""
+
+    variant: int
+    batching: Any
+    key: dict[str, Any]
+    """The step key of the generation's program."""
+    blobs: dict[str, bytes] | None
+    """All programs, serialized, if asked for and possible."""
+    compiles: int
+    """Of the generation's program."""
+    loads: int
+    small_compiles: int
+    """Of the other programs: data, copying a slot out and in, and the gather of slots."""
+    calibration_compiles: int
+    """Programs that `batching="auto"` compared, and what it needed to."""
+    warnings: list[str]
+    columns: list[str]
+
+
+class Variant:
+    """One combination of the space's choices: its population and programs, on these devices."""
+
+    def __init__(self, spec: Spec, arguments: Mapping[str, Any], data: PyTree) -> None:
+        self.spec, self.settings = spec, spec.space.hyperparams
+        problem, optimizer = build(spec, arguments, data)
+        mesh = None if spec.mesh is None else make_mesh(**spec.mesh)
+        if spec.mesh is not None and spec.mesh.get("data", 1) > 1:
+            optimizer = data_parallel(optimizer, mesh)  # pyright: ignore[reportArgumentType]
+        self.population = Population(problem, optimizer, spec.slots, mesh, spec.batching)
+        self.optimizer = optimizer
+        self.programs: dict[str, Any] = {}
+        base = jax.random.key
+        keys = jax.eval_shape(lambda: jax.random.split(base(0), spec.slots))
+        self._data_shape = jax.eval_shape(lambda: self.population.trace_data(base(0)))
+        self._template = jax.eval_shape(self.population.trace_init, keys, {}, self._data_shape)
+        self._check_settings()
+        self.data: PyTree = None
+
+    def prepare(self, blobs: Mapping[str, bytes] | None) -> Prepared:
+        """Compile the programs, or load them from what another worker compiled."""
+        spec, calibration = self.spec, 0
+        rates = np.ones(spec.slots, jnp.result_type(float)) if self._takes_rate else None
+        if self.population.batching == "auto":
+            before = compiled.counts().compiles
+            state = self.population.init(jax.random.key(spec.seed))
+            self.population.resolve(state, rates)
+            calibration = compiled.counts().compiles - before
+        layout = str(self.population.batching)
+        notes: list[str] = []
+
+        def get(name: str, function: Any, *args: Any) -> Any:
+            if blobs is None:
+                return compiled.compile(function, *args, layout=layout)
+            import warnings
+
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", compiled.CompileWarning)
+                program = compiled.load(blobs[name], function, *args, layout=layout)
+            notes.extend(str(w.message) for w in caught)
+            return program
+
+        start = compiled.counts()
+        self.programs["data"] = get("data", self._make_data, np.uint32(spec.seed))
+        self.data = self.population.place_shared(self.programs["data"](np.uint32(spec.seed)))
+        state, slot = self.zeros(), np.int32(0)
+        for name, function, args in (
+            ("take", _take, (state, slot)),
+            ("put", _put, (state, slot, self._zero_row())),
+            ("select", _select, (state, np.zeros(spec.slots, np.int32))),
+        ):
+            self.programs[name] = get(name, function, *args)
+        small = compiled.counts()
+        self.programs["turn"] = get("turn", self._turn, *self._example(state, rates))
+        end = compiled.counts()
+        shared = None
+        if blobs is None and jax.process_count() == 1:
+            try:
+                shared = {name: p.serialize() for name, p in self.programs.items()}
+            except ValueError as error:  # a program that calls back into Python
+                notes.append(f"{error}; every worker compiles it")
+        return Prepared(
+            variant=-1,
+            batching=self.population.batching,
+            key=dataclasses.asdict(self.programs["turn"].key),
+            blobs=shared,
+            compiles=end.compiles - small.compiles,
+            loads=end.loads - small.loads,
+            small_compiles=small.compiles - start.compiles,
+            calibration_compiles=calibration,
+            warnings=notes,
+            columns=sorted(self._column_names(state, rates)),
+        )
+
+    def turn(self, state: Arrays, order: Order) -> tuple[Arrays, dict[str, np.ndarray]]:
+        """Take one generation: new trials, changed settings, and the steps."""
+        place = self.population.place
+        per_slot = {
+            "trials": order.trials,
+            "fresh": order.fresh,
+            "changes": {name: _as_float32(order.changes.get(name), order) for name in self.settings},
+        }
+        rates = None
+        if self._takes_rate:
+            rates = np.asarray(order.lr_hyper, jnp.result_type(float))
+        scalars = self._scalars(order.generation)
+        state, columns = self.programs["turn"](
+            state, place(per_slot), place(rates), scalars, self.data
+        )
+        return state, {name: to_host(column) for name, column in columns.items()}
+
+    def take(self, state: Arrays, slot: int) -> dict[str, np.ndarray]:
+        """Return one slot's arrays."""
+        row = self.programs["take"](state, np.int32(slot))
+        return {name: to_host(leaf) for name, leaf in row.items()}
+
+    def put(self, state: Arrays, slot: int, row: Mapping[str, np.ndarray]) -> Arrays:
+        """Return the state with one slot's arrays replaced."""
+        return self.programs["put"](state, np.int32(slot), dict(row))
+
+    def select(self, state: Arrays, parents: np.ndarray) -> Arrays:
+        """Return the state whose slot i is a copy of slot `parents[i]`."""
+        return self.programs["select"](state, parents.astype(np.int32))
+
+    def zeros(self) -> Arrays:
+        """Return the state before the first generation, in which every trial is new."""
+        return self.place({n: np.zeros(s.shape, s.dtype) for n, s in self._shapes().items()})
+
+    def place(self, arrays: Mapping[str, np.ndarray]) -> Arrays:
+        """Return arrays of the host on the devices, as a state.
+
+        Raises:
+          ValueError: if they are not this variant's.
+        """
+        for name, shape in self._shapes().items():
+            got = arrays.get(name)
+            if got is None or got.shape != shape.shape or got.dtype != shape.dtype:
+                found = "nothing" if got is None else f"{got.dtype}{list(got.shape)}"
+                raise ValueError(
+                    f"the checkpoint is of another problem or optimizer: {name} should be "
+                    f"{shape.dtype}{list(shape.shape)}, found {found}"
+                )
+        return self.population.place(dict(arrays))
+
+    def unflatten(self, row: Mapping[str, Any]) -> BilevelState:
+        """Return one slot's arrays as the `BilevelState` that they were."""
+        leaves, structure = tree_flatten_with_path(self._template)
+        return structure.unflatten([row[keystr(path)] for path, _ in leaves])
+
+    # --- what is traced -------------------------------------------------------------------------
+
+    def _turn(
+        self, state: Arrays, per_slot: Arrays, rates: Any, scalars: Arrays, data: PyTree
+    ) -> tuple[Arrays, Arrays]:
+        root = jax.random.fold_in(jax.random.key(scalars["seed"]), 1)
+        keys = jax.vmap(
+            lambda trial: jax.random.fold_in(
+                jax.random.fold_in(root, trial), scalars["generation"]
+            )
+        )(per_slot["trials"])
+        whole, fresh = self._unpack(state), per_slot["fresh"]
+
+        def start(whole: BilevelState) -> BilevelState:
+            return _where(fresh, self.population.trace_init(keys, {}, data), whole)
+
+        whole = jax.lax.cond(jnp.any(fresh), start, lambda same: same, whole)
+        whole = whole.update(hyperparams=self._changed(whole.hyperparams, per_slot["changes"]))
+        if self.optimizer.calibration_period:
+            due = fresh | scalars["calibrate"]
+
+            def calibrate(whole: BilevelState) -> BilevelState:
+                return _where(due, self.population.trace_calibrate(whole, keys, data), whole)
+
+            whole = jax.lax.cond(jnp.any(due), calibrate, lambda same: same, whole)
+        whole, rows = self.population.trace_run(self.spec.steps)(whole, keys, rates, data)
+        diverged = whole.metadata[DIVERGED]
+        columns = {name: rows[name][-1] for name in METRICS}
+        for name, value in self.population.trace_measure(whole, data).items():
+            if value.ndim != 1 or name in columns:
+                got = f"{name!r} of shape {value.shape[1:]}"
+                raise ValueError(
+                    "in a sweep Problem.metrics must return scalars, under names other than "
+                    f"{', '.join(METRICS)}; got {got}"
+                )
+            columns[name] = jnp.where(diverged > 0, jnp.nan, value.astype(float))
+        for name, leaf in self._leaves(whole.hyperparams).items():
+            columns[f"hyperparams.{name}"] = leaf.reshape(leaf.shape[0], -1).mean(1)
+        columns[DIVERGED] = diverged
+        return self._pack(whole), columns
+
+    def _changed(self, hyperparams: PyTree, changes: Arrays) -> PyTree:
+        leaves, structure = tree_flatten_with_path(hyperparams)
+        made: list[Any] = []
+        for path, leaf in leaves:
+            name = dotted(path)
+            if name in changes:
+                mask, multiply, add = (
+                    x.reshape(-1, *[1] * (leaf.ndim - 1)) for x in changes[name]
+                )
+                low, high = self.settings[name].bounds
+                moved = leaf * multiply.astype(leaf.dtype) + add.astype(leaf.dtype)
+                leaf = jnp.where(mask, jnp.clip(moved, low, high), leaf)
+            made.append(leaf)
+        return structure.unflatten(made)
+
+    def _make_data(self, seed: jax.Array) -> PyTree:
+        return self.population.trace_data(jax.random.fold_in(jax.random.key(seed), 0))
+
+    def _pack(self, state: BilevelState) -> Arrays:
+        leaves = tree_flatten_with_path(state)[0]
+        return {keystr(path): _plain(leaf) for path, leaf in leaves}
+
+    def _unpack(self, arrays: Arrays) -> BilevelState:
+        leaves, structure = tree_flatten_with_path(self._template)
+        made = [_typed(arrays[keystr(path)], like) for path, like in leaves]
+        return structure.unflatten(made)
+
+    # --- shapes ---------------------------------------------------------------------------------
+
+    @property
+    def _takes_rate(self) -> bool:
+        return self.optimizer.outer_optimizer is None
+
+    def _shapes(self) -> Arrays:
+        return jax.eval_shape(self._pack, self._template)
+
+    def _zero_row(self) -> dict[str, np.ndarray]:
+        return {n: np.zeros(s.shape[1:], s.dtype) for n, s in self._shapes().items()}
+
+    def _scalars(self, generation: int) -> Arrays:
+        period = self.optimizer.calibration_period * self.optimizer.T
+        first, end = generation * self.spec.steps, (generation + 1) * self.spec.steps
+        due = bool(period) and -(-first // period) * period < end
+        return {
+            "seed": np.uint32(self.spec.seed),
+            "generation": np.uint32(generation),
+            "calibrate": np.bool_(due),
+        }
+
+    def _example(self, state: Arrays, rates: Any) -> tuple[Any, ...]:
+        n, place = self.spec.slots, self.population.place
+        none = np.zeros(n, np.float32)
+        per_slot = {
+            "trials": np.zeros(n, np.uint32),
+            "fresh": np.ones(n, bool),
+            "changes": {name: (np.zeros(n, bool), none, none) for name in self.settings},
+        }
+        return state, place(per_slot), place(rates), self._scalars(0), self.data
+
+    def _column_names(self, state: Arrays, rates: Any) -> list[str]:
+        return list(jax.eval_shape(self._turn, *self._example(state, rates))[1])
+
+    def _leaves(self, hyperparams: PyTree) -> Arrays:
+        leaves = tree_flatten_with_path(hyperparams)[0]
+        return {dotted(path): leaf for path, leaf in leaves if dotted(path) in self.settings}
+
+    def _check_settings(self) -> None:
+        there = [dotted(path) for path, _ in tree_flatten_with_path(self._template.hyperparams)[0]]
+        for name in self.settings:
+            if name not in there:
+                raise ValueError(
+                    f"space.hyperparams has {name!r}; the problem's hyperparameters are "
+                    f"{', '.join(map(repr, there[:20]))}"
+                )
+        if self._takes_rate and self.spec.space.lr_hyper is None:
+            raise ValueError(
+                "the optimizer has no outer_optimizer: give SearchSpace(lr_hyper=…), a number or "
+                "a distribution"
+            )
+        if not self._takes_rate and self.spec.space.lr_hyper is not None:
+            raise ValueError("space.lr_hyper is given, and the optimizer has an outer_optimizer")
+
+
+class ShardHost:
+    """Executes orders for the shards that a worker holds."""
+
+    def __init__(self, spec: Spec, data: PyTree = None) -> None:
+        importing.extend_path(spec.sys_path)
+        if spec.x64 != jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+            jax.config.update("jax_enable_x64", spec.x64)
+        self.spec, self.storage, self._data = spec, Path(spec.storage), data
+        self._variants: dict[int, Variant] = {}
+        self._states: collections.OrderedDict[int, tuple[int, Arrays]] = collections.OrderedDict()
+        self._xla = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def prepare(
+        self, variant: int, batching: Any, blobs: Mapping[str, bytes] | None = None
+    ) -> Prepared:
+        """Get a variant's programs, in this layout; from `blobs` where there are any."""
+        arguments = self.spec.space.variants()[variant]
+        made = Variant(dataclasses.replace(self.spec, batching=batching), arguments, self._data)
+        prepared = made.prepare(blobs)._replace(variant=variant)
+        self._variants[variant] = made
+        return prepared
+
+    def run(self, order: Order, incarnation: int, rows: Mapping[int, Any] | None = None) -> Result:
+        """Execute an order, and commit its checkpoint.
+
+        Args:
+          order: the generation.
+          incarnation: of the worker that this host belongs to.
+          rows: by slot, the arrays of imports; what is missing is read from its checkpoint.
+
+        Raises:
+          DamagedFile: if a checkpoint is damaged.
+          Superseded: if the shard belongs to another incarnation.
+          OSError: if the checkpoint cannot be written.
+        """
+        started, variant = time.perf_counter(), self._variants[order.variant]
+        state = self._state(order.shard, order.variant, order.generation - 1, order.start)
+        if (order.parents != np.arange(len(order.parents))).any():
+            state = variant.select(state, order.parents)
+        for item in order.imports:
+            row = (rows or {}).get(item.slot)
+            if row is None:
+                row = self._row_on_disk(item)
+            state = variant.put(state, item.slot, row)
+        state, columns = variant.turn(state, order)
+        arrays = {name: to_host(leaf) for name, leaf in state.items()}
+        saved = Saved("", "")
+        if jax.process_index() == 0:
+            saved = self._commit(order, incarnation, arrays)
+        self._keep(order.shard, order.generation, state)
+        seconds = time.perf_counter() - started
+        return Result(order.shard, order.generation, columns, saved, incarnation, seconds)
+
+    def export(
+        self, shard: int, variant: int, generation: int, checkpoint: Saved, slots: list[int]
+    ) -> list[dict[str, np.ndarray]]:
+        """Return the arrays of some slots, as they were after a generation."""
+        state = self._state(shard, variant, generation, checkpoint)
+        return [self._variants[variant].take(state, slot) for slot in slots]
+
+    def xla_compiles(self) -> int:
+        """Return how many programs XLA compiled in this process since the host was made."""
+        return self._xla
+
+    def restore(self, variant: int, checkpoint: Saved, slot: int) -> BilevelState:
+        """Return one slot of a checkpoint as a `BilevelState` of NumPy arrays."""
+        if variant not in self._variants:
+            arguments = self.spec.space.variants()[variant]
+            self._variants[variant] = Variant(self.spec, arguments, self._data)
+        arrays = checkpoints.load(self.storage, checkpoint)[0]
+        return self._variants[variant].unflatten({name: x[slot] for name, x in arrays.items()})
+
+    def _commit(self, order: Order, incarnation: int, arrays: Mapping[str, np.ndarray]) -> Saved:
+        check_owner(self.storage, order.shard, incarnation)
+        stem = f"checkpoints/{order.generation:06d}/shard-{order.shard:04d}-i{incarnation}"
+        about = {"shard": order.shard, "generation": order.generation, "variant": order.variant}
+        return checkpoints.save(self.storage, stem, arrays, about)
+
+    def _state(self, shard: int, variant: int, generation: int, saved: Saved | None) -> Arrays:
+        if generation < 0:
+            return self._variants[variant].zeros()
+        held = self._states.get(shard)
+        if held is not None and held[0] == generation:
+            return held[1]
+        if saved is None:
+            raise DamagedFile(f"shard {shard}", f"no checkpoint of generation {generation}")
+        arrays = checkpoints.load(self.storage, saved)[0]
+        state = self._variants[variant].place(arrays)
+        self._keep(shard, generation, state)
+        return state
+
+    def _keep(self, shard: int, generation: int, state: Arrays) -> None:
+        self._states[shard] = generation, state
+        self._states.move_to_end(shard)
+        while len(self._states) > self.spec.states:
+            self._states.popitem(last=False)
+
+    def _row_on_disk(self, item: Import) -> dict[str, np.ndarray]:
+        arrays = checkpoints.load(self.storage, item.checkpoint)[0]
+        return {name: array[item.source_slot] for name, array in arrays.items()}
+
+    def _listen(self, event: str, duration_secs: float, **kwargs: Any) -> None:
+        del duration_secs, kwargs
+        self._xla += event == "/jax/core/compile/backend_compile_duration"
+
+
+def build(
+    spec: Spec, arguments: Mapping[str, Any], data: PyTree
+) -> tuple[Problem, BilevelOptimizer]:
+    """Return the problem and the optimizer of a variant.
+
+    Raises:
+      TypeError: if a reference or a function does not give one.
+      ValueError: if a choice is an argument of neither function.
+    """
+    given = {**arguments, **({} if data is None else {"data": data})}
+    used: set[str] = set()
+    made: list[Any] = []
+    for name, source, wanted in (
+        ("problem", spec.problem, Problem),
+        ("optimizer", spec.optimizer, BilevelOptimizer),
+    ):
+        thing = importing.load(source) if isinstance(source, str) else source
+        if not isinstance(thing, wanted):
+            if not callable(thing):
+                got = type(thing).__name__
+                raise TypeError(f"{name} must be a {wanted.__name__} or a function, got {got}")
+            thing, taken = importing.call_with(thing, given)
+            used |= taken
+        if not isinstance(thing, wanted):
+            got = type(thing).__name__
+            raise TypeError(f"{name}: the function must return a {wanted.__name__}, got {got}")
+        made.append(thing)
+    if unused := set(given) - used:
+        name = sorted(unused)[0]
+        what = "data" if name == "data" else f"the choice {name!r}"
+        raise ValueError(f"{what} is given, but neither problem nor optimizer takes it")
+    return made[0], made[1]
+
+
+def dotted(path: Any) -> str:
+    """Return a leaf's path with dots between its parts."""
+    return keystr(path, simple=True, separator=".")
+
+
+def to_host(x: Any) -> np.ndarray:
+    """Return an array of the devices, all of it, as NumPy; in a job of several processes too."""
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return np.asarray(x)
+
+
+def _as_float32(change: Any, order: Order) -> Any:
+    n = len(order.trials)
+    if change is None:
+        return np.zeros(n, bool), np.zeros(n, np.float32), np.zeros(n, np.float32)
+    mask, multiply, add = change
+    return np.asarray(mask), np.asarray(multiply, np.float32), np.asarray(add, np.float32)
+
+
+def _where(mask: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    def choose(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+    return jax.tree.map(choose, new, old)
+
+
+def _take(state: Arrays, slot: jax.Array) -> Arrays:
+    return {name: leaf[slot] for name, leaf in state.items()}
+
+
+def _put(state: Arrays, slot: jax.Array, row: Arrays) -> Arrays:
+    return {name: leaf.at[slot].set(row[name]) for name, leaf in state.items()}
+
+
+def _select(state: Arrays, parents: jax.Array) -> Arrays:
+    return {name: leaf[parents] for name, leaf in state.items()}
+
+
+def _plain(leaf: jax.Array) -> jax.Array:
+    keys = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(leaf) if keys else leaf
+
+
+def _typed(leaf: jax.Array, like: Any) -> jax.Array:
+    keys = jnp.issubdtype(like.dtype, jax.dtypes.prng_key)
+    return jax.random.wrap_key_data(leaf, impl=like.dtype._impl.name) if keys else leaf

@@ -1,0 +1,44 @@
+"""Problems and optimizers for tests of sweeps, found by reference in every process."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import gradhpo
+
+
+def _train(w, lam, x):
+    return jnp.mean((x @ w - 1) ** 2) + jnp.sum(jnp.exp(lam["log_decay"]) * w**2)
+
+
+def _val(w, lam, x):
+    return jnp.mean((x @ w - 1) ** 2)
+
+
+def problem():
+    """A small regression: λ is a decay for each weight and the log of a learning rate."""
+    return gradhpo.Problem(
+        init=lambda key: (
+            jax.random.normal(key, (4,)),
+            {"log_decay": jnp.full(4, -3.0), "log_rate": jnp.float32(-3)},
+        ),
+        train_loss=_train,
+        val_loss=_val,
+        batch=lambda key, data: (data[jax.random.randint(key, (8,), 0, 32)], data[32:]),
+        data=lambda key: jax.random.normal(key, (64, 4)) + 1,
+        metrics=lambda w, lam, data: {"test_loss": _val(w, lam, data)},
+    )
+
+
+def optimizer(method="one-step"):
+    """An optimizer whose learning rate is a hyperparameter that only the scheduler moves."""
+    outer = optax.multi_transform(
+        {"tuned": optax.adam(0.1), "fixed": optax.set_to_zero()},
+        {"log_decay": "tuned", "log_rate": "fixed"},
+    )
+    inner = lambda lam: optax.sgd(jnp.exp(lam["log_rate"]), momentum=0.9)  # noqa: E731
+    if method == "hyperdistill":
+        return gradhpo.OnlineHypergradientOptimizer(inner, outer, T=4, estimation_period=2)
+    return {"one-step": gradhpo.OneStepOptimizer, "first-order": gradhpo.FOOptimizer}[method](
+        inner, outer
+    )
