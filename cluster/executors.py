@@ -332,6 +332,8 @@ class RayExecutor(Executor):
             ]
             return
         gang.starting, gang.about = [], dict(enumerate(values))
+        for about in values:
+            self._notify("worker ready", incarnation=gang.incarnation, **about)
 
     def _await_workers(self) -> None:
         """Wait until one worker is there, and a little longer for the others."""

@@ -169,7 +169,7 @@ class DriverLock:
     def __init__(self, storage: Path) -> None:
         self._descriptor = os.open(storage / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock()
         except OSError:
             text = os.read(self._descriptor, 4096).decode(errors="replace")
             os.close(self._descriptor)
@@ -181,6 +181,15 @@ class DriverLock:
         about = {"host": socket.gethostname(), "pid": os.getpid(), "since": int(time.time())}
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, json.dumps(about).encode(), 0)
+
+    def _lock(self, tries: int = 3) -> None:
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if tries == 1:
+                raise
+            time.sleep(0.1)  # `holder` may be looking
+            self._lock(tries - 1)
 
     def release(self) -> None:
         """Let another driver have the storage."""

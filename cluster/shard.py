@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -152,8 +153,6 @@ class Variant:
         def get(name: str, function: Any, *args: Any) -> Any:
             if blobs is None:
                 return compiled.compile(function, *args, layout=layout)
-            import warnings
-
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", compiled.CompileWarning)
                 program = compiled.load(blobs[name], function, *args, layout=layout)
@@ -189,7 +188,7 @@ class Variant:
             small_compiles=small.compiles - start.compiles,
             calibration_compiles=calibration,
             warnings=notes,
-            columns=sorted(self._column_names(state, rates)),
+            columns=sorted(_second_names(self.programs["turn"].executable.out_tree)),
         )
 
     def turn(self, state: Arrays, order: Order) -> tuple[Arrays, dict[str, np.ndarray]]:
@@ -346,9 +345,6 @@ class Variant:
             "changes": {name: (np.zeros(n, bool), none, none) for name in self.settings},
         }
         return state, place(per_slot), place(rates), self._scalars(0), self.data
-
-    def _column_names(self, state: Arrays, rates: Any) -> list[str]:
-        return list(jax.eval_shape(self._turn, *self._example(state, rates))[1])
 
     def _leaves(self, hyperparams: PyTree) -> Arrays:
         leaves = tree_flatten_with_path(hyperparams)[0]
@@ -532,6 +528,11 @@ def _as_float32(change: Any, order: Order) -> Any:
         return np.zeros(n, bool), np.zeros(n, np.float32), np.zeros(n, np.float32)
     mask, multiply, add = change
     return np.asarray(mask), np.asarray(multiply, np.float32), np.asarray(add, np.float32)
+
+
+def _second_names(structure: Any) -> list[str]:
+    """Return the keys of the second of two results, a dictionary."""
+    return list(structure.unflatten(range(structure.num_leaves))[1])
 
 
 def _where(mask: jax.Array, new: PyTree, old: PyTree) -> PyTree:

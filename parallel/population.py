@@ -85,7 +85,7 @@ class Population:
                 raise ValueError("mesh must be the one of data_parallel, or left out")
             mesh = optimizer.mesh
         self.problem, self.optimizer, self.mesh = problem, optimizer, mesh
-        self._data_key = jax.random.key(0) if data_key is None else data_key
+        self._given_data_key = data_key
         self._programs: dict[Any, Compiled] = {}
         self._layout: Layout | None = None
         if slots == "fit":
@@ -109,6 +109,11 @@ class Population:
     def batching(self) -> Batching:
         """The layout: as given, or what "auto" found, and "auto" until it has measured."""
         return "auto" if self._layout is None else self._layout.name
+
+    @functools.cached_property
+    def _data_key(self) -> jax.Array:
+        # Made when it is needed: a key is computed, and that compiles.
+        return jax.random.key(0) if self._given_data_key is None else self._given_data_key
 
     @functools.cached_property
     def data(self) -> PyTree:
@@ -416,7 +421,7 @@ class Population:
 
     @property
     def _per_slot_data(self) -> bool:
-        return jnp.ndim(self._data_key) > 0
+        return self._given_data_key is not None and jnp.ndim(self._given_data_key) > 0
 
     def _sharding(self) -> Any:
         """Return where arrays with a slot axis lie; None without a mesh."""
