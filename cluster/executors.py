@@ -89,7 +89,8 @@ class Gang:
     starting: list[Any] = dataclasses.field(default_factory=list[Any])
     """What the actors' `start` will return; empty when it did."""
     started: float = dataclasses.field(default_factory=time.monotonic)
-    about: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    about: list[dict[str, Any]] = dataclasses.field(default_factory=list[dict[str, Any]])
+    """Who its processes are."""
     variants: set[int] = dataclasses.field(default_factory=set[int])
     """Those whose programs it has."""
     progress: float = 0.0
@@ -207,7 +208,7 @@ class RayExecutor(Executor):
 
     def pids(self) -> list[int]:
         """Return the process ids of the workers that are there, gangs in order."""
-        return [about["pid"] for gang in self._gangs for about in gang.about.values()]
+        return [about["pid"] for gang in self._gangs for about in gang.about]
 
     def xla_compiles(self) -> list[int]:
         """Return for each worker how many programs XLA compiled in it."""
@@ -236,10 +237,8 @@ class RayExecutor(Executor):
             cpus *= self._settings.resources.get("num_cpus", 1)
             cores = len(os.sched_getaffinity(0))
             self._own_cluster = True
-            ray.init(
-                address="local", num_cpus=max(cores, int(-(-cpus // 1))), include_dashboard=False,
-                **quiet,
-            )  # fmt: skip
+            cpus = max(cores, int(-(-cpus // 1)))
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
         return ray
 
     def _check_resources(self) -> None:
@@ -277,7 +276,7 @@ class RayExecutor(Executor):
             self._gangs.append(self._launch())
 
     def _launch(self) -> Gang:
-        ray, settings = self._ray, self._settings
+        settings = self._settings
         env = environment(settings.resources, settings.env)
         runtime_env = dict(settings.runtime_env)
         runtime_env["env_vars"] = {**env, **runtime_env.get("env_vars", {})}
@@ -331,7 +330,7 @@ class RayExecutor(Executor):
                 for rank, actor in enumerate(gang.actors)
             ]
             return
-        gang.starting, gang.about = [], dict(enumerate(values))
+        gang.starting, gang.about = [], values
         for about in values:
             self._notify("worker ready", incarnation=gang.incarnation, **about)
 
@@ -360,7 +359,7 @@ class RayExecutor(Executor):
     def _lose(self, gang: Gang, reason: str) -> None:
         """Give a worker up, and start another."""
         self._losses += 1
-        who = [f"{about['host']}:{about['pid']}" for about in gang.about.values()]
+        who = [f"{about['host']}:{about['pid']}" for about in gang.about]
         self._notify("worker lost", reason=reason, incarnation=gang.incarnation, process=who)
         self._gangs.remove(gang)
         self._kill(gang)
@@ -422,9 +421,9 @@ class RayExecutor(Executor):
             done, _ = self._ray.wait(list(flying), timeout=0.5, fetch_local=False)
             for ref in done:
                 gang = flying[ref]
-                if ref not in gang.flying:
+                job = gang.flying.get(ref)
+                if job is None:
                     continue  # its worker was given up for another call
-                job, lost = gang.flying[ref], None
                 try:
                     value = self._value(gang, ref, job)
                 except _RowsGone:
@@ -433,23 +432,24 @@ class RayExecutor(Executor):
                     waiting.append(job)
                     continue
                 except _Lost as error:
-                    lost = error
-                if lost is not None:
-                    left = self._give_up(gang, str(lost))
+                    left = self._give_up(gang, str(error))
                     waiting += [job for job in left if id(job) in asked]
                     continue
-                gang.flying.pop(ref)
-                gang.others.pop(ref, None)
-                took = time.monotonic() - gang.progress
-                gang.progress, self._losses = time.monotonic(), 0
-                if job.kind == "prepare":
-                    gang.variants.add(job.variant)
-                    self._notify("prepared", prepared=value)
-                elif job.kind == "run":
-                    self._slowest = max(self._slowest, took)
+                self._finish(gang, ref, job, value)
                 if id(job) in asked:
                     yield job, value
             waiting += [job for job in self._past_deadline() if id(job) in asked]
+
+    def _finish(self, gang: Gang, ref: Any, job: Job, value: Any) -> None:
+        gang.flying.pop(ref)
+        gang.others.pop(ref, None)
+        took = time.monotonic() - gang.progress
+        gang.progress, self._losses = time.monotonic(), 0
+        if job.kind == "prepare":
+            gang.variants.add(job.variant)
+            self._notify("prepared", prepared=value)
+        elif job.kind == "run":
+            self._slowest = max(self._slowest, took)
 
     def _dispatch(self, job: Job) -> bool:
         """Send a job to its worker; False while there is none for it."""
@@ -459,8 +459,9 @@ class RayExecutor(Executor):
                 return False
             self._send(idle[0], job)
             return True
-        gang = self._owner.get(job.shard if job.shard is not None else -1)
-        if gang not in self._gangs or gang is None or gang.starting:
+        assert job.shard is not None
+        gang = self._owner.get(job.shard)
+        if gang is None or gang not in self._gangs or gang.starting:
             return False
         if job.variant not in gang.variants:
             if not any(flying.kind == "prepare" for flying in gang.flying.values()):
@@ -512,7 +513,9 @@ class RayExecutor(Executor):
             if isinstance(error, OSError):
                 raise SweepError(f"a worker cannot write to the storage: {error}") from error
             what = {"prepare": "compile the sweep's step", "run": "run a generation"}
-            raise _sweep_error(f"a worker failed to {what.get(job.kind, job.kind)}", error) from None
+            raise _sweep_error(
+                f"a worker failed to {what.get(job.kind, job.kind)}", error
+            ) from None
 
     def _give_up(self, gang: Gang, reason: str) -> list[Job]:
         """Lose a worker; return the jobs that it leaves."""
