@@ -506,7 +506,7 @@ class RayExecutor(Executor):
                 raise DamagedFile(error.file, error.reason) from None
             if isinstance(error, Superseded):
                 raise _Lost("belongs to an earlier incarnation") from None
-            if _is_loss(error):
+            if _is_loss(error) or self._lost_meanwhile(refs[1:]):
                 if job.kind == "run" and job.exported and not _is_loss(error, of_objects=False):
                     raise _RowsGone from None
                 raise _Lost(f"died ({type(error).__name__})") from None
@@ -516,6 +516,16 @@ class RayExecutor(Executor):
             raise _sweep_error(
                 f"a worker failed to {what.get(job.kind, job.kind)}", error
             ) from None
+
+    def _lost_meanwhile(self, refs: list[Any]) -> bool:
+        """Whether another process of a gang died: what the first one raised then follows from it."""
+        for ref in refs:
+            try:
+                self._ray.get(ref, timeout=10)
+            except Exception as error:
+                if _is_loss(error):
+                    return True
+        return False
 
     def _give_up(self, gang: Gang, reason: str) -> list[Job]:
         """Lose a worker; return the jobs that it leaves."""

@@ -21,6 +21,7 @@ from gradhpo.parallel import compiled
 from gradhpo.parallel.batching import Batching, Layout
 from gradhpo.parallel.compiled import Compiled
 from gradhpo.parallel.data import DataParallel
+from gradhpo.parallel.mesh import put
 from gradhpo.problem import Problem, stream
 from gradhpo.state import METRICS, BilevelState, PyTree, prepare
 
@@ -435,11 +436,11 @@ class Population:
 
     def place(self, tree: PyTree) -> PyTree:
         """Return arrays with a slot axis where the population's lie."""
-        return jax.device_put(tree, self.sharding)
+        return put(tree, self.sharding)
 
     def place_shared(self, tree: PyTree) -> PyTree:
         """Return arrays that all slots share, on all devices."""
-        return jax.device_put(tree, self._replicated())
+        return put(tree, self._replicated())
 
 
 _FASTEST: dict[compiled.StepKey, Layout] = {}
