@@ -7,6 +7,9 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
+import re
+import signal
+import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -374,6 +377,8 @@ class RayExecutor(Executor):
         for actor in gang.actors:
             with contextlib.suppress(Exception):
                 self._ray.kill(actor)
+        for about in gang.about:
+            _end_process(about)
         if gang.group is not None:
             from ray.util.placement_group import remove_placement_group
 
@@ -518,7 +523,7 @@ class RayExecutor(Executor):
             ) from None
 
     def _lost_meanwhile(self, refs: list[Any]) -> bool:
-        """Whether another process of a gang died: what the first one raised then follows from it."""
+        """Whether another process of a gang died: the first one's error then follows from that."""
         for ref in refs:
             try:
                 self._ray.get(ref, timeout=10)
@@ -596,6 +601,15 @@ def has_ray() -> bool:
     return importlib.util.find_spec("ray") is not None
 
 
+def _end_process(about: Mapping[str, Any]) -> None:
+    """Kill a worker's process on this host; Ray alone would not end one that is stopped."""
+    if about["host"] != socket.gethostname():
+        return
+    with contextlib.suppress(OSError):
+        if b"ray::" in Path(f"/proc/{about['pid']}/cmdline").read_bytes():
+            os.kill(about["pid"], signal.SIGKILL)
+
+
 def _by_source(order: Order) -> dict[int, list[Any]]:
     """Return an order's imports by the shard that they come from."""
     grouped: dict[int, list[Any]] = {}
@@ -622,7 +636,8 @@ def _is_loss(error: BaseException, of_objects: bool = True) -> bool:
 def _sweep_error(what: str, error: BaseException) -> SweepError:
     cause = getattr(error, "cause", None) or error
     summary = f"{type(cause).__name__}: {cause}"
-    return SweepError(f"{what}: {summary}\n\nThe worker's own traceback:\n{error}")
+    plain = re.sub(r"\x1b\[\d*m", "", str(error))  # Ray's colours
+    return SweepError(f"{what}: {summary}\n\nThe worker's own traceback:\n{plain}")
 
 
 def _fits(node: Mapping[str, float], demand: Mapping[str, float]) -> int:

@@ -188,7 +188,7 @@ def test_sigkill_while_workers_start_and_compile(cluster, tmp_path, reference):
 
 
 def test_a_worker_that_hangs_is_replaced(cluster, tmp_path, reference):
-    """SIGSTOP, twice; when it comes back it is gone."""
+    """SIGSTOP, twice; its process is ended too."""
     made = on_ray(tmp_path, deadline=1.5)
     stopped = []
 
@@ -203,9 +203,8 @@ def test_a_worker_that_hangs_is_replaced(cluster, tmp_path, reference):
     lost = [facts["reason"] for event, facts in made.events if event == "worker lost"]
     assert len(lost) == 2
     assert all("did not answer" in reason for reason in lost)
-    for pid in stopped:
-        kill(pid, signal.SIGCONT)
-    wait_until(lambda: not any(map(alive, stopped)), 10, "a stopped worker is still there")
+    assert len(set(stopped)) == 2
+    assert not any(map(alive, stopped))
     assert_same_tables(result, reference)
 
 
@@ -266,7 +265,6 @@ def test_sigkill_of_a_node(tmp_path, reference):
             if generation == 9:
                 second.append(nodes.add_node(num_cpus=1))
                 wait_until(lambda: ray.cluster_resources().get("CPU") == 2, 20, "no second node")
-                made.run_slowly = True
             if generation in (10, 11, 12, 13):
                 time.sleep(0.5)  # let a worker start on the new node
 
@@ -301,8 +299,10 @@ def test_errors_are_clear_and_quick(cluster, tmp_path, case):
         made.run()
     assert time.monotonic() - started < 60
     if case in ("import", "module", "first step"):
-        assert "sweep_problems.py" in str(caught.value) or case != "first step"
-        assert "Traceback" in str(caught.value)
+        assert "The worker's own traceback" in str(caught.value)
+        file = {"module": "breaks_on_import.py", "first step": "sweep_problems.py"}
+        assert f'{file.get(case, "importing.py")}", line' in str(caught.value)
+        assert "\x1b" not in str(caught.value)
     wait_until(lambda: not workers(made), 10, "a worker is left behind")
 
 
@@ -319,7 +319,9 @@ def test_a_ray_of_its_own_is_stopped_and_listens_to_this_machine_only(tmp_path):
     assert not ray.is_initialized()
     assert result.generations == 2
     assert seen
-    assert {address for address, name in seen if "ray" in name or "gcs" in name} <= {"127.0.0.1"}
+    assert {address for address, name in seen if "ray" in name or "gcs" in name} <= {
+        *("127.0.0.1", "::ffff:127.0.0.1")
+    }
     wait_until(lambda: not ray_processes(), 15, f"left behind: {ray_processes()}")
 
 

@@ -27,9 +27,12 @@ from gradhpo.cluster import (
     SweepError,
     checkpoints,
     choice,
+    executors,
     loguniform,
     uniform,
 )
+from gradhpo.cluster.controller import Rules, first_plan, orders
+from gradhpo.cluster.incarnations import Incarnations, Superseded
 from gradhpo.cluster.journal import DriverLock
 from gradhpo.parallel import compiled
 from tests import sweep_problems
@@ -390,6 +393,24 @@ def test_sigkill_of_the_driver_at_random_instants(tmp_path, reference):
         assert whole >= max(done, default=0)
     result = sweep(tmp_path).run()
     assert_same_tables(result, reference)
+
+
+def test_a_worker_that_was_given_up_cannot_commit(tmp_path):
+    """The order was sent before its shard got a new owner, and executed after."""
+    made = sweep(tmp_path, generations=1)
+    made.run()
+    spec, numbers = made._spec("map"), Incarnations(tmp_path)
+    old = executors.LocalExecutor(spec, None, numbers, 4)
+    old.prepare({0: "map"})
+    rules = Rules(made.scheduler, made.space, 0, "val_loss", 1)
+    order = orders(first_plan(made.layout, rules), [None] * 4, made.layout, made.space)[:1]
+    before = contents(tmp_path / "checkpoints")
+    new = executors.LocalExecutor(spec, None, Incarnations(tmp_path), 4)
+    with pytest.raises(Superseded):
+        old.run(order)
+    assert contents(tmp_path / "checkpoints") == before
+    new.prepare({0: "map"})
+    assert new.run(order)[0].checkpoint.file not in before
 
 
 # --- refusals -----------------------------------------------------------------------------------
