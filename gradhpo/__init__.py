@@ -2,11 +2,15 @@
 
 from gradhpo._version import __version__
 from gradhpo.algorithms import (
+    DrMADOptimizer,
     FOOptimizer,
+    ForwardOptimizer,
     GreedyOptimizer,
+    ImplicitOptimizer,
     OneStepOptimizer,
     OnlineHypergradientOptimizer,
     T1T2Optimizer,
+    UnrolledOptimizer,
 )
 from gradhpo.compat import (
     LossFunctions,
@@ -31,9 +35,12 @@ __all__ = [
     "BilevelState",
     "DataBatch",
     "DivergenceWarning",
+    "DrMADOptimizer",
     "Estimate",
     "FOOptimizer",
+    "ForwardOptimizer",
     "GreedyOptimizer",
+    "ImplicitOptimizer",
     "LossFn",
     "LossFunctions",
     "MetricDict",
@@ -43,6 +50,7 @@ __all__ = [
     "PyTree",
     "Solution",
     "T1T2Optimizer",
+    "UnrolledOptimizer",
     "__version__",
     "solve",
     "tree_dot",
