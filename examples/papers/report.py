@@ -28,7 +28,7 @@ def interval(values: Any, digits: int = 3) -> str:
     """Return "mean ± half-width" of the 95% interval, and how many values were not finite."""
     values = np.asarray(values, float)
     finite = values[np.isfinite(values)]
-    lost = f" ({len(values) - len(finite)} of {len(values)} diverged)"
+    lost = f" ({len(values) - len(finite)}/{len(values)} diverged)"
     if not len(finite):
         return "diverged"
     text = f"{finite.mean():.{digits}f}"
