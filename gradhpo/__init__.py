@@ -24,6 +24,8 @@ from gradhpo.compat import (
     vjp_wrt_both,
     vjp_wrt_lambda,
 )
+from gradhpo.diagnose import diagnose
+from gradhpo.diagnosis import Diagnosis
 from gradhpo.errors import DivergenceWarning
 from gradhpo.optimizer import BilevelOptimizer, Estimate
 from gradhpo.problem import Problem
@@ -34,6 +36,7 @@ __all__ = [
     "BilevelOptimizer",
     "BilevelState",
     "DataBatch",
+    "Diagnosis",
     "DivergenceWarning",
     "DrMADOptimizer",
     "Estimate",
@@ -52,6 +55,7 @@ __all__ = [
     "T1T2Optimizer",
     "UnrolledOptimizer",
     "__version__",
+    "diagnose",
     "solve",
     "tree_dot",
     "tree_l2_norm",

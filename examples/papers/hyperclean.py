@@ -3,8 +3,8 @@
 Labels of 1000 training images are replaced at random with probability 0.3 or 0.5, and each image
 has a weight σ(λ_i) in the training loss; a clean validation set tells how to move λ. Full batch,
 SGD 0.1 with momentum 0.9, T = 10 inner steps in each of 200 outer steps, Adam 0.1 on λ, a CNN of
-three layers of 8 channels. The weights go on from one outer step to the next. The paper leaves the size of the
-validation set open: `--validation` takes several.
+three layers of 8 channels. The weights go on from one outer step to the next. The paper leaves the
+size of the validation set open: `--validation` takes several.
 
 On scikit-learn's digits (1,797 scans of 8x8), which need no download; with `--mnist FOLDER`, on the
 MNIST files in that folder, which the paper used.
@@ -40,7 +40,7 @@ PUBLISHED = {
 
 
 def methods() -> dict[str, Any]:
-    """Return the methods of the table, and the exact one. First-Order, with no λ in L_val, is no HPO."""
+    """Return the methods, and the exact one. First-Order, with no λ in L_val, is no HPO."""
     neumann: Any = {"solver": "neumann", "neumann_rate": 0.1, "K": 5}
     return {
         "no HPO": gradhpo.FOOptimizer(INNER, OUTER),
