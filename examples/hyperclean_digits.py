@@ -16,13 +16,13 @@ from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.monitoring
-import jax.numpy as jnp
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import typer
-from flax import nnx
+from papers import hypercleaning
+from papers.hypercleaning import Images
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import t as student_t
@@ -57,93 +57,13 @@ SMALL = Protocol(train=500, validation=300, strides=(1, 2, 2), outer_steps=40)
 FULL = Protocol(train=1000, validation=300, strides=(1, 1, 1), outer_steps=200)
 
 
-class Conv(nnx.Module):
-    """A 3x3 convolution with padding, as a product of patches, fast under `vmap` over weights.
-
-    On CPU, XLA runs a `vmap`ped `nnx.Conv` as a grouped convolution, about five times slower.
-    """
-
-    def __init__(self, channels: int, features: int, stride: int, rngs: nnx.Rngs) -> None:
-        self.kernel = nnx.Linear(9 * channels, features, rngs=rngs)
-        self.stride = stride
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map images `(n, side, side, channels)` to `(n, side/stride, side/stride, features)`."""
-        side, stride = x.shape[1], self.stride
-        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        shifts = [(i, j) for i in range(3) for j in range(3)]
-        patches = [x[:, i : i + side : stride, j : j + side : stride] for i, j in shifts]
-        return self.kernel(jnp.concatenate(patches, axis=-1))
-
-
-class CNN(nnx.Module):
-    """Three convolutions of 8 channels, average pooling to 2x2, and a linear layer."""
-
-    def __init__(self, strides: tuple[int, int, int], rngs: nnx.Rngs) -> None:
-        sizes = zip((1, 8, 8), strides, strict=True)
-        self.convs = nnx.List([Conv(channels, 8, stride, rngs) for channels, stride in sizes])
-        self.out = nnx.Linear(32, 10, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map images `(n, 8, 8, 1)` to logits `(n, 10)`."""
-        for conv in self.convs:
-            x = nnx.relu(conv(x))
-        n, half = x.shape[0], x.shape[1] // 2
-        return self.out(x.reshape(n, 2, half, 2, half, 8).mean((2, 4)).reshape(n, 32))
-
-
-class Images(NamedTuple):
-    """Images `(n, 8, 8, 1)` in [0, 1], the labels a model sees, and the true ones, `(n,)`."""
-
-    x: jax.Array
-    y: jax.Array
-    true_y: jax.Array
-
-
 def digits_problem(protocol: Protocol, noise: float) -> gradhpo.Problem:
     """Return the hyper-cleaning problem; split, corruption and weights are drawn from the key."""
     bunch: Any = load_digits()
     pixels = np.asarray(bunch.images, np.float32)[..., None] / 16
     labels = np.asarray(bunch.target, np.int32)
-    graph, _ = nnx.split(CNN(protocol.strides, nnx.Rngs(0)))
-    first, second = protocol.train, protocol.train + protocol.validation
-
-    def init(key: jax.Array) -> tuple[Any, jax.Array]:
-        params = nnx.state(CNN(protocol.strides, nnx.Rngs(key)), nnx.Param)
-        return params, jnp.zeros(protocol.train)
-
-    def data(key: jax.Array) -> dict[str, Images]:
-        shuffle, which, what = jax.random.split(key, 3)
-        order = jax.random.permutation(shuffle, len(labels))
-        parts = {"train": order[:first], "val": order[first:second], "test": order[second:]}
-        x, y = jnp.asarray(pixels), jnp.asarray(labels)
-        images = {name: Images(x[part], y[part], y[part]) for name, part in parts.items()}
-        train = images["train"]
-        corrupt = jax.random.bernoulli(which, noise, train.y.shape)
-        replaced = jax.random.randint(what, train.y.shape, 0, 10)
-        return images | {"train": train._replace(y=jnp.where(corrupt, replaced, train.y))}
-
-    def losses(params: Any, images: Images) -> jax.Array:
-        logits = nnx.merge(graph, params)(images.x)
-        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, images.y)
-
-    def train_loss(params: Any, lam: jax.Array, images: Images) -> jax.Array:
-        return jnp.mean(jax.nn.sigmoid(lam) * losses(params, images))
-
-    def val_loss(params: Any, lam: jax.Array, images: Images) -> jax.Array:
-        del lam
-        return jnp.mean(losses(params, images))
-
-    def batch(key: jax.Array, data: dict[str, Images]) -> tuple[Images, Images]:
-        del key
-        return data["train"], data["val"]
-
-    def metrics(params: Any, lam: jax.Array, data: dict[str, Images]) -> dict[str, Any]:
-        test = data["test"]
-        hits = jnp.argmax(nnx.merge(graph, params)(test.x), axis=-1) == test.y
-        return {"test_accuracy": hits.mean(), "val_loss": val_loss(params, lam, data["val"])}
-
-    return gradhpo.Problem(init, train_loss, val_loss, batch=batch, metrics=metrics, data=data)
+    sizes = (protocol.train, protocol.validation, protocol.strides)
+    return hypercleaning.problem(pixels, labels, *sizes, noise)
 
 
 class Outcome(NamedTuple):
