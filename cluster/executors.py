@@ -6,12 +6,13 @@ import abc
 import contextlib
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ from gradhpo.cluster.worker import Worker, environment
 
 Notify = Callable[..., None]
 """Called as `notify(event, **facts)` with what a person may want to know."""
+
+
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+"""For `ray.init`: what workers print stays in Ray's log files."""
 
 
 class SweepError(RuntimeError):
@@ -224,24 +229,17 @@ class RayExecutor(Executor):
 
     def _connect(self) -> Any:
         address = self._settings.address or os.environ.get("RAY_ADDRESS")
-        if not address:
-            # Before the first import of Ray: addresses of this machine only, nothing reported.
-            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        if address:
+            import ray
+
+            if not ray.is_initialized():
+                ray.init(address=address, **QUIET)
+            return ray
+        cpus = self._settings.workers * self._settings.processes
+        cpus *= self._settings.resources.get("num_cpus", 1)
+        self._own_cluster = _start_local_ray(cpus)
         import ray
 
-        if ray.is_initialized():
-            return ray
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
-        if address:
-            ray.init(address=address, **quiet)
-        else:
-            cpus = self._settings.workers * self._settings.processes
-            cpus *= self._settings.resources.get("num_cpus", 1)
-            cores = len(os.sched_getaffinity(0))
-            self._own_cluster = True
-            cpus = max(cores, int(-(-cpus // 1)))
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
         return ray
 
     def _check_resources(self) -> None:
@@ -366,6 +364,8 @@ class RayExecutor(Executor):
         self._notify("worker lost", reason=reason, incarnation=gang.incarnation, process=who)
         self._gangs.remove(gang)
         self._kill(gang)
+        for about in gang.about:
+            _end_process(about)
         if self._losses > self._settings.most_losses:
             raise SweepError(
                 f"{self._losses} workers in a row were lost with nothing finished in between; the "
@@ -377,8 +377,6 @@ class RayExecutor(Executor):
         for actor in gang.actors:
             with contextlib.suppress(Exception):
                 self._ray.kill(actor)
-        for about in gang.about:
-            _end_process(about)
         if gang.group is not None:
             from ray.util.placement_group import remove_placement_group
 
@@ -594,6 +592,40 @@ def open_executor(
     if kind == "local" or (kind == "auto" and not has_ray()):
         return LocalExecutor(spec, data, incarnations, shards)
     return RayExecutor(spec, data, incarnations, shards, settings, notify)
+
+
+@contextlib.contextmanager
+def local_ray(cpus: float) -> Generator[None]:
+    """Hold a Ray of this machine for several sweeps, which then need not each start one.
+
+    It listens on this machine's own addresses only, and reports nothing. Where Ray runs in this
+    process already, that one is used and left running.
+
+    Args:
+      cpus: processors that Ray may hand out, whether the machine has as many or not.
+    """
+    started = _start_local_ray(cpus)
+    try:
+        yield
+    finally:
+        if started:
+            import ray
+
+            ray.shutdown()
+
+
+def _start_local_ray(cpus: float) -> bool:
+    """Start Ray on this machine unless this process has one; return whether it was started."""
+    # Before the first import of Ray: addresses of this machine only, nothing reported.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    if ray.is_initialized():
+        return False
+    count = max(len(os.sched_getaffinity(0)), math.ceil(cpus))
+    ray.init(address="local", num_cpus=count, include_dashboard=False, **QUIET)
+    return True
 
 
 def has_ray() -> bool:

@@ -309,7 +309,7 @@ class Variant:
         return structure.unflatten([changed(dotted(path), leaf) for path, leaf in leaves])
 
     def _make_data(self, seed: jax.Array) -> PyTree:
-        return self.population.trace_data(jax.random.fold_in(jax.random.key(seed), 0))
+        return self.population.trace_data(data_key(seed))
 
     def _pack(self, state: BilevelState) -> Arrays:
         leaves = tree_flatten_with_path(state)[0]
@@ -478,6 +478,11 @@ class ShardHost:
     def _listen(self, event: str, duration_secs: float, **kwargs: Any) -> None:
         del duration_secs, kwargs
         self._xla += event == "/jax/core/compile/backend_compile_duration"
+
+
+def data_key(seed: Any) -> jax.Array:
+    """Return the key from which a sweep's data are made; trials' keys come from another."""
+    return jax.random.fold_in(jax.random.key(seed), 0)
 
 
 def build(

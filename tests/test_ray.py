@@ -189,7 +189,7 @@ def test_sigkill_while_workers_start_and_compile(cluster, tmp_path, reference):
 
 def test_a_worker_that_hangs_is_replaced(cluster, tmp_path, reference):
     """SIGSTOP, twice; its process is ended too."""
-    made = on_ray(tmp_path, deadline=1.5)
+    made = on_ray(tmp_path, deadline=4)
     stopped = []
 
     def disturb(generation, table):
@@ -201,8 +201,7 @@ def test_a_worker_that_hangs_is_replaced(cluster, tmp_path, reference):
 
     result = made.run(disturb)
     lost = [facts["reason"] for event, facts in made.events if event == "worker lost"]
-    assert len(lost) == 2
-    assert all("did not answer" in reason for reason in lost)
+    assert sum("did not answer" in reason for reason in lost) >= 2
     assert len(set(stopped)) == 2
     assert not any(map(alive, stopped))
     assert_same_tables(result, reference)
