@@ -62,7 +62,7 @@ class LocalExecutor(Executor):
     def __init__(self, spec: Spec, data: Any, incarnations: Incarnations, shards: int) -> None:
         self._host = ShardHost(dataclasses.replace(spec, states=shards), data)
         self._incarnation = incarnations.new()
-        incarnations.own(range(shards), self._incarnation)
+        incarnations.own(dict.fromkeys(range(shards), self._incarnation))
 
     def prepare(self, layouts: Mapping[int, Any]) -> list[Prepared]:
         """Compile here."""
@@ -403,9 +403,7 @@ class RayExecutor(Executor):
             gang = min(ready, key=lambda g: load[id(g)])
             load[id(gang)] += 1
             self._owner[shard] = gang
-        for gang in ready:
-            mine = [shard for shard in shards if self._owner[shard] is gang]
-            self._incarnations.own(mine, gang.incarnation)
+        self._incarnations.own({shard: self._owner[shard].incarnation for shard in shards})
 
     def _drive(self, jobs: list[Job]) -> Iterable[tuple[Job, Any]]:
         """Do every job once; those of a lost worker are given to another. In order of finishing."""
@@ -422,6 +420,9 @@ class RayExecutor(Executor):
                 self._balance([job.shard for job in waiting if job.shard is not None])
                 continue
             done, _ = self._ray.wait(list(flying), timeout=0.5, fetch_local=False)
+            if done:  # and all others that are done by now
+                many = {"num_returns": len(flying), "timeout": 0, "fetch_local": False}
+                done, _ = self._ray.wait(list(flying), **many)
             for ref in done:
                 gang = flying[ref]
                 job = gang.flying.get(ref)
@@ -483,10 +484,10 @@ class RayExecutor(Executor):
             arguments = (*arguments, gang.incarnation, job.slots, *job.exported)
         calls = [getattr(actor, job.kind) for actor in gang.actors]
         if job.kind == "export":
-            done, rows = calls[0].options(num_returns=2).remote(*arguments)
-            gang.flying[done], job.exported = job, [rows]
-            return
-        refs = [call.remote(*arguments) for call in calls]
+            pairs = [call.options(num_returns=2).remote(*arguments) for call in calls]
+            refs, job.exported = [done for done, _ in pairs], [pairs[0][1]]
+        else:
+            refs = [call.remote(*arguments) for call in calls]
         gang.flying[refs[0]] = job
         gang.others[refs[0]] = refs[1:]
 
@@ -498,10 +499,9 @@ class RayExecutor(Executor):
         try:
             if len(refs) > 1:
                 self._ray.wait(refs, num_returns=len(refs), timeout=self._deadline())
-            if job.kind == "export":  # the rows stay in Ray; what is fetched only says it went well
-                self._ray.get(ref, timeout=self._deadline())
-                return job.exported[0]
-            return self._ray.get(refs, timeout=self._deadline())[0]
+            value = self._ray.get(refs, timeout=self._deadline())[0]
+            # The rows of an export stay in Ray; what was fetched only says that it went well.
+            return job.exported[0] if job.kind == "export" else value
         except errors.GetTimeoutError:
             raise _Lost("did not answer by its deadline") from None
         except Exception as error:
@@ -538,12 +538,10 @@ class RayExecutor(Executor):
         orphans = [shard for shard, owner in self._owner.items() if owner is gang]
         for shard in orphans:
             del self._owner[shard]
-        ready = self._ready()
-        for index, shard in enumerate(orphans):
-            if ready:
-                heir = ready[index % len(ready)]
-                self._owner[shard] = heir
-                self._incarnations.own([shard], heir.incarnation)
+        if ready := self._ready():
+            heirs = {s: ready[index % len(ready)] for index, s in enumerate(orphans)}
+            self._owner |= heirs
+            self._incarnations.own({shard: heir.incarnation for shard, heir in heirs.items()})
         return left
 
     def _past_deadline(self) -> list[Job]:

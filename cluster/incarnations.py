@@ -7,12 +7,14 @@ a shard, the file says so; before a worker commits, it looks whether the shard i
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 
 from gradhpo.cluster.checkpoints import write_json
 
 FILE = "incarnations.json"
+RESERVE = 1000
+"""Numbers that a driver reserves at a time; what it does not use is never used."""
 
 
 class Superseded(RuntimeError):  # noqa: N818
@@ -25,24 +27,26 @@ class Incarnations:
     def __init__(self, storage: Path) -> None:
         self._path = storage / FILE
         content = json.loads(self._path.read_text()) if self._path.exists() else {}
-        self._next = int(content.get("next", 0))
+        self._next = self._reserved = int(content.get("reserved", 0))
         self._owners: dict[str, int] = content.get("owners", {})
 
     def new(self) -> int:
         """Return a number that no worker of this storage ever had."""
         self._next += 1
-        self._write()
+        if self._next > self._reserved:
+            self._reserved = self._next + RESERVE
+            self._write()
         return self._next
 
-    def own(self, shards: Iterable[int], incarnation: int) -> None:
-        """Give shards to a worker."""
-        changed = {str(s): incarnation for s in shards if self._owners.get(str(s)) != incarnation}
-        if changed:
-            self._owners |= changed
+    def own(self, owners: Mapping[int, int]) -> None:
+        """Give shards to workers: by shard, the incarnation that owns it from now on."""
+        given = self._owners | {str(shard): owner for shard, owner in owners.items()}
+        if given != self._owners:
+            self._owners = given
             self._write()
 
     def _write(self) -> None:
-        write_json(self._path, {"next": self._next, "owners": self._owners})
+        write_json(self._path, {"reserved": self._reserved, "owners": self._owners})
 
 
 def check_owner(storage: Path, shard: int, incarnation: int) -> None:

@@ -162,12 +162,12 @@ def test_a_second_driver_is_refused_with_the_first_ones_name(tmp_path):
 def test_incarnations_are_never_given_twice(tmp_path):
     first = incarnations.Incarnations(tmp_path)
     old = first.new()
-    first.own([0, 1], old)
+    first.own({0: old, 1: old})
     incarnations.check_owner(tmp_path, 0, old)
     new = incarnations.Incarnations(tmp_path).new()  # another driver
     assert new > old
     second = incarnations.Incarnations(tmp_path)
-    second.own([0], new)
+    second.own({0: new})
     with pytest.raises(incarnations.Superseded, match=f"incarnation {new}, not {old}"):
         incarnations.check_owner(tmp_path, 0, old)
     incarnations.check_owner(tmp_path, 1, old)

@@ -109,7 +109,7 @@ def test_arrays_of_the_driver_reach_workers_read_only(cluster, tmp_path):
 def test_a_gang_of_two_processes_holds_one_shard(cluster, tmp_path):
     changes = {
         "generations": 4,
-        "shards": 1,
+        "shards": 2,
         "mesh": {"trial": 1, "data": 2},
         "batching": "map",
     }
@@ -248,9 +248,14 @@ def test_sigkill_of_a_node(tmp_path, reference):
     from ray.cluster_utils import Cluster
 
     ray.shutdown()
-    nodes = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
-    )
+    quick = {  # to notice that a node is gone; Ray takes half a minute otherwise
+        "health_check_initial_delay_ms": 0,
+        "health_check_period_ms": 500,
+        "health_check_timeout_ms": 1000,
+        "health_check_failure_threshold": 2,
+    }
+    head = {"num_cpus": 1, "include_dashboard": False, "_system_config": quick}
+    nodes = Cluster(initialize_head=True, head_node_args=head)
     try:
         second = [nodes.add_node(num_cpus=1)]
         ray.init(address=nodes.address, log_to_driver=False)
@@ -265,7 +270,8 @@ def test_sigkill_of_a_node(tmp_path, reference):
                 second.append(nodes.add_node(num_cpus=1))
                 wait_until(lambda: ray.cluster_resources().get("CPU") == 2, 20, "no second node")
             if generation in (10, 11, 12, 13):
-                time.sleep(0.5)  # let a worker start on the new node
+                ready = [event for event, _ in made.events if event == "worker ready"]
+                time.sleep(0 if len(ready) >= 3 else 2)  # let a worker start on the new node
 
         result = made.run(disturb)
         assert kills == [True, True]
@@ -322,6 +328,16 @@ def test_a_ray_of_its_own_is_stopped_and_listens_to_this_machine_only(tmp_path):
         *("127.0.0.1", "::ffff:127.0.0.1")
     }
     wait_until(lambda: not ray_processes(), 15, f"left behind: {ray_processes()}")
+
+
+def test_the_driver_starts_no_backend_of_jax(cluster, tmp_path):
+    """Which would take memory on an accelerator, or a TPU from its worker."""
+    code = (
+        DRIVER.format(root=str(ROOT), storage=str(tmp_path), generations=2)
+        + "from jax._src import xla_bridge\nassert not xla_bridge.backends_are_initialized()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def listening():
