@@ -12,7 +12,7 @@ demo: $(VENV)/test.done
 	$(BIN)/python examples/hyperclean_digits.py $(ARGS)
 
 test: $(VENV)/test.done
-	XLA_FLAGS="$(TEST_FLAGS)" $(BIN)/python -m pytest $(ARGS)
+	XLA_FLAGS="$(TEST_FLAGS)" $(BIN)/python -m pytest $(or $(ARGS),--numprocesses=2 --dist=loadfile)
 
 lint: $(VENV)/lint.done
 	$(BIN)/ruff check .

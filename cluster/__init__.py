@@ -5,7 +5,7 @@ process.
 """
 
 from gradhpo.cluster.checkpoints import DamagedFile
-from gradhpo.cluster.executors import SweepError
+from gradhpo.cluster.executors import SweepError, local_ray
 from gradhpo.cluster.journal import StorageInUse
 from gradhpo.cluster.result import SweepResult, Trial
 from gradhpo.cluster.schedulers import (
@@ -37,6 +37,7 @@ __all__ = [
     "Table",
     "Trial",
     "choice",
+    "local_ray",
     "loguniform",
     "uniform",
 ]

@@ -41,7 +41,15 @@ def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
-        errors = (SweepError, StorageInUse, DamagedFile, ValueError, TypeError, OSError, ImportError)
+        errors = (
+            SweepError,
+            StorageInUse,
+            DamagedFile,
+            ValueError,
+            TypeError,
+            OSError,
+            ImportError,
+        )
         try:
             command(*args, **kwargs)
         except errors as error:

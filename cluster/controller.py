@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -305,7 +304,7 @@ def decide(columns: Columns, plan: Plan, layout: Layout, rules: Rules) -> Decisi
 
 
 def orders(
-    plan: Plan, saved: list[Saved | None] | list[Saved], layout: Layout, space: SearchSpace
+    plan: Plan, saved: Sequence[Saved | None], layout: Layout, space: SearchSpace
 ) -> list[Order]:
     """Return each shard's part of a plan."""
     made: list[Order] = []
@@ -384,13 +383,11 @@ def _table(columns: Columns, part: slice, generation: int, rules: Rules) -> Tabl
 
 
 def _no_changes(n: int, space: SearchSpace) -> dict[str, Change]:
-    return {
-        name: Change(np.zeros(n, bool), np.ones(n), np.zeros(n)) for name in space.settings()
-    }
+    return {name: Change(np.zeros(n, bool), np.ones(n), np.zeros(n)) for name in space.settings()}
 
 
-def _merge(into: Change, change: Mapping[str, Any] | Change, part: slice) -> None:
-    mask, multiply, add = change  # pyright: ignore[reportGeneralTypeIssues]
+def _merge(into: Change, change: Change, part: slice) -> None:
+    mask, multiply, add = change
     mask = np.asarray(mask, bool)
     into.mask[part] |= mask
     into.multiply[part] = np.where(mask, multiply, into.multiply[part])

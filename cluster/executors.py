@@ -6,9 +6,13 @@ import abc
 import contextlib
 import dataclasses
 import importlib.util
+import math
 import os
+import re
+import signal
+import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,10 @@ from gradhpo.cluster.worker import Worker, environment
 
 Notify = Callable[..., None]
 """Called as `notify(event, **facts)` with what a person may want to know."""
+
+
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+"""For `ray.init`: what workers print stays in Ray's log files."""
 
 
 class SweepError(RuntimeError):
@@ -89,7 +97,8 @@ class Gang:
     starting: list[Any] = dataclasses.field(default_factory=list[Any])
     """What the actors' `start` will return; empty when it did."""
     started: float = dataclasses.field(default_factory=time.monotonic)
-    about: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    about: list[dict[str, Any]] = dataclasses.field(default_factory=list[dict[str, Any]])
+    """Who its processes are."""
     variants: set[int] = dataclasses.field(default_factory=set[int])
     """Those whose programs it has."""
     progress: float = 0.0
@@ -207,7 +216,7 @@ class RayExecutor(Executor):
 
     def pids(self) -> list[int]:
         """Return the process ids of the workers that are there, gangs in order."""
-        return [about["pid"] for gang in self._gangs for about in gang.about.values()]
+        return [about["pid"] for gang in self._gangs for about in gang.about]
 
     def xla_compiles(self) -> list[int]:
         """Return for each worker how many programs XLA compiled in it."""
@@ -220,26 +229,17 @@ class RayExecutor(Executor):
 
     def _connect(self) -> Any:
         address = self._settings.address or os.environ.get("RAY_ADDRESS")
-        if not address:
-            # Before the first import of Ray: addresses of this machine only, nothing reported.
-            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        if address:
+            import ray
+
+            if not ray.is_initialized():
+                ray.init(address=address, **QUIET)
+            return ray
+        cpus = self._settings.workers * self._settings.processes
+        cpus *= self._settings.resources.get("num_cpus", 1)
+        self._own_cluster = _start_local_ray(cpus)
         import ray
 
-        if ray.is_initialized():
-            return ray
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
-        if address:
-            ray.init(address=address, **quiet)
-        else:
-            cpus = self._settings.workers * self._settings.processes
-            cpus *= self._settings.resources.get("num_cpus", 1)
-            cores = len(os.sched_getaffinity(0))
-            self._own_cluster = True
-            ray.init(
-                address="local", num_cpus=max(cores, int(-(-cpus // 1))), include_dashboard=False,
-                **quiet,
-            )  # fmt: skip
         return ray
 
     def _check_resources(self) -> None:
@@ -277,7 +277,7 @@ class RayExecutor(Executor):
             self._gangs.append(self._launch())
 
     def _launch(self) -> Gang:
-        ray, settings = self._ray, self._settings
+        settings = self._settings
         env = environment(settings.resources, settings.env)
         runtime_env = dict(settings.runtime_env)
         runtime_env["env_vars"] = {**env, **runtime_env.get("env_vars", {})}
@@ -331,7 +331,7 @@ class RayExecutor(Executor):
                 for rank, actor in enumerate(gang.actors)
             ]
             return
-        gang.starting, gang.about = [], dict(enumerate(values))
+        gang.starting, gang.about = [], values
         for about in values:
             self._notify("worker ready", incarnation=gang.incarnation, **about)
 
@@ -360,10 +360,12 @@ class RayExecutor(Executor):
     def _lose(self, gang: Gang, reason: str) -> None:
         """Give a worker up, and start another."""
         self._losses += 1
-        who = [f"{about['host']}:{about['pid']}" for about in gang.about.values()]
+        who = [f"{about['host']}:{about['pid']}" for about in gang.about]
         self._notify("worker lost", reason=reason, incarnation=gang.incarnation, process=who)
         self._gangs.remove(gang)
         self._kill(gang)
+        for about in gang.about:
+            _end_process(about)
         if self._losses > self._settings.most_losses:
             raise SweepError(
                 f"{self._losses} workers in a row were lost with nothing finished in between; the "
@@ -422,9 +424,9 @@ class RayExecutor(Executor):
             done, _ = self._ray.wait(list(flying), timeout=0.5, fetch_local=False)
             for ref in done:
                 gang = flying[ref]
-                if ref not in gang.flying:
+                job = gang.flying.get(ref)
+                if job is None:
                     continue  # its worker was given up for another call
-                job, lost = gang.flying[ref], None
                 try:
                     value = self._value(gang, ref, job)
                 except _RowsGone:
@@ -433,23 +435,24 @@ class RayExecutor(Executor):
                     waiting.append(job)
                     continue
                 except _Lost as error:
-                    lost = error
-                if lost is not None:
-                    left = self._give_up(gang, str(lost))
+                    left = self._give_up(gang, str(error))
                     waiting += [job for job in left if id(job) in asked]
                     continue
-                gang.flying.pop(ref)
-                gang.others.pop(ref, None)
-                took = time.monotonic() - gang.progress
-                gang.progress, self._losses = time.monotonic(), 0
-                if job.kind == "prepare":
-                    gang.variants.add(job.variant)
-                    self._notify("prepared", prepared=value)
-                elif job.kind == "run":
-                    self._slowest = max(self._slowest, took)
+                self._finish(gang, ref, job, value)
                 if id(job) in asked:
                     yield job, value
             waiting += [job for job in self._past_deadline() if id(job) in asked]
+
+    def _finish(self, gang: Gang, ref: Any, job: Job, value: Any) -> None:
+        gang.flying.pop(ref)
+        gang.others.pop(ref, None)
+        took = time.monotonic() - gang.progress
+        gang.progress, self._losses = time.monotonic(), 0
+        if job.kind == "prepare":
+            gang.variants.add(job.variant)
+            self._notify("prepared", prepared=value)
+        elif job.kind == "run":
+            self._slowest = max(self._slowest, took)
 
     def _dispatch(self, job: Job) -> bool:
         """Send a job to its worker; False while there is none for it."""
@@ -459,8 +462,9 @@ class RayExecutor(Executor):
                 return False
             self._send(idle[0], job)
             return True
-        gang = self._owner.get(job.shard if job.shard is not None else -1)
-        if gang not in self._gangs or gang is None or gang.starting:
+        assert job.shard is not None
+        gang = self._owner.get(job.shard)
+        if gang is None or gang not in self._gangs or gang.starting:
             return False
         if job.variant not in gang.variants:
             if not any(flying.kind == "prepare" for flying in gang.flying.values()):
@@ -505,14 +509,26 @@ class RayExecutor(Executor):
                 raise DamagedFile(error.file, error.reason) from None
             if isinstance(error, Superseded):
                 raise _Lost("belongs to an earlier incarnation") from None
-            if _is_loss(error):
+            if _is_loss(error) or self._lost_meanwhile(refs[1:]):
                 if job.kind == "run" and job.exported and not _is_loss(error, of_objects=False):
                     raise _RowsGone from None
                 raise _Lost(f"died ({type(error).__name__})") from None
             if isinstance(error, OSError):
                 raise SweepError(f"a worker cannot write to the storage: {error}") from error
             what = {"prepare": "compile the sweep's step", "run": "run a generation"}
-            raise _sweep_error(f"a worker failed to {what.get(job.kind, job.kind)}", error) from None
+            raise _sweep_error(
+                f"a worker failed to {what.get(job.kind, job.kind)}", error
+            ) from None
+
+    def _lost_meanwhile(self, refs: list[Any]) -> bool:
+        """Whether another process of a gang died: the first one's error then follows from that."""
+        for ref in refs:
+            try:
+                self._ray.get(ref, timeout=10)
+            except Exception as error:
+                if _is_loss(error):
+                    return True
+        return False
 
     def _give_up(self, gang: Gang, reason: str) -> list[Job]:
         """Lose a worker; return the jobs that it leaves."""
@@ -578,9 +594,52 @@ def open_executor(
     return RayExecutor(spec, data, incarnations, shards, settings, notify)
 
 
+@contextlib.contextmanager
+def local_ray(cpus: float) -> Generator[None]:
+    """Hold a Ray of this machine for several sweeps, which then need not each start one.
+
+    It listens on this machine's own addresses only, and reports nothing. Where Ray runs in this
+    process already, that one is used and left running.
+
+    Args:
+      cpus: processors that Ray may hand out, whether the machine has as many or not.
+    """
+    started = _start_local_ray(cpus)
+    try:
+        yield
+    finally:
+        if started:
+            import ray
+
+            ray.shutdown()
+
+
+def _start_local_ray(cpus: float) -> bool:
+    """Start Ray on this machine unless this process has one; return whether it was started."""
+    # Before the first import of Ray: addresses of this machine only, nothing reported.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    if ray.is_initialized():
+        return False
+    count = max(len(os.sched_getaffinity(0)), math.ceil(cpus))
+    ray.init(address="local", num_cpus=count, include_dashboard=False, **QUIET)
+    return True
+
+
 def has_ray() -> bool:
     """Whether Ray is installed."""
     return importlib.util.find_spec("ray") is not None
+
+
+def _end_process(about: Mapping[str, Any]) -> None:
+    """Kill a worker's process on this host; Ray alone would not end one that is stopped."""
+    if about["host"] != socket.gethostname():
+        return
+    with contextlib.suppress(OSError):
+        if b"ray::" in Path(f"/proc/{about['pid']}/cmdline").read_bytes():
+            os.kill(about["pid"], signal.SIGKILL)
 
 
 def _by_source(order: Order) -> dict[int, list[Any]]:
@@ -609,7 +668,8 @@ def _is_loss(error: BaseException, of_objects: bool = True) -> bool:
 def _sweep_error(what: str, error: BaseException) -> SweepError:
     cause = getattr(error, "cause", None) or error
     summary = f"{type(cause).__name__}: {cause}"
-    return SweepError(f"{what}: {summary}\n\nThe worker's own traceback:\n{error}")
+    plain = re.sub(r"\x1b\[\d*m", "", str(error))  # Ray's colours
+    return SweepError(f"{what}: {summary}\n\nThe worker's own traceback:\n{plain}")
 
 
 def _fits(node: Mapping[str, float], demand: Mapping[str, float]) -> int:

@@ -1,4 +1,4 @@
-"""Objects by name: `"package.module:name"` or `"folder/file.py:name"`, as every process finds them."""
+"""Objects by name, `"package.module:name"` or `"folder/file.py:name"`, the same everywhere."""
 
 from __future__ import annotations
 

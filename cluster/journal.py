@@ -58,9 +58,7 @@ class Journal:
         self.damaged: list[str] = []
         self.last: list[Entry] = []
         """The last two entries."""
-        lines = 0
         for number, (entry, line) in enumerate(_read(self.path)):
-            lines += 1
             if entry is None:
                 self.damaged.append(
                     f"{FILE}: line {number + 1} is damaged ({len(line)} bytes), and not used"

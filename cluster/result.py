@@ -16,7 +16,7 @@ from gradhpo.cluster.controller import PARENT, Columns, Layout, decision_of
 from gradhpo.cluster.executors import SweepError
 from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.schedulers import NEW
-from gradhpo.cluster.shard import Order, ShardHost, Spec, Variant
+from gradhpo.cluster.shard import Order, ShardHost, Spec, Variant, build, data_key
 from gradhpo.cluster.space import LR_HYPER, Change, SearchSpace
 from gradhpo.state import BilevelState, PyTree
 
@@ -278,6 +278,12 @@ class SweepResult:
             )
             state, _ = variant.turn(state, order)
         return jax.tree.map(np.asarray, variant.unflatten(variant.take(state, 0)))
+
+    @functools.cached_property
+    def data(self) -> PyTree:
+        """What `Problem.data` made for all trials (of the first variant), computed here again."""
+        problem, _ = build(self._spec, self._spec.space.variants()[0], self._data)
+        return problem.start_data(data_key(self._spec.seed))
 
     def history(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield each generation with the metric of every slot."""

@@ -181,11 +181,11 @@ def describe(scheduler: Any) -> dict[str, Any]:
     """Return a scheduler as it is written in TOML and in a sweep's manifest."""
     name = type(scheduler).__name__
     if BUILT_IN.get(name) is type(scheduler):
-        settings: dict[str, Any] = dataclasses.asdict(scheduler)
-        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+        fields: dict[str, Any] = dataclasses.asdict(scheduler)
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
         return {"name": name, **{k: v for k, v in plain.items() if v is not None}}
     named = scheduler if hasattr(scheduler, "__qualname__") else type(scheduler)
-    settings = dataclasses.asdict(scheduler) if dataclasses.is_dataclass(scheduler) else {}
+    settings: Any = dataclasses.asdict(scheduler) if dataclasses.is_dataclass(scheduler) else {}  # pyright: ignore
     return {"function": f"{named.__module__}:{named.__qualname__}", **settings}
 
 
@@ -195,7 +195,9 @@ def parse(description: Mapping[str, Any], load: Callable[[str], Any]) -> Schedul
     Raises:
       ValueError: for an unknown name or setting.
     """
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in description.items()}
+    settings: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in description.items()
+    }
     if "function" in settings:
         made = load(settings.pop("function"))
         return made(**settings) if isinstance(made, type) or settings else made

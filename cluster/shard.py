@@ -131,10 +131,9 @@ class Variant:
         self.population = Population(problem, optimizer, spec.slots, mesh, spec.batching)
         self.optimizer = optimizer
         self.programs: dict[str, Any] = {}
-        base = jax.random.key
-        keys = jax.eval_shape(lambda: jax.random.split(base(0), spec.slots))
-        self._data_shape = jax.eval_shape(lambda: self.population.trace_data(base(0)))
-        self._template = jax.eval_shape(self.population.trace_init, keys, {}, self._data_shape)
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), spec.slots))
+        data_shape = jax.eval_shape(lambda: self.population.trace_data(jax.random.key(0)))
+        self._template = jax.eval_shape(self.population.trace_init, keys, {}, data_shape)
         self._check_settings()
         self.data: PyTree = None
 
@@ -165,8 +164,8 @@ class Variant:
         state, slot = self.zeros(), np.int32(0)
         for name, function, args in (
             ("take", _take, (state, slot)),
-            ("put", _put, (state, slot, self._zero_row())),
-            ("select", _select, (state, np.zeros(spec.slots, np.int32))),
+            ("put", self._put, (state, slot, self._zero_row())),
+            ("select", self._select, (state, np.zeros(spec.slots, np.int32))),
         ):
             self.programs[name] = get(name, function, *args)
         small = compiled.counts()
@@ -197,7 +196,7 @@ class Variant:
         per_slot = {
             "trials": order.trials,
             "fresh": order.fresh,
-            "changes": {name: _as_float32(order.changes.get(name), order) for name in self.settings},
+            "changes": {n: _as_float32(order.changes.get(n), order) for n in self.settings},
         }
         rates = None
         if self._takes_rate:
@@ -253,9 +252,7 @@ class Variant:
     ) -> tuple[Arrays, Arrays]:
         root = jax.random.fold_in(jax.random.key(scalars["seed"]), 1)
         keys = jax.vmap(
-            lambda trial: jax.random.fold_in(
-                jax.random.fold_in(root, trial), scalars["generation"]
-            )
+            lambda trial: jax.random.fold_in(jax.random.fold_in(root, trial), scalars["generation"])
         )(per_slot["trials"])
         whole, fresh = self._unpack(state), per_slot["fresh"]
 
@@ -285,25 +282,34 @@ class Variant:
         for name, leaf in self._leaves(whole.hyperparams).items():
             columns[f"hyperparams.{name}"] = leaf.reshape(leaf.shape[0], -1).mean(1)
         columns[DIVERGED] = diverged
-        return self._pack(whole), columns
+        return self._where_slots_lie(self._pack(whole)), columns
+
+    def _put(self, state: Arrays, slot: jax.Array, row: Arrays) -> Arrays:
+        return self._where_slots_lie({n: x.at[slot].set(row[n]) for n, x in state.items()})
+
+    def _select(self, state: Arrays, parents: jax.Array) -> Arrays:
+        return self._where_slots_lie({name: leaf[parents] for name, leaf in state.items()})
+
+    def _where_slots_lie(self, state: Arrays) -> Arrays:
+        """Return the state laid out as it is placed, so that every program takes every other's."""
+        sharding = self.population.sharding
+        return state if sharding is None else jax.lax.with_sharding_constraint(state, sharding)
 
     def _changed(self, hyperparams: PyTree, changes: Arrays) -> PyTree:
         leaves, structure = tree_flatten_with_path(hyperparams)
-        made: list[Any] = []
-        for path, leaf in leaves:
-            name = dotted(path)
-            if name in changes:
-                mask, multiply, add = (
-                    x.reshape(-1, *[1] * (leaf.ndim - 1)) for x in changes[name]
-                )
-                low, high = self.settings[name].bounds
-                moved = leaf * multiply.astype(leaf.dtype) + add.astype(leaf.dtype)
-                leaf = jnp.where(mask, jnp.clip(moved, low, high), leaf)
-            made.append(leaf)
-        return structure.unflatten(made)
+
+        def changed(name: str, leaf: jax.Array) -> jax.Array:
+            if name not in changes:
+                return leaf
+            mask, multiply, add = (x.reshape(-1, *[1] * (leaf.ndim - 1)) for x in changes[name])
+            low, high = self.settings[name].bounds
+            moved = leaf * multiply.astype(leaf.dtype) + add.astype(leaf.dtype)
+            return jnp.where(mask, jnp.clip(moved, low, high), leaf)
+
+        return structure.unflatten([changed(dotted(path), leaf) for path, leaf in leaves])
 
     def _make_data(self, seed: jax.Array) -> PyTree:
-        return self.population.trace_data(jax.random.fold_in(jax.random.key(seed), 0))
+        return self.population.trace_data(data_key(seed))
 
     def _pack(self, state: BilevelState) -> Arrays:
         leaves = tree_flatten_with_path(state)[0]
@@ -474,6 +480,11 @@ class ShardHost:
         self._xla += event == "/jax/core/compile/backend_compile_duration"
 
 
+def data_key(seed: Any) -> jax.Array:
+    """Return the key from which a sweep's data are made; trials' keys come from another."""
+    return jax.random.fold_in(jax.random.key(seed), 0)
+
+
 def build(
     spec: Spec, arguments: Mapping[str, Any], data: PyTree
 ) -> tuple[Problem, BilevelOptimizer]:
@@ -544,14 +555,6 @@ def _where(mask: jax.Array, new: PyTree, old: PyTree) -> PyTree:
 
 def _take(state: Arrays, slot: jax.Array) -> Arrays:
     return {name: leaf[slot] for name, leaf in state.items()}
-
-
-def _put(state: Arrays, slot: jax.Array, row: Arrays) -> Arrays:
-    return {name: leaf.at[slot].set(row[name]) for name, leaf in state.items()}
-
-
-def _select(state: Arrays, parents: jax.Array) -> Arrays:
-    return {name: leaf[parents] for name, leaf in state.items()}
 
 
 def _plain(leaf: jax.Array) -> jax.Array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -12,7 +11,7 @@ import sys
 import threading
 import time
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -225,12 +224,19 @@ class Sweep:
         given = {name: value for name, value in settings.items() if value is not None}
         return cls._from_settings(given | {"storage": str(storage)} | changes, str(storage))
 
-    def run(self) -> SweepResult:
+    def run(
+        self, callback: Callable[[int, dict[str, np.ndarray]], Any] | None = None
+    ) -> SweepResult:
         """Run to the end, or go on where an earlier run of this very sweep stopped.
 
         Shows a progress bar on a terminal (with tqdm), and a line every few seconds elsewhere.
         Ctrl-C, or a SIGTERM, lets the generation in flight finish, saves it, and says how to go
         on; a second one does not wait.
+
+        Args:
+          callback: called as `callback(generation, table)` after each generation that this run
+            computes, counted from 1, when it is saved; each column of the table is
+            `(population,)`.
 
         Raises:
           SweepError: if the storage holds another run, or the sweep cannot go on; with the
@@ -244,7 +250,7 @@ class Sweep:
         try:
             data = importing.load(self._data)() if isinstance(self._data, str) else self._data
             self._claim(data)
-            return self._run(data)
+            return self._run(data, callback)
         finally:
             lock.release()
 
@@ -255,21 +261,23 @@ class Sweep:
 
     # --- running --------------------------------------------------------------------------------
 
-    def _run(self, data: Any) -> SweepResult:
+    def _run(self, data: Any, callback: Callable[..., Any] | None) -> SweepResult:
         began = time.perf_counter()
         journal = Journal(self.storage)
         done = journal.generation + 1
         sign = 1 if self.mode == "min" else -1
         steps = self.population * self.steps
-        display = report.Display(
-            self._progress, self.generations, done, steps, self.metric, sign
-        )
+        display = report.Display(self._progress, self.generations, done, steps, self.metric, sign)
         rules = Rules(self.scheduler, self.space, self.seed, self.metric, sign)
         spec = self._spec(self._resolved_batching())
+        computed: list[int] = []
 
         def notify(event: str, **facts: Any) -> None:
             if event == "generation":
+                computed.append(facts["entry"]["generation"])
                 display.generation(facts["entry"], facts["columns"])
+                if callback is not None:
+                    callback(facts["entry"]["generation"] + 1, facts["columns"])
                 return
             self.events.append((event, facts))
             self._log(event, facts)
@@ -289,9 +297,7 @@ class Sweep:
             )
             try:
                 prepared = self._prepare(executor, notify)
-                controller = Controller(
-                    self.storage, journal, executor, self.layout, rules, notify
-                )
+                controller = Controller(self.storage, journal, executor, self.layout, rules, notify)
                 display.begin()
                 started = time.perf_counter()
                 with _stops(controller, display):
@@ -300,8 +306,7 @@ class Sweep:
                 compiles = executor.xla_compiles() if isinstance(executor, RayExecutor) else []
             finally:
                 executor.close()
-            made = self._report(prepared, compiles, started - began, seconds)
-            made = dataclasses.replace(made, generations=journal.generation + 1 - done)
+            made = self._report(prepared, compiles, started - began, seconds, len(computed))
             if controller.stop and journal.generation + 1 < self.generations:
                 left = self.generations - journal.generation - 1
                 display.say(f"Stopped, {left} generations before the end. {self.how_to_resume()}")
@@ -344,7 +349,12 @@ class Sweep:
         return prepared
 
     def _report(
-        self, prepared: list[Prepared], compiles: list[int], startup: float, seconds: float
+        self,
+        prepared: list[Prepared],
+        compiles: list[int],
+        startup: float,
+        seconds: float,
+        generations: int,
     ) -> Report:
         every = [facts["prepared"] for event, facts in self.events if event == "prepared"]
         every = every or prepared
@@ -357,7 +367,7 @@ class Sweep:
             workers_lost=sum(event == "worker lost" for event, _ in self.events),
             startup_seconds=startup,
             seconds=seconds,
-            generations=0,
+            generations=generations,
         )
 
     def _result(self, data: Any, batching: Any, made: Report | None) -> SweepResult:
@@ -448,8 +458,8 @@ class Sweep:
                 error.errno, f"storage {str(self.storage)!r} cannot be written: {error.strerror}"
             ) from None
         if not (self.storage / MANIFEST).exists():
-            there = [p.name for p in self.storage.iterdir() if not p.name.startswith((".", "driver"))]
-            if there:
+            names = [path.name for path in self.storage.iterdir()]
+            if there := [name for name in names if not name.startswith((".", "driver"))]:
                 raise SweepError(
                     f"storage {str(self.storage)!r} is not empty and holds no sweep (it has "
                     f"{there[0]!r}): give a folder of its own"
@@ -561,7 +571,7 @@ def read_manifest(storage: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _stops(controller: Controller, display: report.Display) -> Iterator[None]:
+def _stops(controller: Controller, display: report.Display) -> Generator[None]:
     """Let SIGINT and SIGTERM finish the generation in flight; a second one ends at once."""
     if threading.current_thread() is not threading.main_thread():
         yield

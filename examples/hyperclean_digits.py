@@ -1,37 +1,37 @@
-"""Data hyper-cleaning on scikit-learn's digits: learn which training labels are wrong.
+"""Data hyper-cleaning on scikit-learn's digits: a sweep for each method, on a Ray of this machine.
 
 Every training image has a weight σ(λ_i) in the training loss. Labels are corrupted, the validation
 images are clean, and the hypergradient of the validation loss turns the weights of corrupted
-images down. Protocol of the Generalized Greedy paper (ICLR 2025 submission, §5.3): full batch, SGD
-0.1 with momentum 0.9, T = 10 inner steps for each outer step, Adam 0.1 on λ, a CNN of three layers
-of 8 channels. Every method gets the same number of inner and of outer steps.
+images down, inside each trial. The learning rate has no such gradient here: it differs between
+trials, and population-based training moves it. Protocol of the Generalized Greedy paper (ICLR 2025
+submission, §5.3) but for that rate: full batch, SGD with momentum 0.9, T = 10 inner steps for each
+outer step, Adam 0.1 on λ, a CNN of three layers of 8 channels. Every method gets the same number of
+inner and of outer steps.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import time
+import importlib.util
+import shutil
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import jax
-import jax.monitoring
 import jax.numpy as jnp
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import typer
-from flax import nnx
-from rich.console import Console
-from rich.table import Table
-from scipy.stats import t as student_t
+from papers import hypercleaning, report
 from sklearn.datasets import load_digits
-from sklearn.metrics import roc_auc_score
 
 import gradhpo
+from gradhpo.cluster import PBT, SearchSpace, Sweep, SweepResult, local_ray, loguniform
 
 T = 10
+OUTER_STEPS_IN_A_GENERATION = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,326 +43,233 @@ class Protocol:
     strides: tuple[int, int, int]
     outer_steps: int
 
-    def describe(self, noise: float, seeds: int) -> str:
+    def describe(self, noise: float, trials: int) -> str:
         """Return the protocol in a sentence."""
         test = 1797 - self.train - self.validation
         return (
             f"{self.train} training images with label noise {noise:g}, {self.validation} clean for "
             f"validation, {test} for test; strides {self.strides}; {self.outer_steps} outer steps "
-            f"of {T} inner steps; {seeds} seeds"
+            f"of {T} inner steps; {trials} trials a method"
         )
 
 
-SMALL = Protocol(train=500, validation=300, strides=(1, 2, 2), outer_steps=40)
-FULL = Protocol(train=1000, validation=300, strides=(1, 1, 1), outer_steps=200)
+PROTOCOLS = {
+    "small": Protocol(train=500, validation=300, strides=(1, 2, 2), outer_steps=40),
+    "full": Protocol(train=1000, validation=300, strides=(1, 1, 1), outer_steps=200),
+    "tiny": Protocol(train=80, validation=40, strides=(1, 2, 2), outer_steps=8),
+}
+
+METHODS = {
+    "PBT alone (First-Order)": "first-order",
+    "One-Step": "one-step",
+    "T1-T2 (DARTS)": "t1t2",
+    "Greedy (0.9)": "greedy",
+    "HyperDistill": "hyperdistill",
+}
 
 
-class Conv(nnx.Module):
-    """A 3x3 convolution with padding, as a product of patches, fast under `vmap` over weights.
-
-    On CPU, XLA runs a `vmap`ped `nnx.Conv` as a grouped convolution, about five times slower.
-    """
-
-    def __init__(self, channels: int, features: int, stride: int, rngs: nnx.Rngs) -> None:
-        self.kernel = nnx.Linear(9 * channels, features, rngs=rngs)
-        self.stride = stride
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map images `(n, side, side, channels)` to `(n, side/stride, side/stride, features)`."""
-        side, stride = x.shape[1], self.stride
-        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        shifts = [(i, j) for i in range(3) for j in range(3)]
-        patches = [x[:, i : i + side : stride, j : j + side : stride] for i, j in shifts]
-        return self.kernel(jnp.concatenate(patches, axis=-1))
-
-
-class CNN(nnx.Module):
-    """Three convolutions of 8 channels, average pooling to 2x2, and a linear layer."""
-
-    def __init__(self, strides: tuple[int, int, int], rngs: nnx.Rngs) -> None:
-        sizes = zip((1, 8, 8), strides, strict=True)
-        self.convs = nnx.List([Conv(channels, 8, stride, rngs) for channels, stride in sizes])
-        self.out = nnx.Linear(32, 10, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map images `(n, 8, 8, 1)` to logits `(n, 10)`."""
-        for conv in self.convs:
-            x = nnx.relu(conv(x))
-        n, half = x.shape[0], x.shape[1] // 2
-        return self.out(x.reshape(n, 2, half, 2, half, 8).mean((2, 4)).reshape(n, 32))
-
-
-class Images(NamedTuple):
-    """Images `(n, 8, 8, 1)` in [0, 1], the labels a model sees, and the true ones, `(n,)`."""
-
-    x: jax.Array
-    y: jax.Array
-    true_y: jax.Array
-
-
-def digits_problem(protocol: Protocol, noise: float) -> gradhpo.Problem:
-    """Return the hyper-cleaning problem; split, corruption and weights are drawn from the key."""
+def problem(protocol: str, noise: float) -> gradhpo.Problem:
+    """Return the hyper-cleaning problem; λ is a weight for each image, and the log of a rate."""
+    sizes = PROTOCOLS[protocol]
     bunch: Any = load_digits()
     pixels = np.asarray(bunch.images, np.float32)[..., None] / 16
     labels = np.asarray(bunch.target, np.int32)
-    graph, _ = nnx.split(CNN(protocol.strides, nnx.Rngs(0)))
-    first, second = protocol.train, protocol.train + protocol.validation
+    cleaning = hypercleaning.problem(
+        pixels, labels, sizes.train, sizes.validation, sizes.strides, noise
+    )
 
-    def init(key: jax.Array) -> tuple[Any, jax.Array]:
-        params = nnx.state(CNN(protocol.strides, nnx.Rngs(key)), nnx.Param)
-        return params, jnp.zeros(protocol.train)
+    def init(key: jax.Array) -> tuple[Any, Any]:
+        params, weights = cleaning.init(key)
+        return params, {"weights": weights, "log_rate": jnp.log(0.1)}
 
-    def data(key: jax.Array) -> dict[str, Images]:
-        shuffle, which, what = jax.random.split(key, 3)
-        order = jax.random.permutation(shuffle, len(labels))
-        parts = {"train": order[:first], "val": order[first:second], "test": order[second:]}
-        x, y = jnp.asarray(pixels), jnp.asarray(labels)
-        images = {name: Images(x[part], y[part], y[part]) for name, part in parts.items()}
-        train = images["train"]
-        corrupt = jax.random.bernoulli(which, noise, train.y.shape)
-        replaced = jax.random.randint(what, train.y.shape, 0, 10)
-        return images | {"train": train._replace(y=jnp.where(corrupt, replaced, train.y))}
+    def train_loss(params: Any, lam: Any, batch: Any) -> jax.Array:
+        return cleaning.train_loss(params, lam["weights"], batch)
 
-    def losses(params: Any, images: Images) -> jax.Array:
-        logits = nnx.merge(graph, params)(images.x)
-        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, images.y)
+    def val_loss(params: Any, lam: Any, batch: Any) -> jax.Array:
+        return cleaning.val_loss(params, lam["weights"], batch)
 
-    def train_loss(params: Any, lam: jax.Array, images: Images) -> jax.Array:
-        return jnp.mean(jax.nn.sigmoid(lam) * losses(params, images))
+    def metrics(params: Any, lam: Any, data: Any) -> dict[str, Any]:
+        measured = cleaning.measure(params, lam["weights"], data)
+        wrong = data["train"].y != data["train"].true_y
+        return {
+            "test_accuracy": measured["test_accuracy"],
+            "auc": area_under_curve(wrong, -lam["weights"]),
+        }
 
-    def val_loss(params: Any, lam: jax.Array, images: Images) -> jax.Array:
-        del lam
-        return jnp.mean(losses(params, images))
-
-    def batch(key: jax.Array, data: dict[str, Images]) -> tuple[Images, Images]:
-        del key
-        return data["train"], data["val"]
-
-    def metrics(params: Any, lam: jax.Array, data: dict[str, Images]) -> dict[str, Any]:
-        test = data["test"]
-        hits = jnp.argmax(nnx.merge(graph, params)(test.x), axis=-1) == test.y
-        return {"test_accuracy": hits.mean(), "val_loss": val_loss(params, lam, data["val"])}
-
-    return gradhpo.Problem(init, train_loss, val_loss, batch=batch, metrics=metrics, data=data)
+    return gradhpo.Problem(
+        init, train_loss, val_loss, batch=cleaning.batch, metrics=metrics, data=cleaning.data
+    )
 
 
-class Outcome(NamedTuple):
-    """What a method gave; the leading axis is the seed."""
-
-    params: Any
-    weights: np.ndarray
-    """σ(λ), `(seeds, train)`."""
-    val_curve: np.ndarray
-    """Validation loss after each outer step, `(seeds, outer_steps)`."""
-    test_accuracy: np.ndarray
-    """At the end, `(seeds,)`."""
-    steps_per_second: float
-    """Inner steps of all seeds together, compilation excluded."""
-    compiles: int
+def area_under_curve(positive: jax.Array, score: jax.Array) -> jax.Array:
+    """Return the probability that a positive scores higher than a negative; ties count half."""
+    above = (score[:, None] > score) + 0.5 * (score[:, None] == score)
+    pairs = positive[:, None] & ~positive
+    return jnp.sum(jnp.where(pairs, above, 0)) / jnp.sum(pairs)
 
 
-class CompileCounter:
-    """Counts what XLA compiles while this is open."""
+def optimizer(method: str) -> gradhpo.BilevelOptimizer:
+    """Return a method; all move the weights of images once in T inner steps, by Adam."""
 
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __enter__(self) -> CompileCounter:
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        jax.monitoring.unregister_event_duration_listener(self._listen)
-
-    def _listen(self, event: str, duration_secs: float, **kwargs: Any) -> None:
-        del duration_secs, kwargs
-        self.count += event == "/jax/core/compile/backend_compile_duration"
-
-
-INNER = optax.sgd(0.1, momentum=0.9)
-OUTER = optax.adam(0.1)
-
-
-def methods() -> dict[str, gradhpo.BilevelOptimizer]:
-    """Return the methods, which all move λ once in T inner steps."""
+    def inner(lam: Any) -> optax.GradientTransformation:
+        return optax.sgd(jnp.exp(lam["log_rate"]), momentum=0.9)
 
     def last_of_t(step: Any, **kwargs: Any) -> Any:
         del kwargs
         return step % T == T - 1
 
-    every_t = optax.conditionally_mask(OUTER, last_of_t)
-    return {
-        "First-Order": gradhpo.FOOptimizer(INNER, every_t),
-        "One-Step": gradhpo.OneStepOptimizer(INNER, every_t),
-        "T1-T2 (DARTS)": gradhpo.T1T2Optimizer(INNER, every_t),
-        "Greedy (0.9)": gradhpo.GreedyOptimizer(INNER, OUTER, unroll_steps=T, gamma=0.9),
-        "HyperDistill": gradhpo.OnlineHypergradientOptimizer(INNER, every_t, gamma=0.9, T=T),
+    adam = optax.adam(0.1)
+    kinds = {"weights": "tuned", "log_rate": "fixed"}
+
+    def outer(tuned: Any) -> optax.GradientTransformation:
+        return optax.multi_transform({"tuned": tuned, "fixed": optax.set_to_zero()}, kinds)
+
+    every_t = outer(optax.conditionally_mask(adam, last_of_t))
+    made: dict[str, Any] = {
+        "first-order": lambda: gradhpo.FOOptimizer(inner, every_t),
+        "one-step": lambda: gradhpo.OneStepOptimizer(inner, every_t),
+        "t1t2": lambda: gradhpo.T1T2Optimizer(inner, every_t),
+        "greedy": lambda: gradhpo.GreedyOptimizer(inner, outer(adam), unroll_steps=T, gamma=0.9),
+        "hyperdistill": lambda: gradhpo.OnlineHypergradientOptimizer(
+            inner, every_t, gamma=0.9, T=T
+        ),
     }
+    return made[method]()
 
 
-def tune(
-    optimizer: gradhpo.BilevelOptimizer,
-    problem: gradhpo.Problem,
-    protocol: Protocol,
-    keys: jax.Array,
-) -> Outcome:
-    """Run one method on all seeds at once."""
-    greedy = isinstance(optimizer, gradhpo.GreedyOptimizer)
-    inner_steps = T * protocol.outer_steps
-    per_step = T if greedy else 1
-    with CompileCounter() as compiled:
-        warm = gradhpo.solve(problem, optimizer, T // per_step, keys, progress=False)
-        started = time.perf_counter()
-        solution = gradhpo.solve(
-            problem,
-            optimizer,
-            inner_steps // per_step,
-            keys,
-            eval_every=T // per_step,
-            resume=warm,
-        )
-    seconds = time.perf_counter() - started
-    return Outcome(
-        solution.state.params,
-        np.asarray(jax.nn.sigmoid(solution.state.hyperparams)),
-        solution.evals["val_loss"].T,
-        solution.evals["test_accuracy"][-1],
-        (inner_steps - T) * len(keys) / seconds,
-        compiled.count,
+def sweep(
+    method: str,
+    protocol: str,
+    noise: float,
+    trials: int,
+    workers: int,
+    seed: int,
+    storage: Path,
+    executor: Any = "auto",
+) -> Sweep:
+    """Return the sweep of one method."""
+    steps = OUTER_STEPS_IN_A_GENERATION * (1 if method == "greedy" else T)
+    return Sweep(
+        problem=f"{Path(__file__).absolute()}:problem",
+        optimizer=f"{Path(__file__).absolute()}:optimizer",
+        space=SearchSpace(
+            hyperparams={"log_rate": loguniform(0.02, 0.5, stored="log")},
+            choices={"method": [method], "protocol": [protocol], "noise": [noise]},
+        ),
+        population=trials,
+        generations=PROTOCOLS[protocol].outer_steps // OUTER_STEPS_IN_A_GENERATION,
+        steps_per_generation=steps,
+        scheduler=PBT(quantile=0.25, factors=(0.8, 1.25)),
+        storage=storage / method,
+        seed=seed,
+        shards=workers,
+        batching="vmap",
+        workers=workers,
+        executor=executor,
     )
 
 
-def train_without_hpo(problem: gradhpo.Problem, protocol: Protocol, keys: jax.Array) -> Outcome:
-    """Train as one would without this library: optax in a `scan`, all weights at σ(0)."""
-
-    def step(carry: Any, data: Any) -> Any:
-        params, opt_state, lam = carry
-        grads = jax.grad(problem.train_loss)(params, lam, data["train"])
-        updates, opt_state = INNER.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, lam
-
-    def start(key: jax.Array) -> Any:
-        params, lam = problem.start(key)
-        return (params, INNER.init(params), lam), problem.start_data(key)
-
-    @jax.jit
-    @jax.vmap
-    def outer_step(carry: Any, data: Any) -> Any:
-        carry = jax.lax.fori_loop(0, T, lambda _, carry: step(carry, data), carry)
-        return carry, problem.measure(carry[0], carry[2], data)
-
-    with CompileCounter() as compiled:
-        carry, data = jax.jit(jax.vmap(start))(keys)
-        carry, measured = jax.block_until_ready(outer_step(carry, data))
-        started, rows = time.perf_counter(), [measured]
-        for _ in range(protocol.outer_steps - 1):
-            carry, measured = outer_step(carry, data)
-            rows.append(measured)
-        jax.block_until_ready(carry)
-    seconds = time.perf_counter() - started
-    return Outcome(
-        carry[0],
-        np.asarray(jax.nn.sigmoid(carry[2])),
-        np.stack([row["val_loss"] for row in rows], axis=1),
-        np.asarray(rows[-1]["test_accuracy"]),
-        (protocol.outer_steps - 1) * T * len(keys) / seconds,
-        compiled.count,
-    )
+def row(name: str, result: SweepResult, inner_steps: int) -> list[str]:
+    """Return a method's line of the table."""
+    best, accuracy = result.best, 100 * np.asarray(result.final["test_accuracy"])
+    made = result.report
+    speed = counts = "–"  # the sweep was done already
+    if made is not None:
+        speed = f"{made.generations * inner_steps * len(accuracy) / made.seconds:,.0f}"
+        counts = f"{made.compiles} + {made.loads}"
+    rate = np.exp(best.metrics["hyperparams.log_rate"])
+    return [
+        name,
+        f"{100 * best.metrics['test_accuracy']:.1f}",
+        f"{np.median(accuracy):.1f} ({accuracy.min():.1f}–{accuracy.max():.1f})",
+        f"{100 * best.metrics['auc']:.1f}",
+        f"{rate:.3f}",
+        speed,
+        counts,
+    ]
 
 
-def interval(values: np.ndarray) -> str:
-    """Return the mean with the half-width of its 95% interval (Student's t)."""
-    half = student_t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return f"{100 * np.mean(values):.1f} ± {100 * half:.1f}"
-
-
-def detection(weights: np.ndarray, corrupted: np.ndarray) -> np.ndarray:
-    """Return for each seed the area under the ROC curve for finding corrupted labels by weight."""
-    pairs = zip(corrupted, weights, strict=True)
-    return np.asarray([roc_auc_score(wrong, -weight) for wrong, weight in pairs])
-
-
-def same_bits(a: Any, b: Any) -> bool:
-    """Whether two trees hold the same bits."""
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)
-
-
-def table(outcomes: dict[str, Outcome], corrupted: np.ndarray) -> Table:
-    """Return the results as a table."""
-    columns = ("method", "test accuracy, %", "AUC, % of corrupted", "inner steps/s", "compiles")
-    result = Table(*columns, title="Data hyper-cleaning, mean ± 95% interval over seeds")
-    for name, outcome in outcomes.items():
-        auc = interval(detection(outcome.weights, corrupted))
-        speed, compiles = f"{outcome.steps_per_second:.0f}", str(outcome.compiles)
-        result.add_row(name, interval(outcome.test_accuracy), auc, speed, compiles)
-    return result
-
-
-def draw(outcomes: dict[str, Outcome], train: Images, path: Path) -> str:
+def draw(results: dict[str, SweepResult], output: Path) -> str:
     """Draw curves, weights, and the images trusted least by the method that finds them best."""
-    corrupted = np.asarray(train.y != train.true_y)
-    best = max(outcomes, key=lambda name: detection(outcomes[name].weights, corrupted).mean())
-    figure = plt.figure(figsize=(13, 4), layout="constrained")
-    parts: Any = figure.subfigures(1, 3, width_ratios=[1.2, 1, 1.1])
-    left, middle, right = parts
+    best = max(results, key=lambda name: results[name].best.metrics["auc"])
+    figure: Any = plt.figure(figsize=(13, 4), layout="constrained")
+    left, middle, right = figure.subfigures(1, 3, width_ratios=[1.2, 1, 1.1])
 
     axes = left.subplots()
-    for name, outcome in outcomes.items():
-        curve = outcome.val_curve
-        style = {"linestyle": "--", "color": "black", "zorder": 5} if name == "without HPO" else {}
-        outer = np.arange(1, curve.shape[1] + 1)
-        (line,) = axes.plot(outer, curve.mean(0), label=name, **style)
-        low, high = curve.min(0), curve.max(0)
-        axes.fill_between(outer, low, high, alpha=0.12, color=line.get_color())
-    axes.set(xlabel="outer step", ylabel="validation loss (mean and range)", title="Validation")
+    for name, result in results.items():
+        curves = np.stack([values for _, values in result.history()])
+        steps = OUTER_STEPS_IN_A_GENERATION * np.arange(1, len(curves) + 1)
+        style = {"linestyle": "--", "color": "black"} if "First" in name else {}
+        (line,) = axes.plot(steps, np.nanmin(curves, 1), label=name, **style)
+        median = np.nanmedian(curves, 1)
+        axes.fill_between(steps, np.nanmin(curves, 1), median, alpha=0.12, color=line.get_color())
+    axes.set(xlabel="outer step", ylabel="validation loss (best to median)", title="Validation")
     axes.legend(fontsize=8)
 
-    axes = middle.subplots()
-    weights, bins = outcomes[best].weights, np.linspace(0, 1, 31).tolist()
+    train = results[best].data["train"]
+    corrupted = np.asarray(train.y != train.true_y)
+    weights = 1 / (1 + np.exp(-np.asarray(results[best].best.hyperparams["weights"])))
+    axes, bins = middle.subplots(), np.linspace(0, 1, 31).tolist()
     axes.hist(weights[~corrupted], bins, alpha=0.6, density=True, label="clean")
     axes.hist(weights[corrupted], bins, alpha=0.6, density=True, label="corrupted")
     axes.set(xlabel="weight σ(λ)", ylabel="density", title=f"Weights, {best}")
     axes.legend()
 
-    right.suptitle(f"Trusted least, {best}, first seed: label given (true)", fontsize=10)
-    for axes, i in zip(right.subplots(3, 5).ravel(), np.argsort(weights[0]), strict=False):
-        axes.imshow(train.x[0, i, :, :, 0], cmap="gray_r")
-        given, true = int(train.y[0, i]), int(train.true_y[0, i])
+    right.suptitle(f"Trusted least, {best}: label given (true)", fontsize=10)
+    for axes, i in zip(right.subplots(3, 5).ravel(), np.argsort(weights), strict=False):
+        axes.imshow(train.x[i, :, :, 0], cmap="gray_r")
+        given, true = int(train.y[i]), int(train.true_y[i])
         axes.set_title(f"{given} ({true})", fontsize=9, color="C3" if given != true else "C0")
         axes.axis("off")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    report.save(figure, output)
     return best
 
 
 def main(
     noise: Annotated[float, typer.Option(min=0, max=1, help="Share of labels replaced.")] = 0.3,
-    seeds: Annotated[int, typer.Option(min=2, help="Runs, batched by vmap.")] = 5,
-    seed: Annotated[int, typer.Option(help="The key that all of them are split from.")] = 0,
-    full: Annotated[bool, typer.Option(help="The paper's full protocol, about an hour.")] = False,
+    trials: Annotated[int, typer.Option(min=2, help="Of each method, all workers together.")] = 8,
+    workers: Annotated[int, typer.Option(min=1, help="Ray actors.")] = 2,
+    seed: Annotated[int, typer.Option(min=0, help="Decides everything.")] = 0,
+    full: Annotated[bool, typer.Option(help="The paper's full protocol; takes hours.")] = False,
+    protocol: Annotated[str, typer.Option(help="small, full or tiny.")] = "small",
+    storage: Annotated[Path, typer.Option(help="Holds the sweeps.")] = Path("out/hyperclean"),
+    resume: Annotated[bool, typer.Option(help="Go on with what the storage holds.")] = False,
+    executor: Annotated[str, typer.Option(help="auto, local or ray.")] = "auto",
     output: Annotated[Path, typer.Option(help="The figure.")] = Path("out/hyperclean_digits.png"),
 ) -> None:
-    """Compare the hypergradient methods on digits with corrupted labels."""
-    mpl.use("agg")
-    console, protocol = Console(), FULL if full else SMALL
-    console.print(f"Data hyper-cleaning: {protocol.describe(noise, seeds)}.", highlight=False)
-    problem = digits_problem(protocol, noise)
-    keys = jax.random.split(jax.random.key(seed), seeds)
-    outcomes = {"without HPO": train_without_hpo(problem, protocol, keys)}
-    for name, optimizer in methods().items():
-        console.print(name, highlight=False)
-        outcomes[name] = tune(optimizer, problem, protocol, keys)
-    train: Images = jax.jit(jax.vmap(problem.start_data))(keys)["train"]
-    console.print(table(outcomes, np.asarray(train.y != train.true_y)))
-    same = same_bits(outcomes["First-Order"].params, outcomes["without HPO"].params)
-    console.print(
-        "λ is not in the validation loss, so First-Order must train as without HPO: "
-        f"weights equal to the bit: {'yes' if same else 'NO'}."
+    """Compare the hypergradient methods on digits with corrupted labels, a sweep for each."""
+    plt.switch_backend("agg")
+    output, protocol = report.writable(output), "full" if full else protocol
+    if protocol not in PROTOCOLS:
+        raise typer.BadParameter(f"protocol must be one of {', '.join(PROTOCOLS)}")
+    if trials % workers:
+        raise typer.BadParameter(f"trials must be a multiple of {workers} workers, got {trials}")
+    report.say(f"Data hyper-cleaning: {PROTOCOLS[protocol].describe(noise, trials)}.")
+    settings = (protocol, noise, trials, workers, seed, storage, executor)
+    sweeps = {name: sweep(method, *settings) for name, method in METHODS.items()}
+    results: dict[str, SweepResult] = {}
+    ray = executor != "local" and importlib.util.find_spec("ray") is not None
+    with local_ray(workers) if ray else contextlib.nullcontext():
+        for name, made in sweeps.items():
+            report.say(f"{name}: gradhpo status {made.storage}")
+            if not resume and (made.storage / "manifest.json").exists():
+                shutil.rmtree(made.storage)  # an earlier demonstration's
+            results[name] = made.run()
+    report.table(
+        "Data hyper-cleaning: each method's best trial by validation loss",
+        [
+            *("method", "test accuracy, %", "of the population, %", "AUC, % of corrupted"),
+            *("learning rate", "inner steps/s", "compiled + loaded"),
+        ],
+        [row(n, r, OUTER_STEPS_IN_A_GENERATION * T) for n, r in results.items()],
     )
-    best = draw(outcomes, train, output)
-    console.print(f"{best} finds the corrupted labels best. Figure: {output}", highlight=False)
+    still = bool((results["PBT alone (First-Order)"].best.hyperparams["weights"] == 0).all())
+    report.say(
+        "λ is not in the validation loss, so First-Order must leave every weight alone, and shows "
+        f"what the sweep does without hypergradients: weights unmoved: {'yes' if still else 'NO'}."
+    )
+    best = draw(results, output)
+    report.say(f"{best} finds the corrupted labels best.")
 
 
 if __name__ == "__main__":

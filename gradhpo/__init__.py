@@ -2,11 +2,15 @@
 
 from gradhpo._version import __version__
 from gradhpo.algorithms import (
+    DrMADOptimizer,
     FOOptimizer,
+    ForwardOptimizer,
     GreedyOptimizer,
+    ImplicitOptimizer,
     OneStepOptimizer,
     OnlineHypergradientOptimizer,
     T1T2Optimizer,
+    UnrolledOptimizer,
 )
 from gradhpo.compat import (
     LossFunctions,
@@ -20,6 +24,8 @@ from gradhpo.compat import (
     vjp_wrt_both,
     vjp_wrt_lambda,
 )
+from gradhpo.diagnose import diagnose
+from gradhpo.diagnosis import Diagnosis
 from gradhpo.errors import DivergenceWarning
 from gradhpo.optimizer import BilevelOptimizer, Estimate
 from gradhpo.problem import Problem
@@ -30,10 +36,14 @@ __all__ = [
     "BilevelOptimizer",
     "BilevelState",
     "DataBatch",
+    "Diagnosis",
     "DivergenceWarning",
+    "DrMADOptimizer",
     "Estimate",
     "FOOptimizer",
+    "ForwardOptimizer",
     "GreedyOptimizer",
+    "ImplicitOptimizer",
     "LossFn",
     "LossFunctions",
     "MetricDict",
@@ -43,7 +53,9 @@ __all__ = [
     "PyTree",
     "Solution",
     "T1T2Optimizer",
+    "UnrolledOptimizer",
     "__version__",
+    "diagnose",
     "solve",
     "tree_dot",
     "tree_l2_norm",

@@ -114,40 +114,60 @@ def coordinate_differences(
     alpha: PyTree,
     hyperparams: PyTree,
     eps: float | None,
-    chunk: int,
+    chunk: int | None = None,
 ) -> PyTree:
     """Return `α·∂Φ/∂λ` by central differences on λ, one coordinate at a time.
 
     `α·∂Φ/∂λ_i ≈ ⟨α, Φ(λ + ε_i e_i) - Φ(λ - ε_i e_i)⟩ / 2ε_i`, for every coordinate of every leaf:
     2·dim(λ) evaluations of Φ. `ε_i` is `eps`, or the cube root of the machine epsilon (of λ or of
-    the weights, whichever is larger) times `max(1, |λ_i|)`. `chunk` coordinates are evaluated
-    together. A step lost in rounding gives zero.
+    the weights, whichever is larger) times `max(1, |λ_i|)`. A step lost in rounding gives zero.
+    """
+    coarsest = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(alpha))
+
+    def shift(leaf: jax.Array, here: jax.Array, sign: int) -> jax.Array:
+        machine = max(float(jnp.finfo(leaf.dtype).eps), coarsest) ** (1 / 3)
+        width = machine * jnp.maximum(1, jnp.abs(leaf)) if eps is None else eps
+        return jnp.where(here, (leaf + sign * width).astype(leaf.dtype), leaf)
+
+    def slope(here: PyTree) -> jax.Array:
+        plus = jax.tree.map(lambda leaf, mask: shift(leaf, mask, 1), hyperparams, here)
+        minus = jax.tree.map(lambda leaf, mask: shift(leaf, mask, -1), hyperparams, here)
+        # The distance really moved, after rounding: only one coordinate differs.
+        moved = jax.tree.map(lambda a, b: jnp.sum(a.astype(float) - b), plus, minus)
+        distance = jnp.sum(jnp.stack(jax.tree.leaves(moved)))
+        change = optax.tree.sub(phi(plus), phi(minus))
+        rise = optax.tree.vdot(at_least_float32(alpha), at_least_float32(change))
+        return jnp.where(distance == 0, 0, rise / jnp.where(distance == 0, 1, distance))
+
+    return over_coordinates(slope, hyperparams, alpha, chunk)
+
+
+def over_coordinates(
+    function: Callable[[PyTree], jax.Array],
+    hyperparams: PyTree,
+    params: PyTree,
+    chunk: int | None = None,
+) -> PyTree:
+    """Return a tree shaped like λ of `function(here)`, `here` being True at one coordinate of λ.
+
+    `chunk` coordinates are evaluated together: by default as many as hold about 4 Mi weights, and
+    no more than 64, so that memory is bounded.
     """
     leaves, structure = jax.tree.flatten(hyperparams)
     sizes = [leaf.size for leaf in leaves]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    coarsest = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(alpha))
+    chunk = chunk or max(1, min(64, 2**22 // max(1, optax.tree.size(params))))
 
-    def shift(leaf: jax.Array, start: int, index: jax.Array, sign: int) -> jax.Array:
-        machine = max(float(jnp.finfo(leaf.dtype).eps), coarsest) ** (1 / 3)
-        width = machine * jnp.maximum(1, jnp.abs(leaf)) if eps is None else eps
-        here = jnp.arange(leaf.size).reshape(leaf.shape) + start == index
-        return jnp.where(here, (leaf + sign * width).astype(leaf.dtype), leaf)
+    def at(index: jax.Array) -> jax.Array:
+        masks: list[Any] = [
+            jnp.arange(leaf.size).reshape(leaf.shape) + start == index
+            for leaf, start in zip(leaves, starts, strict=True)
+        ]
+        return function(structure.unflatten(masks))
 
-    def slope(index: jax.Array) -> jax.Array:
-        plus = [shift(leaf, start, index, 1) for leaf, start in zip(leaves, starts, strict=True)]
-        minus = [shift(leaf, start, index, -1) for leaf, start in zip(leaves, starts, strict=True)]
-        # The distance really moved, after rounding: only coordinate `index` differs.
-        moved = [jnp.sum(a.astype(float) - b) for a, b in zip(plus, minus, strict=True)]
-        distance = jnp.sum(jnp.stack(moved))
-        after, before = phi(structure.unflatten(plus)), phi(structure.unflatten(minus))
-        change = optax.tree.sub(after, before)
-        rise = optax.tree.vdot(at_least_float32(alpha), at_least_float32(change))
-        return jnp.where(distance == 0, 0, rise / jnp.where(distance == 0, 1, distance))
-
-    slopes = jax.lax.map(slope, jnp.arange(sum(sizes)), batch_size=min(chunk, sum(sizes)))
+    values = jax.lax.map(at, jnp.arange(sum(sizes)), batch_size=min(chunk, sum(sizes)))
     parts: list[Any] = [
-        slopes[start : start + leaf.size].reshape(leaf.shape).astype(leaf.dtype)
+        values[start : start + leaf.size].reshape(leaf.shape).astype(leaf.dtype)
         for leaf, start in zip(leaves, starts, strict=True)
     ]
     return structure.unflatten(parts)

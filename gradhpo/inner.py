@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from gradhpo.errors import check_same_tree, scalar_loss
@@ -65,6 +66,39 @@ class InnerStep:
             return moved.params
 
         return jax.vjp(step, params, hyperparams)[1]
+
+    def differentiable(
+        self, params: PyTree, opt_state: PyTree, hyperparams: PyTree, batch: PyTree
+    ) -> Moved:
+        """Take the step as a function to differentiate, in the weights, the state and λ."""
+        return self._step(params, opt_state, hyperparams, batch, differentiable=True)
+
+    def pullback_all(
+        self, params: PyTree, opt_state: PyTree, hyperparams: PyTree, batch: PyTree
+    ) -> Callable[[PyTree, PyTree], tuple[PyTree, PyTree, PyTree]]:
+        """Return the map of cotangents of `w_t, s_t` to those of `w_{t-1}, s_{t-1}, λ`.
+
+        The cotangents of a state are shaped like `differentiable_state`.
+        """
+
+        def step(params: PyTree, floating: PyTree, hyperparams: PyTree) -> tuple[PyTree, PyTree]:
+            state = jax.tree.map(
+                lambda x, leaf: leaf if x is None else x, floating, opt_state, is_leaf=_is_none
+            )
+            moved = self.differentiable(params, state, hyperparams, batch)
+            return moved.params, self.differentiable_state(moved.opt_state)
+
+        _, pull = jax.vjp(step, params, self.differentiable_state(opt_state), hyperparams)
+        return lambda *cotangents: pull(cotangents)
+
+    @staticmethod
+    def differentiable_state(opt_state: PyTree) -> PyTree:
+        """Return the optimizer's state with None in place of counts, keys and flags."""
+
+        def keep(leaf: jax.Array) -> jax.Array | None:
+            return leaf if jnp.issubdtype(leaf.dtype, jnp.floating) else None
+
+        return jax.tree.map(keep, opt_state)
 
     def gradient(
         self, params: PyTree, hyperparams: PyTree, batch: PyTree
@@ -141,6 +175,10 @@ def optimizer_at(inner_optimizer: Any, hyperparams: PyTree) -> Any:
 def is_optax(value: Any) -> bool:
     """Whether `value` has the two functions of an `optax.GradientTransformation`."""
     return callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
+
+
+def _is_none(value: Any) -> bool:
+    return value is None
 
 
 def _keep_types(new_state: PyTree, old_state: PyTree) -> PyTree:

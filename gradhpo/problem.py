@@ -91,7 +91,7 @@ class Problem:
 
 def stream(key: jax.Array, purpose: str) -> jax.Array:
     """Return the part of a run's randomness that serves one purpose."""
-    purposes = ("init", "data", "batches", "calibration", "optimizer")
+    purposes = ("init", "data", "batches", "calibration", "optimizer", "diagnosis")
     return jax.random.fold_in(key, purposes.index(purpose))
 
 

@@ -137,3 +137,20 @@ def pad_batch(batch: PyTree, devices: int) -> tuple[PyTree, np.ndarray]:
 
     weights = np.where(np.arange(padded) < rows, padded / rows, 0).astype(np.float32)
     return jax.tree.map(pad, batch), weights
+
+
+def put(tree: PyTree, sharding: Any) -> PyTree:
+    """Return arrays placed by `sharding`; in a job of several processes each places its part.
+
+    `jax.device_put` would compare the whole arrays of all processes first, at every call.
+    """
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+
+    def place(x: Any) -> Any:
+        if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(sharding, x.ndim):
+            return x
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, sharding, lambda part: host[part])
+
+    return jax.tree.map(place, tree)

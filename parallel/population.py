@@ -21,6 +21,7 @@ from gradhpo.parallel import compiled
 from gradhpo.parallel.batching import Batching, Layout
 from gradhpo.parallel.compiled import Compiled
 from gradhpo.parallel.data import DataParallel
+from gradhpo.parallel.mesh import put
 from gradhpo.problem import Problem, stream
 from gradhpo.state import METRICS, BilevelState, PyTree, prepare
 
@@ -118,7 +119,7 @@ class Population:
     @functools.cached_property
     def data(self) -> PyTree:
         """What `problem.data` made, on the devices; with a leading slot axis if drawn per slot."""
-        sharding = self._sharding() if self._per_slot_data else self._replicated()
+        sharding = self.sharding if self._per_slot_data else self._replicated()
         return jax.jit(self.trace_data, out_shardings=sharding)(self._data_key)
 
     def init(
@@ -226,9 +227,7 @@ class Population:
         make = self.problem.start_data
         return jax.vmap(make)(key) if self._per_slot_data else make(key)
 
-    def trace_init(
-        self, keys: jax.Array, given: dict[str, Any], data: PyTree
-    ) -> BilevelState:
+    def trace_init(self, keys: jax.Array, given: dict[str, Any], data: PyTree) -> BilevelState:
         """Return every slot's first state; `given` may hold `params` and `hyperparams`."""
         optimizer = self._on_device()[0]
 
@@ -244,7 +243,7 @@ class Population:
 
         data_axis = 0 if self._per_slot_data else None
         first = jax.vmap(one, in_axes=(0, 0, data_axis))(keys, given, data)
-        sharding = self._sharding()
+        sharding = self.sharding
         return first if sharding is None else jax.lax.with_sharding_constraint(first, sharding)
 
     def trace_run(self, steps: int) -> Callable[..., Any]:
@@ -319,7 +318,7 @@ class Population:
 
         if self.mesh is None:
             return slots
-        trial = self._sharding().spec
+        trial = self.sharding.spec
         specs = (trial, trial, trial, trial if self._per_slot_data else P())
         return jax.shard_map(slots, mesh=self.mesh, in_specs=specs, out_specs=trial)
 
@@ -413,7 +412,7 @@ class Population:
 
             return jax.tree.map(place, tree)
 
-        args = (*placed((state, keys, rates), self._sharding()), placed(data, self._replicated()))
+        args = (*placed((state, keys, rates), self.sharding), placed(data, self._replicated()))
         program = compiled.compile(self._generation(steps, layout), *args, layout=str(layout.name))
         return program.bytes_needed()
 
@@ -423,7 +422,8 @@ class Population:
     def _per_slot_data(self) -> bool:
         return self._given_data_key is not None and jnp.ndim(self._given_data_key) > 0
 
-    def _sharding(self) -> Any:
+    @property
+    def sharding(self) -> Any:
         """Return where arrays with a slot axis lie; None without a mesh."""
         if self.mesh is None:
             return None
@@ -436,11 +436,11 @@ class Population:
 
     def place(self, tree: PyTree) -> PyTree:
         """Return arrays with a slot axis where the population's lie."""
-        return jax.device_put(tree, self._sharding())
+        return put(tree, self.sharding)
 
     def place_shared(self, tree: PyTree) -> PyTree:
         """Return arrays that all slots share, on all devices."""
-        return jax.device_put(tree, self._replicated())
+        return put(tree, self._replicated())
 
 
 _FASTEST: dict[compiled.StepKey, Layout] = {}

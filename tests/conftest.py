@@ -1,11 +1,17 @@
 """Devices and precision for the tests."""
 
 import os
+import sys
+from pathlib import Path
 
 # Before JAX is imported: eight CPU devices, so that sharding can be tested on any machine.
 DEVICES = "--xla_force_host_platform_device_count"
 if DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}=8".strip()
+
+# A script's folder is on its path: the examples find their modules as they do when they are run.
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path += [str(EXAMPLES), str(EXAMPLES / "papers")]
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

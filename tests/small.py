@@ -1,4 +1,4 @@
-"""A small regression problem, and the five optimizers by name, for tests of the machinery."""
+"""A small regression problem, and the optimizers by name, for tests of the machinery."""
 
 import jax
 import jax.monitoring
@@ -44,6 +44,13 @@ OPTIMIZERS = {
     "greedy": gradhpo.GreedyOptimizer,
     "hyperdistill": gradhpo.OnlineHypergradientOptimizer,
 }
+REFERENCES = {
+    "unrolled": gradhpo.UnrolledOptimizer,
+    "forward": gradhpo.ForwardOptimizer,
+    "drmad": gradhpo.DrMADOptimizer,
+    "implicit": gradhpo.ImplicitOptimizer,
+}
+UNROLLING = {"greedy", *REFERENCES}
 INNER = optax.sgd(0.05, momentum=0.9)
 OUTER = optax.adam(0.05)
 
@@ -52,11 +59,12 @@ def build(name, outer=False, **settings):
     """Return an optimizer, and the `lr_hyper` of its step, as a tuple of 0 or 1."""
     if "update_fn" not in settings:
         settings = {"inner_optimizer": INNER} | settings
-    if name == "greedy":
+    if name in UNROLLING:
         settings = {"unroll_steps": 3} | settings
+    kind = (OPTIMIZERS | REFERENCES)[name]
     if name == "greedy" or outer:
-        return OPTIMIZERS[name](outer_optimizer=OUTER, **settings), ()
-    return OPTIMIZERS[name](**settings), (0.05,)
+        return kind(outer_optimizer=OUTER, **settings), ()
+    return kind(**settings), (0.05,)
 
 
 def run_arguments(name, T):

@@ -1,5 +1,9 @@
 """Problems and optimizers for tests of sweeps, found by reference in every process."""
 
+import dataclasses
+import os
+import signal
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -42,3 +46,25 @@ def optimizer(method="one-step"):
     return {"one-step": gradhpo.OneStepOptimizer, "first-order": gradhpo.FOOptimizer}[method](
         inner, outer
     )
+
+
+def with_data(data):
+    """The same on the driver's arrays."""
+    rows = data["x"]
+    if os.environ.get("EXPECT_READ_ONLY"):
+        assert not rows.flags.writeable, "the arrays were copied on their way here"
+    return dataclasses.replace(problem(), data=lambda key: rows)
+
+
+def fails_in_its_first_step():
+    """A problem whose training loss raises when it is traced."""
+
+    def loss(w, lam, x):
+        raise RuntimeError("the loss fails on purpose")
+
+    return dataclasses.replace(problem(), train_loss=loss)
+
+
+def ends_its_process():
+    """A problem in which a process ends as if it were killed for memory."""
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -20,7 +20,7 @@ from gradhpo.parallel import (
     pad_batch,
 )
 from tests.problems import assert_close
-from tests.small import OPTIMIZERS, CompileCounter
+from tests.small import OPTIMIZERS, REFERENCES, UNROLLING, CompileCounter
 
 ROWS, EXAMPLES = 16, 32
 _rng = np.random.default_rng(0)
@@ -55,11 +55,11 @@ def val_loss(params, lam, batch):
 
 
 def build(name, **settings):
-    own = {"greedy": {"unroll_steps": 3}}.get(name, {})
+    own = {"unroll_steps": 3} if name in UNROLLING else {}
     own |= settings
     if "update_fn" not in own:
         own["inner_optimizer"] = ADAM
-    return OPTIMIZERS[name](outer_optimizer=optax.adam(0.05), **own)
+    return (OPTIMIZERS | REFERENCES)[name](outer_optimizer=optax.adam(0.05), **own)
 
 
 def walk(optimizer, steps, losses=(train_loss, val_loss), start=(PARAMS, LAM)):
@@ -89,8 +89,11 @@ class OwnOptimizer(gradhpo.BilevelOptimizer):
         return jax.grad(both)(state.hyperparams)
 
 
-@pytest.mark.parametrize("devices", [2, 4, 8])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("name", "devices"),
+    [(name, devices) for name in OPTIMIZERS for devices in (2, 4, 8)]
+    + [(name, 4) for name in REFERENCES],
+)
 def test_shard_map_equals_one_device(name, devices, x64):
     optimizer = build(name)
     parallel = data_parallel(optimizer, make_mesh(data=devices))
@@ -155,7 +158,7 @@ def update_fn(params, lam, batch):
     return optax.tree.add_scale(params, -0.05, jax.grad(train_loss)(params, lam, batch))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "unrolled"])
 def test_an_update_function(name, x64):
     optimizer = build(name, update_fn=update_fn)
     many = walk(data_parallel(optimizer, make_mesh(data=4)), 4)

@@ -1,5 +1,7 @@
 """DARTS and coordinate differences against the exact vector-Jacobian product."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from gradhpo import OneStepOptimizer, T1T2Optimizer
 from gradhpo.hypergradient import coordinate_differences, gradient_difference
 from tests import problems
-from tests.problems import assert_close, assert_same_bits
+from tests.problems import as_jax, assert_close, assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -87,6 +89,58 @@ def test_differences_equal_the_exact_product_in_every_coordinate(name):
     assert np.unique(exact["nested"][0]).size == 4  # a whole leaf shifted at once would show
     if name in ("sgd of λ", "adamw of λ", "update_fn"):
         assert abs(exact["lr"]) > 1e-3  # the optimizer's own, direct term
+
+
+def sama(w, lam, adam, batch, val_batch, *, lr, b1=0.9, b2=0.999, eps=1e-8):
+    """SAMA's hypergradient written out (Choe et al. 2023), from Adam's `(mu, nu, count)`."""
+    count = adam.count + 1
+    gradient = jax.grad(problems.mlp_train)(w, lam, batch)
+    m = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, adam.mu, gradient)
+    v = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g**2, adam.nu, gradient)
+
+    def moments(m, v):
+        return m / (1 - b1**count), jnp.sqrt(v / (1 - b2**count))
+
+    def move(w, m, v):
+        m, root = moments(m, v)
+        return w - lr * m / (root + eps)
+
+    def adaptation(m, v, g):
+        # ∂u/∂g of u = m̂/(√v̂ + ε), coordinate by coordinate.
+        m, root = moments(m, v)
+        d_root = (1 - b2) * g / (1 - b2**count) / root
+        return (1 - b1) / (1 - b1**count) / (root + eps) - m * d_root / (root + eps) ** 2
+
+    new = jax.tree.map(move, w, m, v)
+    meta, direct = jax.grad(problems.mlp_val, argnums=(0, 1))(new, lam, val_batch)
+    v = jax.tree.map(lambda m, v, g, a: adaptation(m, v, g) * a, m, v, gradient, meta)
+    step = 0.01 / optax.tree.norm(v)
+
+    def grad_lambda(step):
+        shifted = optax.tree.add_scale(w, step, v)
+        return jax.grad(problems.mlp_train, argnums=1)(shifted, lam, batch)
+
+    difference = optax.tree.sub(grad_lambda(step), grad_lambda(-step))
+    return optax.tree.add_scale(direct, -lr / (2 * step), difference)
+
+
+def test_with_adam_it_is_sama():
+    # On a network the differences are not exact, so the direction and the step both show.
+    optimizer = T1T2Optimizer(optax.adam(0.05))
+    state = optimizer.init(problems.MLP, problems.MLP_LAM)
+    written_out = jax.jit(functools.partial(sama, lr=0.05))
+    for batch in problems.MLP_TRAIN[:3]:
+        arguments = (batch, problems.MLP_VAL)
+        adam = state.inner_opt_state[0]
+        expected = written_out(state.params, state.hyperparams, adam, *map(as_jax, arguments))
+        losses = (problems.mlp_train, problems.mlp_val)
+        new = optimizer.step(state, *arguments, *losses, 0.1)
+        moved = optax.tree.add_scale(state.hyperparams, -0.1, expected)
+        assert_close(new.hyperparams, moved, rtol=1e-9)
+        state = new
+    exact = OneStepOptimizer(optax.adam(0.05)).compute_hypergradient(state, *arguments, *losses)
+    found = optimizer.compute_hypergradient(state, *arguments, *losses)
+    assert 1e-9 < optax.tree.norm(optax.tree.sub(found, exact)) < 0.05 * optax.tree.norm(exact)
 
 
 @pytest.mark.parametrize("name", ["sgd", "update_fn"])

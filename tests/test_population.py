@@ -11,7 +11,17 @@ import pytest
 import gradhpo
 from gradhpo.parallel import Population, compiled, data_parallel, make_mesh
 from tests.problems import assert_close, assert_same_bits
-from tests.small import OPTIMIZERS, CompileCounter, X, Y, build, start, train_loss, val_loss
+from tests.small import (
+    OPTIMIZERS,
+    REFERENCES,
+    CompileCounter,
+    X,
+    Y,
+    build,
+    start,
+    train_loss,
+    val_loss,
+)
 
 SLOTS = 8
 KEY = jax.random.key(0)
@@ -65,8 +75,11 @@ def test_slots_are_runs_of_solve(name, x64):
     assert metrics["val_loss"].shape == (5, SLOTS)
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "vmap"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [(name, layout) for name in OPTIMIZERS for layout in LAYOUTS if layout != "vmap"]
+    + [(name, "trial-data-chunk") for name in REFERENCES],
+)
 def test_layouts_agree(name, layout, x64):
     one, rate = population(name)
     other, _ = population(name, layout)

@@ -11,15 +11,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gradhpo.errors import check_count, check_number, stack_length
+from gradhpo.errors import check_number
 from gradhpo.hypergradient import validation
 from gradhpo.inner import Moved
-from gradhpo.optimizer import Estimate, HypergradientMethod
+from gradhpo.optimizer import Estimate
 from gradhpo.state import BilevelState, LossFn, PyTree
+from gradhpo.unrolling import UnrollingMethod
 
 
 @dataclass(frozen=True)
-class GreedyOptimizer(HypergradientMethod):
+class GreedyOptimizer(UnrollingMethod):
     """Generalized Greedy: a step unrolls T inner steps and then moves λ once.
 
     `g = ∇_λ L_val(w_T, λ) + Σ_t γ^{T-t} ∇_w L_val(w_t, λ)·B_t`, accumulated while stepping
@@ -46,22 +47,12 @@ class GreedyOptimizer(HypergradientMethod):
     update_fn: Callable[[Any, Any, Any], Any] | None = None
     batches: Literal["repeat", "stack"] = "repeat"
 
-    T = 1  # one step an episode: it unrolls the inner steps itself
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.outer_optimizer is None:
             raise ValueError("GreedyOptimizer needs an outer_optimizer: it takes no lr_hyper")
-        check_count("unroll_steps", self.unroll_steps)
         gamma = check_number("gamma", self.gamma, 0, 1, open_low=True)
         object.__setattr__(self, "gamma", gamma)
-        if self.batches not in ("repeat", "stack"):
-            raise ValueError(f'batches must be "repeat" or "stack", got {self.batches!r}')
-
-    @property
-    def batch_axis(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """1 for a stack of batches, 0 for a batch."""
-        return int(self.batches == "stack")
 
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -111,12 +102,7 @@ class GreedyOptimizer(HypergradientMethod):
     ) -> Estimate:
         """Return eq. 6 with the weights after T inner steps."""
         lam, inner, last = state.hyperparams, self.inner_step(train_loss_fn), self.unroll_steps - 1
-        stacked = self.batches == "stack"
-        if stacked:
-            stack_length("train_batch", train_batch, expected=self.unroll_steps)
-
-        def batch_at(t: Any) -> PyTree:
-            return jax.tree.map(lambda x: x[t], train_batch) if stacked else train_batch
+        batch_at = self.batch_at(train_batch)
 
         def greedy_step(w: PyTree, s: PyTree, acc: PyTree, t: Any) -> tuple[Moved, Any, PyTree]:
             moved, pull = inner.pullback(w, s, lam, batch_at(t))

@@ -1,7 +1,8 @@
 """T1-T2 with DARTS differences: One-Step without second derivatives.
 
 Luketina et al. ICML 2016; Liu et al. ICLR 2019, eq. 7-8. With an optimizer other than SGD, the
-vector is first pulled back through the optimizer's own update.
+vector is first pulled back through the optimizer's own update: with Adam, that is SAMA (Choe et al.
+NeurIPS 2023).
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class T1T2Optimizer(HypergradientMethod):
 
     References:
       Luketina et al., Scalable Gradient-Based Tuning of Continuous Regularization
-      Hyperparameters, ICML 2016. Liu et al., DARTS, ICLR 2019, eq. 7-8.
+      Hyperparameters, ICML 2016. Liu et al., DARTS, ICLR 2019, eq. 7-8. Choe et al., Making
+      Scalable Meta Learning Practical, NeurIPS 2023 (SAMA: the same with Adam's update).
     """
 
     inner_optimizer: Any = None
@@ -134,6 +136,4 @@ class T1T2Optimizer(HypergradientMethod):
         def phi(lam: PyTree) -> PyTree:
             return inner(w, s, lam, batch).params
 
-        # Bounded memory: about 4 Mi weights at once, and no more than 64 coordinates.
-        chunk = max(1, min(64, 2**22 // max(1, optax.tree.size(w))))
-        return lambda alpha: coordinate_differences(phi, alpha, lam, self.eps, chunk)
+        return lambda alpha: coordinate_differences(phi, alpha, lam, self.eps)

@@ -1,0 +1,174 @@
+"""Implicit: the hypergradient at a minimum of the training loss, by the implicit function theorem.
+
+`g = g_FO - α·H⁻¹·∂²L_train/∂w∂λ`, `H = ∂²L_train/∂w²`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.tree_util import keystr, tree_flatten_with_path
+
+from gradhpo.dependence import depends
+from gradhpo.errors import check_count, check_number, scalar_loss
+from gradhpo.hypergradient import validation
+from gradhpo.inner import InnerStep
+from gradhpo.optimizer import Estimate
+from gradhpo.state import BilevelState, LossFn, PyTree
+from gradhpo.unrolling import UnrollingMethod
+
+
+@dataclass(frozen=True)
+class ImplicitOptimizer(UnrollingMethod):
+    """Implicit differentiation: a step takes T inner steps, and λ moves as if `w_T` were a minimum.
+
+    Exact where `∇_w L_train(w_T, λ) = 0` and the linear system is solved. `H` and the mixed
+    derivative are those of the last inner step's training batch. What `train_loss_fn` does not
+    show is not seen: a hyperparameter that moves the weights through the inner optimizer (or the
+    `update_fn`) only, such as a learning rate, is refused.
+
+    Args:
+      inner_optimizer: an `optax.GradientTransformation`, or a function of λ that returns one.
+      outer_optimizer: an `optax.GradientTransformation` for λ, in place of `lr_hyper`.
+      unroll_steps: T, the inner steps in one step.
+      solver: of `H x = α`. "cg": conjugate gradients, which stop at a direction in which `H` is not
+        positive. "neumann": the series `x = η Σ_{k<K} (I - ηH)^k α`, which converges for η below 2
+        over the largest eigenvalue. At a minimum it equals K unrolled steps of SGD with rate η.
+      K: iterations of "cg" at most, or terms of "neumann".
+      neumann_rate: η > 0, required by "neumann".
+      update_fn: `(params, hyperparams, batch) -> params`, in place of `inner_optimizer`.
+      batches: "repeat" takes `train_batch` at all T steps; "stack" takes a stack of batches with
+        a leading axis of length T, one for each.
+
+    Raises:
+      ValueError: if neither or both of `inner_optimizer` and `update_fn` are given, or
+        `neumann_rate` is missing or has no use; in `step`, if a hyperparameter acts on the weights
+        through the inner optimizer or the `update_fn` only.
+
+    References:
+      Pedregosa, Hyperparameter Optimization with Approximate Gradient, ICML 2016 (conjugate
+      gradients). Lorraine et al., Optimizing Millions of Hyperparameters by Implicit
+      Differentiation, AISTATS 2020, Alg. 3 (Neumann).
+    """
+
+    inner_optimizer: Any = None
+    outer_optimizer: Any = None
+    unroll_steps: int = 1
+    solver: Literal["cg", "neumann"] = "cg"
+    K: int = 10
+    neumann_rate: float | None = None
+    update_fn: Callable[[Any, Any, Any], Any] | None = None
+    batches: Literal["repeat", "stack"] = "repeat"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("K", self.K)
+        if self.solver not in ("cg", "neumann"):
+            raise ValueError(f'solver must be "cg" or "neumann", got {self.solver!r}')
+        if (self.solver == "neumann") != (self.neumann_rate is not None):
+            got = f"solver={self.solver!r} with neumann_rate={self.neumann_rate!r}"
+            raise ValueError(f'neumann_rate goes with solver="neumann", which needs it; got {got}')
+        if self.neumann_rate is not None:
+            eta = check_number("neumann_rate", self.neumann_rate, 0, float("inf"), open_low=True)
+            object.__setattr__(self, "neumann_rate", eta)
+
+    def estimate(
+        self,
+        state: BilevelState,
+        train_batch: PyTree,
+        val_batch: PyTree,
+        train_loss_fn: LossFn,
+        val_loss_fn: LossFn,
+    ) -> Estimate:
+        """Return `g_FO - xᵀ ∂²L_train/∂w∂λ` at `w_T`, `x` the solution of `H x = α`."""
+        lam, inner = state.hyperparams, self.inner_step(train_loss_fn)
+        batch = self.batch_at(train_batch)(self.unroll_steps - 1)
+        _refuse_unseen(inner, state, batch)
+        moved = self.unroll(inner, state, lam, train_batch)
+        val = validation(val_loss_fn, moved.params, lam, val_batch)
+        train_loss = scalar_loss("train_loss_fn", train_loss_fn)
+
+        def gradient(w: PyTree) -> PyTree:
+            return jax.grad(train_loss)(w, lam, batch)
+
+        hessian = jax.linearize(gradient, moved.params)[1]
+        if self.neumann_rate is None:
+            x = _conjugate_gradients(hessian, val.alpha, self.K)
+        else:
+            x = _neumann(hessian, val.alpha, self.K, self.neumann_rate)
+
+        def grad_lambda(w: PyTree) -> PyTree:
+            return jax.grad(train_loss, argnums=1)(w, lam, batch)
+
+        mixed = jax.jvp(grad_lambda, (moved.params,), (x,))[1]
+        return Estimate(optax.tree.sub(val.direct, mixed), *moved, val.loss)
+
+
+def _neumann(hessian: Callable[[PyTree], PyTree], alpha: PyTree, K: int, eta: float) -> PyTree:
+    """Return `η Σ_{k<K} (I - ηH)^k α`."""
+
+    def term(carry: tuple[PyTree, PyTree], _: None) -> tuple[tuple[PyTree, PyTree], None]:
+        power, total = carry
+        power = optax.tree.add_scale(power, -eta, hessian(power))  # (I - ηH)^k α
+        return (power, optax.tree.add(total, power)), None
+
+    (_, total), _ = jax.lax.scan(term, (alpha, alpha), length=K - 1)
+    return optax.tree.scale(eta, total)
+
+
+def _conjugate_gradients(hessian: Callable[[PyTree], PyTree], alpha: PyTree, K: int) -> PyTree:
+    """Return `x ≈ H⁻¹α` after K iterations, or where the residual is rounding.
+
+    A scan, because the types of `jax.scipy`'s loop say that its result varies over the devices of
+    a `shard_map`.
+    """
+    rounding = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(alpha))
+    square = optax.tree.vdot(alpha, alpha)
+
+    def iteration(carry: Any, _: None) -> tuple[Any, None]:
+        x, residual, direction, rr = carry
+        image = hessian(direction)
+        curvature = jnp.asarray(optax.tree.vdot(direction, image))
+        done = (rr <= rounding**2 * square) | (curvature <= 0)
+        step = jnp.where(done, 0, rr / jnp.where(done, 1, curvature))
+        x = _add_scale(x, step, direction)
+        residual = _add_scale(residual, -step, image)
+        new_rr = optax.tree.vdot(residual, residual)
+        turned = _add_scale(residual, new_rr / jnp.where(done, 1, rr), direction)
+        direction = jax.tree.map(lambda a, b: jnp.where(done, a, b), direction, turned)
+        return (x, residual, direction, new_rr), None
+
+    start = (optax.tree.zeros_like(alpha), alpha, alpha, square)
+    return jax.lax.scan(iteration, start, length=K)[0][0]
+
+
+def _add_scale(a: PyTree, factor: Any, b: PyTree) -> PyTree:
+    return optax.tree.cast_like(optax.tree.add_scale(a, factor, b), a)
+
+
+def _refuse_unseen(inner: InnerStep, state: BilevelState, batch: PyTree) -> None:
+    """Raise if a leaf of λ enters the inner step's update, but not the training gradient."""
+    w, s, lam = state.params, state.inner_opt_state, state.hyperparams
+    loss, gradient = jax.eval_shape(inner.gradient, w, lam, batch)
+
+    def update(lam: PyTree, gradient: PyTree, loss: Any) -> PyTree:
+        if inner.update_fn is not None:
+            return inner.update_fn(w, lam, batch)
+        return inner.move(gradient, s, w, lam, loss)[0]
+
+    paths = [path for path, _ in tree_flatten_with_path(lam)[0]]
+    through = "update_fn" if inner.update_fn is not None else "inner_optimizer"
+    in_update = depends(update, lam, gradient, loss)
+    in_gradient = depends(lambda lam: inner.gradient(w, lam, batch)[1], lam)
+    for path, moves, seen in zip(paths, in_update, in_gradient, strict=True):
+        if moves and not seen:
+            raise ValueError(
+                f"hyperparams{keystr(path)} acts on the weights through the {through} only: at a "
+                "minimum of train_loss_fn its implicit gradient is zero. ImplicitOptimizer needs "
+                "it in the gradient of train_loss_fn; UnrolledOptimizer and OneStepOptimizer do not"
+            )

@@ -1,0 +1,397 @@
+"""`diagnose`: which method, which γ and which horizon suit a problem, measured at a state of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gradhpo.algorithms import (
+    DrMADOptimizer,
+    FOOptimizer,
+    GreedyOptimizer,
+    ImplicitOptimizer,
+    OneStepOptimizer,
+    OnlineHypergradientOptimizer,
+    T1T2Optimizer,
+    UnrolledOptimizer,
+)
+from gradhpo.diagnosis import Diagnosis, Row
+from gradhpo.errors import check_count, check_number, check_same_tree, stack
+from gradhpo.flops import flops
+from gradhpo.horizon import estimate_at, fresh_state, walk
+from gradhpo.hypergradient import at_least_float32, norm, validation
+from gradhpo.inner import InnerStep
+from gradhpo.optimizer import BilevelOptimizer, HypergradientMethod
+from gradhpo.problem import Problem, stream
+from gradhpo.progress import Bar
+from gradhpo.state import BilevelState, LossFn, PyTree, prepare
+from gradhpo.unrolling import UnrollingMethod
+
+METHODS = (
+    "first-order",
+    "one-step",
+    "t1t2",
+    "greedy",
+    "hyperdistill",
+    "drmad",
+    "implicit",
+    "unrolled",
+)
+"""What `diagnose` compares by default."""
+TRUNCATIONS = (2, 5, 10, 20, 50, 100)
+"""The steps that "unrolled" goes back, where they are fewer than the horizon."""
+EXACT = "exact"
+MEASURE_SECONDS = 0.02
+"""How long a program runs in a round of timing, if one call is shorter."""
+
+
+def diagnose(
+    problem: Problem,
+    state: BilevelState,
+    key: jax.Array,
+    *,
+    inner_optimizer: Any = None,
+    update_fn: Callable[[Any, Any, Any], Any] | None = None,
+    methods: Sequence[str] | Mapping[str, BilevelOptimizer] = METHODS,
+    gammas: Sequence[float] = (0.9, 0.99),
+    horizon: int = 20,
+    samples: int = 4,
+    rounds: int = 5,
+    progress: bool | None = None,
+) -> Diagnosis:
+    """Compare methods with the exact hypergradient at a state, and their cost; recommend one.
+
+    The exact hypergradient is `dL_val(w_T(λ), λ)/dλ` through the T = `horizon` inner steps that
+    begin at `state`, by reverse mode. Every method walks the same T steps on the same batches, with
+    λ held, so that all see the same `w_T`; its estimate at the end is compared. An online method
+    starts an episode there (w*_1 = w_0), and HyperDistill estimates θ first, by Algorithm 4 on T
+    other batches, as it does in a run; Greedy and DrMAD unroll all T steps; "unrolled k" is exact
+    through the last k of them only. A step counts at the pace of one estimate an inner step for
+    the online methods, and one estimate in k steps for those that unroll k.
+
+    Args:
+      problem: the problem; its `metrics` are not used.
+      state: where to look: from `solve(...).state`, or any method's `init`. Its weights, λ and
+        inner optimizer's state are used. It stays valid.
+      key: of the run that the state comes from, so that `problem.data` is the same; the batches are
+        others than the run's.
+      inner_optimizer: an `optax.GradientTransformation`, or a function of λ that returns one.
+      update_fn: `(params, hyperparams, batch) -> params`, in place of `inner_optimizer`.
+      methods: names out of `METHODS`; or optimizers by a name of your own, which then bring the
+        inner optimizer (the same for all), and unroll `horizon` steps at most.
+      gammas: γ to try with "greedy" and "hyperdistill".
+      horizon: T.
+      samples: how many times to walk, on batches of their own; at least 2 give intervals.
+      rounds: of timing, in each of which every method runs once; 0 for none.
+      progress: whether to draw a progress bar (needs tqdm); None draws one on a terminal.
+
+    Returns:
+      The comparison: `print` it, `plot` it, or read its `rows`. A method that refuses the problem,
+      as "implicit" does where λ is a learning rate, is left out with its reason in `notes`.
+
+    Raises:
+      TypeError: for an argument of the wrong kind.
+      ValueError: for an argument out of range, an unknown method, methods that do not share one
+        inner optimizer, a state that does not fit it, or host data that ends too early.
+    """
+    if not isinstance(problem, Problem):
+        raise TypeError(f"problem must be a gradhpo.Problem, got {type(problem).__name__}")
+    if not isinstance(state, BilevelState):
+        raise TypeError(f"state must be a gradhpo.BilevelState, got {type(state).__name__}")
+    T, samples = check_count("horizon", horizon), check_count("samples", samples)
+    check_count("rounds", rounds, minimum=0)
+    if isinstance(methods, Mapping):
+        optimizers = dict(methods)
+        inner_optimizer, update_fn = _shared_inner(optimizers, inner_optimizer, update_fn)
+    else:
+        gammas = [check_number("gammas", gamma, 0, 1) for gamma in gammas]
+        optimizers = _named(methods, inner_optimizer, update_fn, gammas, T)
+    exact = UnrolledOptimizer(inner_optimizer, None, T, update_fn, "stack", remat="sqrt")
+    for name, optimizer in optimizers.items():
+        if getattr(optimizer, "unroll_steps", 1) > T:
+            got = f"{name!r} unrolls {getattr(optimizer, 'unroll_steps', 1)} steps"
+            raise ValueError(f"methods must unroll at most horizon={T} steps; {got}")
+    state = prepare(state)
+    check_same_tree(
+        "state.inner_opt_state",
+        state.inner_opt_state,
+        "the inner optimizer's state",
+        exact.init(state.params, state.hyperparams).inner_opt_state,
+    )
+    walks = list(_walks(problem, key, T, samples))
+    losses = (problem.train_loss, problem.val_loss)
+    notes: list[str] = []
+    compared: dict[str, np.ndarray] = {}
+    programs: dict[str, _Program] = {}
+    optimizers = {EXACT: exact, **optimizers}
+    with Bar(progress, total=len(optimizers) * (samples + 1), unit="estimate") as bar:
+        truths = [_exact(exact, state, each[0], each[1], *losses) for each in walks]
+        for name, optimizer in optimizers.items():
+            try:
+                made: list[Any] = []
+                for each, truth in zip(walks, truths, strict=True):
+                    made.append(_compare(optimizer, state, *each, *losses, truth))
+                    bar.advance(1)
+            except ValueError as error:
+                if name == EXACT or isinstance(methods, Mapping):
+                    raise
+                notes.append(f"{name} is left out: {error}")
+                continue
+            compared[name] = np.asarray(jax.device_get(made), float)
+            if rounds:
+                programs[name] = _Program(optimizer, state, T, walks[0][0], walks[0][1], *losses)
+            bar.advance(1)
+        plain = InnerStep(inner_optimizer, update_fn, problem.train_loss)
+        times, base = _times(programs, _Plain(plain, state, walks[0][0]), rounds)
+    rows = [
+        Row(name, *values.T, *times.get(name, (np.empty(0), np.nan)))
+        for name, values in compared.items()
+    ]
+    return Diagnosis(rows[1:], rows[0], T, base, tuple(notes))
+
+
+def _named(
+    methods: Sequence[str],
+    inner_optimizer: Any,
+    update_fn: Any,
+    gammas: Sequence[float],
+    T: int,
+) -> dict[str, BilevelOptimizer]:
+    if isinstance(methods, str) or not all(isinstance(name, str) for name in methods):
+        raise TypeError(f"methods must be names out of {METHODS}, or a dict; got {methods!r}")
+    if unknown := [name for name in methods if name not in METHODS]:
+        raise ValueError(f"methods must be out of {METHODS}, got {unknown[0]!r}")
+    inner: Any = {"inner_optimizer": inner_optimizer, "update_fn": update_fn}
+    still = optax.set_to_zero()
+    simple: dict[str, Any] = {
+        "first-order": FOOptimizer(**inner),
+        "one-step": OneStepOptimizer(**inner),
+        "t1t2": T1T2Optimizer(**inner),
+        "drmad": DrMADOptimizer(**inner, unroll_steps=T),
+        "implicit": ImplicitOptimizer(**inner),
+    }
+    made: dict[str, BilevelOptimizer] = {}
+    for name in methods:
+        if name == "greedy":
+            for gamma in (gamma for gamma in gammas if gamma > 0):
+                made[f"greedy γ={gamma:g}"] = GreedyOptimizer(
+                    **inner, outer_optimizer=still, unroll_steps=T, gamma=gamma
+                )
+        elif name == "hyperdistill":
+            for gamma in gammas:
+                made[f"hyperdistill γ={gamma:g}"] = OnlineHypergradientOptimizer(
+                    **inner, gamma=gamma, T=T
+                )
+        elif name == "unrolled":
+            for k in (k for k in TRUNCATIONS if k < T):
+                made[f"unrolled {k}"] = UnrolledOptimizer(**inner, unroll_steps=k)
+        else:
+            made[name] = simple[name]
+    return made
+
+
+def _shared_inner(
+    optimizers: dict[str, BilevelOptimizer], inner_optimizer: Any, update_fn: Any
+) -> tuple[Any, Any]:
+    """Return the inner optimizer and the update function that all methods have."""
+    if inner_optimizer is not None or update_fn is not None:
+        raise ValueError("inner_optimizer and update_fn come with the optimizers in methods")
+    if not optimizers:
+        raise ValueError("methods is empty: nothing to compare")
+    found: tuple[Any, Any] | None = None
+    for name, optimizer in optimizers.items():
+        if not isinstance(optimizer, HypergradientMethod):
+            accepted = "one of the library's optimizers"
+            raise TypeError(f"methods[{name!r}] must be {accepted}, got {type(optimizer).__name__}")
+        inner = (optimizer.inner_optimizer, optimizer.update_fn)
+        if found is not None and inner != found:
+            raise ValueError(f"methods[{name!r}] has another inner optimizer than the first")
+        found = inner
+    assert found is not None
+    return found
+
+
+def _walks(problem: Problem, key: jax.Array, T: int, samples: int) -> Any:
+    """Yield for each sample T training batches, a validation batch, and T others for θ."""
+    fresh = stream(key, "diagnosis")
+    if problem.batch is not None:
+        data = problem.start_data(key)
+        for index in range(samples):
+            keys = jax.random.split(jax.random.fold_in(fresh, index), 2 * T)
+            pairs = [problem.draw(k, data) for k in keys]
+            yield _stacked(pairs, T)
+        return
+    source: Any = problem.batches
+    if callable(source):
+        seed = np.asarray(jax.random.key_data(fresh)).ravel().tolist()
+        source = source(np.random.default_rng(seed))
+    iterator = iter(source)
+    for _ in range(samples):
+        pairs = list(itertools.islice(iterator, 2 * T))
+        if len(pairs) < 2 * T:
+            needed = f"{samples} samples of 2 x {T} batches"
+            raise ValueError(f"Problem.batches ended early: diagnose needs {needed}")
+        yield _stacked(pairs, T)
+
+
+def _stacked(pairs: list[Any], T: int) -> tuple[PyTree, PyTree, PyTree]:
+    trains = [train for train, _ in pairs]
+    first = stack("Problem.batch", trains[:T])
+    return first, pairs[T - 1][1], stack("Problem.batch", trains[T:])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def _exact(
+    exact: UnrolledOptimizer,
+    state: BilevelState,
+    trains: PyTree,
+    val: PyTree,
+    train_loss: LossFn,
+    val_loss: LossFn,
+) -> tuple[PyTree, PyTree]:
+    """Return the exact hypergradient, and its direct term."""
+    done = exact.estimate(state, trains, val, train_loss, val_loss)
+    direct = validation(val_loss, done.params, state.hyperparams, val).direct
+    return at_least_float32(done.hypergradient), at_least_float32(direct)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5, 6))
+def _compare(
+    optimizer: BilevelOptimizer,
+    state: BilevelState,
+    trains: PyTree,
+    val: PyTree,
+    others: PyTree,
+    train_loss: LossFn,
+    val_loss: LossFn,
+    truth: tuple[PyTree, PyTree],
+) -> jax.Array:
+    """Return cosine, norm ratio and second-order share of a method's estimate, `(3,)`."""
+    rest = (train_loss, val_loss)
+    own = _own_state(optimizer, state, trains)
+    if optimizer.calibration_period:
+        own = optimizer.calibrate(own, others, val, *rest)
+    g = at_least_float32(estimate_at(optimizer, own, trains, val, *rest).hypergradient)
+    exact, direct = truth
+    length, reference = norm(g), norm(exact)
+    cosine = jnp.asarray(optax.tree.vdot(g, exact)) / (length * reference)  # NaN with a zero
+    second, first = norm(optax.tree.sub(g, direct)), norm(direct)
+    share = jnp.where(second == 0, 0, second / (first + second))
+    return jnp.stack([cosine, length / reference, share])
+
+
+def _own_state(optimizer: BilevelOptimizer, state: BilevelState, trains: PyTree) -> BilevelState:
+    memory: dict[str, Any] = {}
+    if optimizer.remembers_batch:
+        memory = {"train_batch": jax.tree.map(lambda x: x[0], trains), "key": jax.random.key(0)}
+    return fresh_state(optimizer, state, **memory)
+
+
+class _Program:
+    """A method's estimates along the horizon, compiled: what its cost is measured on."""
+
+    def __init__(
+        self,
+        optimizer: Any,
+        state: BilevelState,
+        T: int,
+        trains: PyTree,
+        val: PyTree,
+        train_loss: LossFn,
+        val_loss: LossFn,
+    ) -> None:
+        k = optimizer.unroll_steps if isinstance(optimizer, UnrollingMethod) else 1
+        blocks = T // k
+        self.steps = blocks * k
+        own = _own_state(optimizer, state, trains)
+        if isinstance(optimizer, UnrollingMethod):
+            optimizer = dataclasses.replace(optimizer, batches="stack")  # pyright: ignore[reportArgumentType]
+            trains = jax.tree.map(
+                lambda x: x[: self.steps].reshape(blocks, k, *x.shape[1:]), trains
+            )
+
+        def along(state: BilevelState, trains: PyTree, val: PyTree) -> Any:
+            def block(carry: Any, train: PyTree) -> Any:
+                state, total = carry
+                done: Any = optimizer.estimate(state, train, val, train_loss, val_loss)
+                moved = state.update(
+                    params=done.params,
+                    inner_opt_state=done.inner_opt_state,
+                    step=state.step + 1,
+                    metadata=done.metadata,
+                )
+                return (moved, optax.tree.add(total, done.hypergradient)), None
+
+            start = (state, optax.tree.zeros_like(state.hyperparams))
+            return jax.lax.scan(block, start, trains)[0]
+
+        self._args = (own, trains, val)
+        self.flops = flops(along, *self._args)
+        self._compiled = jax.jit(along).lower(*self._args).compile()
+
+    @functools.cached_property
+    def _calls(self) -> int:
+        """How many calls last long enough for the clock and the scheduler; warms up too."""
+        once = [self._time(1) for _ in range(3)]
+        return max(1, int(MEASURE_SECONDS / max(min(once), 1e-6)))
+
+    def seconds(self) -> float:
+        """Return the time of one inner step."""
+        return self._time(self._calls) / self._calls / self.steps
+
+    def _time(self, calls: int) -> float:
+        started = time.perf_counter()
+        for _ in range(calls):
+            jax.block_until_ready(self._compiled(*self._args))
+        return time.perf_counter() - started
+
+
+class _Plain(_Program):
+    """Training alone along the horizon, with no hypergradient: what costs are relative to."""
+
+    def __init__(self, inner: InnerStep, state: BilevelState, trains: PyTree) -> None:
+        def along(state: BilevelState, trains: PyTree) -> Any:
+            moved = walk(inner, state, trains)
+            return moved.params, moved.inner_opt_state
+
+        self.steps = int(jax.tree.leaves(trains)[0].shape[0])
+        self._args = (state, trains)
+        self.flops = flops(along, *self._args)
+        self._compiled = jax.jit(along).lower(*self._args).compile()
+
+
+def _times(
+    programs: dict[str, _Program], plain: _Plain, rounds: int
+) -> tuple[dict[str, tuple[np.ndarray, float]], float]:
+    """Return each method's time over the plain step's of the same round, and FLOPs over its.
+
+    In a round all run once, the plain step before and after each, so that noise that lasts hits
+    both. Also returns the plain step's median time, in seconds.
+    """
+    if not rounds:
+        return {}, float("nan")
+    ratios: dict[str, list[float]] = {name: [] for name in programs}
+    bases: list[float] = []
+    for _ in range(rounds):
+        before = plain.seconds()
+        for name, program in programs.items():
+            here = program.seconds()
+            after = plain.seconds()
+            ratios[name].append(2 * here / (before + after))
+            bases.append(before)
+            before = after
+    base = plain.flops / plain.steps
+    times = {
+        name: (np.asarray(ratios[name]), program.flops / program.steps / base)
+        for name, program in programs.items()
+    }
+    return times, float(np.median(bases))

@@ -1,0 +1,228 @@
+"""`Diagnosis`: what `diagnose` found, as a table, a figure and a plain recommendation."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ALIGNED = 0.9
+"""The mean cosine from which a method's direction counts as that of the exact hypergradient."""
+NEGLIGIBLE = 0.05
+"""The second-order share below which the direct term alone is enough."""
+COLUMNS = ("method", "cosine", "norm ratio", "second-order", "time", "FLOPs")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What was measured of one method."""
+
+    name: str
+    cosine: np.ndarray
+    """To the exact hypergradient, `(samples,)`; NaN where the estimate is zero."""
+    norm_ratio: np.ndarray
+    """Norm of the estimate over that of the exact hypergradient, `(samples,)`."""
+    second_order: np.ndarray
+    """`‖g - g_FO‖ / (‖g_FO‖ + ‖g - g_FO‖)`, `(samples,)`: 0 without a second-order term, 1 without
+    a direct one."""
+    time: np.ndarray
+    """Of an inner step with the method, over one of training alone, `(rounds,)`."""
+    flops: float
+    """The same of FLOPs as XLA counts them; NaN without timing."""
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the mean cosine is at least `ALIGNED`."""
+        return bool(np.mean(self.cosine) >= ALIGNED)
+
+    @property
+    def cost(self) -> float:
+        """The median of `time`; NaN without timing."""
+        return float(np.median(self.time)) if self.time.size else float("nan")
+
+    def cells(self) -> list[str]:
+        """Return the row of the table."""
+        cosine = "no direction" if np.isnan(self.cosine).all() else _spread(self.cosine, 3)
+        time = "-"
+        if self.time.size:
+            low, high = np.percentile(self.time, [25, 75])
+            time = f"{self.cost:.1f}x [{low:.1f}, {high:.1f}]"
+        ratio, share = _spread(self.norm_ratio, 2), f"{100 * np.mean(self.second_order):.0f}%"
+        flops = "-" if np.isnan(self.flops) else f"{self.flops:.1f}x"
+        return [self.name, cosine, ratio, share, time, flops]
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+    """Methods compared with the exact hypergradient at one state; `print` shows the table."""
+
+    rows: list[Row]
+    """The methods asked for."""
+    exact: Row
+    """The exact hypergradient through the whole horizon."""
+    horizon: int
+    """T."""
+    seconds: float
+    """Of an inner step of training alone, without a hypergradient."""
+    notes: tuple[str, ...] = ()
+    """Methods that were left out, and why."""
+
+    def row(self, name: str) -> Row:
+        """Return the row of this name.
+
+        Raises:
+          KeyError: if there is none; the message says which there are.
+        """
+        found = {row.name: row for row in (*self.rows, self.exact)}
+        if name not in found:
+            raise KeyError(f"no method {name!r}, there are {', '.join(found)}")
+        return found[name]
+
+    @property
+    def recommended(self) -> Row:
+        """The method recommended: see `recommendation`."""
+        return self._choose()[0]
+
+    @property
+    def recommendation(self) -> str:
+        """A method and the reason for it, in plain words.
+
+        Of the methods with a mean cosine of at least 0.9 the cheapest (of those within 10% of its
+        time, the most aligned); "first-order" already where the exact gradient's second-order share
+        is below 5%; and the exact method where no estimate is aligned. Without timing, the most
+        aligned is taken.
+        """
+        row, reason = self._choose()
+        ratio = float(np.mean(row.norm_ratio))
+        advice = f"{row.name}: {reason}."
+        if not 0.5 <= ratio <= 2:
+            advice += (
+                f" Its norm is {ratio:.2g} times the exact one: move λ with an optimizer that "
+                "does not mind the scale, such as Adam, or divide the rate by that."
+            )
+        return advice + self._horizon_advice()
+
+    def _choose(self) -> tuple[Row, str]:
+        share = float(np.mean(self.exact.second_order))
+        named = {row.name: row for row in self.rows}
+        if share < NEGLIGIBLE and "first-order" in named:
+            reason = f"the second-order term is {100 * share:.1f}% of the exact hypergradient"
+            return named["first-order"], reason
+        aligned = [row for row in self.rows if row.aligned]
+        if not aligned:
+            usable = [row for row in self.rows if not np.isnan(np.mean(row.cosine))]
+            best = max(usable, key=lambda row: np.mean(row.cosine), default=None)
+            nearest = ""
+            if best is not None:
+                nearest = f" (the nearest, {best.name}, has {np.mean(best.cosine):.2f})"
+            reason = f"no estimate has a mean cosine of {ALIGNED}{nearest}; UnrolledOptimizer"
+            steps = f"(unroll_steps={self.horizon}) is exact"
+            return self.exact, reason + steps + _times(self.exact)
+        if not np.isnan(self.exact.cost):
+            least = min(row.cost for row in aligned)
+            aligned = [row for row in aligned if row.cost <= 1.1 * least]
+        chosen = max(aligned, key=lambda row: np.mean(row.cosine))
+        reason = f"cosine {np.mean(chosen.cosine):.3f} to the exact hypergradient"
+        return chosen, reason + _times(chosen) + f"; exact{_times(self.exact)}"
+
+    def _horizon_advice(self) -> str:
+        truncated = [row for row in self.rows if row.name.startswith("unrolled ")]
+        if not truncated:
+            return ""
+        enough = next((row for row in truncated if row.aligned), None)
+        if enough is None:
+            return f" T: no fewer than all {self.horizon} steps are aligned."
+        steps = enough.name.removeprefix("unrolled ")
+        ratio = float(np.mean(enough.norm_ratio))
+        shares = f"have the direction, and {ratio:.0%} of the norm"
+        return f" T: the last {steps} of {self.horizon} steps {shares}."
+
+    def _footer(self) -> list[str]:
+        base = "" if np.isnan(self.seconds) else f", {1e3 * self.seconds:.3g} ms"
+        return [
+            f"Over {len(self.exact.cosine)} walks of T = {self.horizon} steps: mean and standard "
+            f"deviation. Time and FLOPs: of an inner step, over training alone{base}; quartiles.",
+            *self.notes,
+            f"Recommended: {self.recommendation}",
+        ]
+
+    def __str__(self) -> str:
+        cells = [list(COLUMNS), *(row.cells() for row in (*self.rows, self.exact))]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
+        lines = [
+            "  ".join(
+                text.rjust(width) if index else text.ljust(width)
+                for index, (text, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in cells
+        ]
+        return "\n".join([*lines, *self._footer()])
+
+    def show(self) -> None:
+        """Print the table: with rich where it is installed, as plain text otherwise."""
+        if importlib.util.find_spec("rich") is None:
+            print(self)
+            return
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table()
+        for index, column in enumerate(COLUMNS):
+            table.add_column(column, justify="right" if index else "left", no_wrap=True)
+        for row in (*self.rows, self.exact):
+            bold = "bold" if row.name == self.recommended.name else ""
+            table.add_row(*row.cells(), style=bold)
+        console = Console()
+        console.print(table)
+        for line in self._footer():
+            console.print(line, highlight=False)
+
+    def plot(self, target: Any) -> Any:
+        """Draw each method's cosine against its cost; needs matplotlib.
+
+        Args:
+          target: a path to write a figure to, or matplotlib axes to draw on.
+
+        Returns:
+          The axes.
+
+        Raises:
+          ImportError: if matplotlib is missing.
+          ValueError: if nothing was timed (`rounds=0`).
+        """
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ImportError("Diagnosis.plot needs matplotlib: pip install matplotlib")
+        if np.isnan(self.exact.cost):
+            raise ValueError("nothing to plot against: diagnose(rounds=0) measures no cost")
+        from matplotlib.figure import Figure
+
+        figure = None
+        axes = target
+        if isinstance(target, str | Path):
+            figure = Figure(figsize=(7, 4.5), layout="constrained")
+            axes = figure.subplots()
+        rows = sorted((*self.rows, self.exact), key=lambda row: row.cost)
+        for index, row in enumerate(rows):
+            mean, spread = np.mean(row.cosine), np.std(row.cosine)
+            marker = "*" if row.name == self.recommended.name else "o"
+            axes.errorbar(
+                row.cost, mean, spread, fmt=marker, color=f"C{index % 10}", label=row.name
+            )
+        axes.axhline(ALIGNED, color="gray", linewidth=0.8, linestyle=":")
+        axes.set(xlabel="time of an inner step, over training alone", ylabel="cosine to exact")
+        axes.set_title(f"T = {self.horizon}; star: recommended", fontsize=10)
+        axes.legend(fontsize=7, ncols=2)
+        if figure is not None:
+            figure.savefig(target, dpi=120)
+        return axes
+
+
+def _spread(values: np.ndarray, digits: int) -> str:
+    return f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}"
+
+
+def _times(row: Row) -> str:
+    return "" if np.isnan(row.cost) else f", at {row.cost:.1f} times the cost of training"

@@ -1,0 +1,88 @@
+"""What the methods share whose step takes T inner steps and then moves λ once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from gradhpo.errors import check_count, stack_length
+from gradhpo.inner import Moved
+from gradhpo.optimizer import HypergradientMethod
+from gradhpo.state import BilevelState, PyTree
+
+Remat: TypeAlias = Literal["none", "sqrt", "step"]
+"""What reverse mode keeps of an unroll: see `UnrolledOptimizer`."""
+
+REMATS = ("none", "sqrt", "step")
+
+
+class UnrollingMethod(HypergradientMethod):
+    """A method whose `step` unrolls `unroll_steps` inner steps; `run` takes one step an episode.
+
+    With `batches="repeat"` the step takes `train_batch` at all T inner steps; with "stack",
+    `train_batch` is a stack of batches with a leading axis of length T, one for each.
+    """
+
+    unroll_steps: int = 1
+    batches: Literal["repeat", "stack"] = "repeat"
+
+    T = 1  # one step an episode: it unrolls the inner steps itself
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("unroll_steps", self.unroll_steps)
+        if self.batches not in ("repeat", "stack"):
+            raise ValueError(f'batches must be "repeat" or "stack", got {self.batches!r}')
+
+    @property
+    def batch_axis(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """1 for a stack of batches, 0 for a batch."""
+        return int(self.batches == "stack")
+
+    def batch_at(self, train_batch: PyTree) -> Callable[[Any], PyTree]:
+        """Return `t ↦ D_{t+1}`, the batch of the inner step with index t, counted from 0."""
+        if self.batches == "repeat":
+            return lambda t: train_batch
+        stack_length("train_batch", train_batch, expected=self.unroll_steps)
+        return lambda t: jax.tree.map(lambda x: x[t], train_batch)
+
+    def unroll(
+        self,
+        step: Callable[[PyTree, PyTree, PyTree, PyTree], Moved],
+        state: BilevelState,
+        hyperparams: PyTree,
+        train_batch: PyTree,
+        remat: Remat = "none",
+    ) -> Moved:
+        """Take the T inner steps `step(w, s, λ, D)` from the state's weights; a `scan`.
+
+        The training loss returned is that of the last step. `remat` is what reverse mode keeps.
+        """
+        batch_at, T = self.batch_at(train_batch), self.unroll_steps
+
+        def body(carry: tuple[PyTree, PyTree], t: Any) -> tuple[tuple[PyTree, PyTree], jax.Array]:
+            moved = step(*carry, hyperparams, batch_at(t))
+            return (moved.params, moved.opt_state), moved.train_loss
+
+        def segment(carry: Any, steps: jax.Array) -> tuple[Any, jax.Array]:
+            carry, losses = jax.lax.scan(body, carry, steps)
+            return carry, losses[-1]
+
+        if remat == "step":
+            body = jax.checkpoint(body, prevent_cse=False)
+        start, steps = (state.params, state.inner_opt_state), jnp.arange(T)
+        length = math.isqrt(T - 1) + 1  # ⌈√T⌉
+        if remat != "sqrt" or length == T:
+            (w, s), loss = segment(start, steps)
+            return Moved(w, s, loss)
+        segment = jax.checkpoint(segment, prevent_cse=False)
+        whole = T - T % length
+        (w, s), losses = jax.lax.scan(segment, start, steps[:whole].reshape(-1, length))
+        if whole == T:
+            return Moved(w, s, losses[-1])
+        (w, s), loss = segment((w, s), steps[whole:])
+        return Moved(w, s, loss)

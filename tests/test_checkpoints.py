@@ -1,0 +1,173 @@
+"""Files and journal lines that were cut or changed are noticed, and nothing is unpickled."""
+
+import pickle
+import resource
+import signal
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gradhpo.cluster import DamagedFile, StorageInUse, checkpoints, incarnations, journal
+from gradhpo.cluster.checkpoints import Saved
+
+ARRAYS = {
+    ".params['w']": np.arange(6, dtype=np.float32).reshape(2, 3),
+    ".step": np.asarray([3, 4], np.int32),
+    "bfloat16": np.asarray(jnp.asarray([1.5, -2], jnp.bfloat16)),
+    "float8": np.asarray(jnp.asarray([1.5, -2], jnp.float8_e4m3fn)),
+    "scalar": np.float64(2.5),
+    "flags": np.asarray([True, False]),
+}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return checkpoints.save(tmp_path, "folder/file", ARRAYS, {"generation": 3})
+
+
+def test_arrays_come_back_to_the_bit(tmp_path, saved):
+    arrays, about = checkpoints.load(tmp_path, saved)
+    assert about == {"generation": 3}
+    for name, array in ARRAYS.items():
+        assert arrays[name].dtype == array.dtype
+        assert arrays[name].shape == array.shape
+        assert arrays[name].tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.99])
+def test_a_flipped_bit_is_noticed(tmp_path, saved, share):
+    path = tmp_path / saved.file
+    content = bytearray(path.read_bytes())
+    content[int(share * len(content))] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DamagedFile, match="checksum"):
+        checkpoints.load(tmp_path, saved)
+    assert checkpoints.find(tmp_path, "folder/file") is None
+
+
+def test_a_cut_or_missing_file_is_noticed(tmp_path, saved):
+    path = tmp_path / saved.file
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DamagedFile, match=r"folder/file.*checksum"):
+        checkpoints.load(tmp_path, saved)
+    path.unlink()
+    with pytest.raises(DamagedFile, match="cannot be read"):
+        checkpoints.load(tmp_path, saved)
+
+
+def test_a_pickle_is_never_read(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (pytest.fail, ("a pickle was read",))
+
+    path = tmp_path / "file-0.npz"
+    np.savez(path, header=np.asarray([Bomb()], object))
+    saved = Saved("file-0.npz", checkpoints.checksum(path))
+    with pytest.raises(DamagedFile, match="not a file of gradhpo"):
+        checkpoints.load(tmp_path, saved)
+    path.write_bytes(pickle.dumps(Bomb()))
+    saved = Saved("file-0.npz", checkpoints.checksum(path))
+    with pytest.raises(DamagedFile, match="not a file of gradhpo"):
+        checkpoints.load(tmp_path, saved)
+
+
+def test_a_file_that_cannot_be_written_whole_is_not_there(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="large"):
+            checkpoints.save(tmp_path, "folder/file", {"big": np.zeros(10_000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list((tmp_path / "folder").iterdir()) == []
+
+
+def entry(generation):
+    best = {
+        "score": 0.1,
+        "trial": 3,
+        "slot": 1,
+        "generation": generation,
+        "checkpoint": Saved("c", "d"),
+    }
+    made = [Saved(f"c{s}", "d") for s in range(2)]
+    return journal.Entry(
+        generation=generation, table=Saved("t", "e"), checkpoints=made, best=best, seconds=0.5
+    )
+
+
+def written(tmp_path, count):
+    made = journal.Journal(tmp_path)
+    for generation in range(count):
+        made.append(entry(generation))
+    return tmp_path / journal.FILE
+
+
+def test_a_journal_comes_back(tmp_path):
+    written(tmp_path, 5)
+    again = journal.Journal(tmp_path)
+    assert list(again.entries()) == [entry(g) for g in range(5)]
+    assert again.last == [entry(3), entry(4)]
+    assert (again.generation, again.damaged) == (4, [])
+
+
+@pytest.mark.parametrize("kept", range(1, 60, 7))
+def test_a_last_line_cut_short_is_dropped(tmp_path, kept):
+    path = written(tmp_path, 3)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:2]) + lines[2][:kept])
+    again = journal.Journal(tmp_path)
+    assert again.generation == 1
+    assert again.damaged == [f"journal.jsonl: line 3 is damaged ({kept} bytes), and not used"]
+    again.append(entry(2))
+    assert [e["generation"] for e in journal.Journal(tmp_path).entries()] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 0.9])
+def test_a_flipped_bit_in_a_line_is_noticed(tmp_path, share):
+    path = written(tmp_path, 3)
+    lines = path.read_bytes().splitlines(keepends=True)
+    changed = bytearray(lines[1])
+    changed[int(share * len(changed))] ^= 1
+    path.write_bytes(lines[0] + changed + lines[2])
+    again = journal.Journal(tmp_path)
+    assert [e["generation"] for e in again.entries()] == [0, 2]
+    assert len(again.damaged) == 1
+
+
+def test_the_last_line_can_be_dropped(tmp_path):
+    written(tmp_path, 4)
+    made = journal.Journal(tmp_path)
+    made.drop_last()
+    assert made.last == [entry(1), entry(2)]
+    assert journal.Journal(tmp_path).generation == 2
+
+
+def test_a_second_driver_is_refused_with_the_first_ones_name(tmp_path):
+    import os
+    import socket
+
+    first = journal.DriverLock(tmp_path)
+    with pytest.raises(StorageInUse, match=f"process {os.getpid()} on host {socket.gethostname()}"):
+        journal.DriverLock(tmp_path)
+    assert str(os.getpid()) in journal.holder(tmp_path)
+    first.release()
+    assert journal.holder(tmp_path) is None
+    journal.DriverLock(tmp_path).release()
+
+
+def test_incarnations_are_never_given_twice(tmp_path):
+    first = incarnations.Incarnations(tmp_path)
+    old = first.new()
+    first.own([0, 1], old)
+    incarnations.check_owner(tmp_path, 0, old)
+    new = incarnations.Incarnations(tmp_path).new()  # another driver
+    assert new > old
+    second = incarnations.Incarnations(tmp_path)
+    second.own([0], new)
+    with pytest.raises(incarnations.Superseded, match=f"incarnation {new}, not {old}"):
+        incarnations.check_owner(tmp_path, 0, old)
+    incarnations.check_owner(tmp_path, 1, old)

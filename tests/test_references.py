@@ -1,0 +1,478 @@
+"""The reference methods: against autodiff, NumPy and closed forms, in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gradhpo import (
+    DrMADOptimizer,
+    ForwardOptimizer,
+    GreedyOptimizer,
+    ImplicitOptimizer,
+    OneStepOptimizer,
+    UnrolledOptimizer,
+)
+from gradhpo.dependence import depends
+from tests import problems
+from tests.problems import Exact, as_jax, assert_close, assert_same_bits
+from tests.test_inner import (
+    ADAM,
+    COMPOSED,
+    DEAD,
+    TUNED,
+    TUNED_LAM,
+    TUNED_LOSSES,
+    hypergradients,
+    with_dead_units,
+    without_dead_units,
+)
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+QUADRATIC = (problems.quadratic_train, problems.quadratic_val)
+NETWORK = (problems.mlp_train, problems.mlp_val)
+LINEAR = (problems.linear_train, problems.linear_val)
+T = 5
+STACK, VAL = problems.TRAIN[:T], problems.VAL
+
+
+def noisy():
+    """SGD whose state holds a PRNG key."""
+    return optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(3)), optax.sgd(0.1, momentum=0.9))
+
+
+def clipped(w, lam, rows):
+    """The user's own step, not linear in the gradient."""
+    return w - 0.1 * jnp.tanh(jax.grad(problems.quadratic_train)(w, lam, rows))
+
+
+INNER = {
+    "sgd": problems.SGD,
+    "momentum": optax.sgd(0.1, momentum=0.9),
+    "adam": ADAM,
+    "clip and adam": COMPOSED["clip and adam"],
+    "polyak": optax.polyak_sgd(0.5),
+    **{f"{name} of λ": inner for name, inner in TUNED.items()},
+}
+
+
+def exact(inner, losses, state, batches, val_batch):
+    """The gradient through all steps of optax, or of an update function, in a Python loop."""
+
+    def objective(lam, w, s):
+        for batch in batches:
+            if inner is clipped:
+                w = clipped(w, lam, batch)
+                continue
+            optimizer = inner if hasattr(inner, "update") else inner(lam)
+            loss, gradient = jax.value_and_grad(losses[0])(w, lam, batch)
+            extra = {"value": loss} if inner is INNER["polyak"] else {}
+            updates, s = optimizer.update(gradient, s, w, **extra)
+            w = optax.apply_updates(w, updates)
+        return losses[1](w, lam, val_batch)
+
+    start = (state.params, state.inner_opt_state)
+    return jax.jit(jax.grad(objective))(state.hyperparams, *start)
+
+
+def problem_of(name):
+    """Losses, weights and hyperparameters that suit an inner optimizer."""
+    if name.endswith("of λ"):
+        return TUNED_LOSSES, problems.W0, TUNED_LAM
+    return QUADRATIC, problems.W0, problems.LAM0
+
+
+def build(kind, inner, **settings):
+    own = {"update_fn": inner} if inner is clipped else {"inner_optimizer": inner}
+    return kind(**own, unroll_steps=T, batches="stack", **settings)
+
+
+# --- Exact through T steps ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*INNER, "update_fn"])
+def test_unrolled_and_forward_are_the_exact_hypergradient(name):
+    inner = clipped if name == "update_fn" else INNER[name]
+    losses, *start = problem_of(name)
+    unrolled, forward = build(UnrolledOptimizer, inner), build(ForwardOptimizer, inner)
+    # From a state that is not zero, as the second step finds it.
+    state = unrolled.step(unrolled.init(*start), problems.TRAIN[T : 2 * T], VAL, *losses, 0.01)
+    expected = exact(inner, losses, state, as_jax(STACK), VAL)
+    for optimizer in (unrolled, forward):
+        found = optimizer.compute_hypergradient(state, STACK, VAL, *losses)
+        assert_close(found, expected, rtol=1e-9)
+    if name.endswith("of λ"):
+        assert min(abs(expected[key]) for key in ("log_lr", "momentum", "decay_rate")) > 1e-4
+
+
+def test_of_a_network():
+    batches = as_jax(problems.MLP_TRAIN[:T])
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+    unrolled, forward = build(UnrolledOptimizer, ADAM), build(ForwardOptimizer, ADAM)
+    state = unrolled.init(problems.MLP, problems.MLP_LAM)
+    expected = exact(ADAM, NETWORK, state, batches, as_jax(problems.MLP_VAL))
+    for optimizer in (unrolled, forward):
+        found = optimizer.compute_hypergradient(state, stack, problems.MLP_VAL, *NETWORK)
+        assert_close(found, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("steps", [2, 7, 9])
+def test_rematerialization_changes_nothing_at_any_length(steps):
+    # Lengths that √T divides, that leave a shorter segment, and that make one segment. The same
+    # batch at every step is a stack of its copies.
+    stack = np.repeat(STACK[:1], steps, axis=0)
+    kept = UnrolledOptimizer(ADAM, unroll_steps=steps, batches="stack")
+    state = kept.init(problems.W0, problems.LAM0)
+    expected = kept.compute_hypergradient(state, stack, VAL, *QUADRATIC)
+    for remat in ("sqrt", "step"):
+        repeat = UnrolledOptimizer(ADAM, unroll_steps=steps, remat=remat)
+        found = repeat.compute_hypergradient(state, STACK[0], VAL, *QUADRATIC)
+        assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", [UnrolledOptimizer, ForwardOptimizer, DrMADOptimizer])
+@pytest.mark.parametrize("inner", ["momentum", "adam"])
+def test_one_step_of_each_is_one_step(kind, inner):
+    # From a state that is not zero: DrMAD's line starts in it.
+    one = OneStepOptimizer(INNER[inner])
+    state = one.init(problems.MLP, problems.MLP_LAM)
+    state = one.step(state, problems.MLP_TRAIN[1], problems.MLP_VAL, *NETWORK, 0.05)
+    arguments = (state, problems.MLP_TRAIN[0], problems.MLP_VAL, *NETWORK)
+    expected = one.compute_hypergradient(*arguments)
+    assert_close(kind(INNER[inner]).compute_hypergradient(*arguments), expected)
+
+
+def test_a_key_in_the_optimizers_state():
+    inner = noisy()
+    one = OneStepOptimizer(inner)
+    state = one.init(problems.W0, problems.LAM0)
+    found = [
+        build(kind, inner).compute_hypergradient(state, STACK, VAL, *QUADRATIC)
+        for kind in (UnrolledOptimizer, ForwardOptimizer, DrMADOptimizer)
+    ]
+    assert_close(found[1], found[0])
+    assert np.isfinite(found[2]).all()
+
+
+@pytest.mark.parametrize("kind", [UnrolledOptimizer, ForwardOptimizer, DrMADOptimizer])
+def test_dead_units_leave_what_is_found_without_them(kind):
+    optimizer = kind(DEAD["adam"], unroll_steps=2)
+    found, expected = (
+        hypergradients(optimizer, f(2)) for f in (with_dead_units, without_dead_units)
+    )
+    assert_close(found, expected, rtol=1e-9)
+
+
+def test_more_coordinates_than_a_chunk():
+    lam = np.linspace(-1, 1, 150)
+
+    def train(w, lam, rows):
+        return problems.quadratic_train(w, jnp.sin(lam).reshape(50, 3).sum(0), rows)
+
+    losses = (train, problems.quadratic_val_without_lambda)
+    state = UnrolledOptimizer(ADAM).init(problems.W0, lam)
+    found, expected = (
+        build(kind, ADAM).compute_hypergradient(state, STACK, VAL, *losses)
+        for kind in (ForwardOptimizer, UnrolledOptimizer)
+    )
+    assert_close(found, expected)
+
+
+def temporaries(optimizer, steps):
+    """Bytes of temporaries of a hypergradient on a network with a batch of many rows."""
+    rng = np.random.default_rng(0)
+    batch = {"x": rng.normal(size=(512, problems.FEATURES)), "y": rng.normal(size=512)}
+
+    def train(params, lam, batch):
+        error = jnp.mean((problems.predict(params, batch["x"]) - batch["y"]) ** 2)
+        return error + jnp.exp(lam) * jnp.sum(params["w1"] ** 2)
+
+    losses = (train, problems.mlp_val_without_lambda)
+    optimizer = optimizer(problems.SGD, unroll_steps=steps)
+    state = optimizer.init(problems.MLP, np.float64(-2.0))
+    estimate = jax.jit(lambda state: optimizer.estimate(state, batch, batch, *losses))
+    return estimate.lower(state).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_grows_as_promised():
+    def growth(optimizer):
+        few, many = (temporaries(optimizer, steps) for steps in (16, 64))
+        return many / few
+
+    assert growth(UnrolledOptimizer) > 3.5
+    assert growth(functools.partial(UnrolledOptimizer, remat="sqrt")) < 2.2  # √(64/16) and more
+    assert growth(functools.partial(UnrolledOptimizer, remat="step")) < 1.2
+    assert growth(ForwardOptimizer) < 1.05
+    assert growth(DrMADOptimizer) < 1.05
+
+
+# --- DrMAD --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inner", ["sgd", "momentum"])
+def test_drmad_is_exact_where_the_jacobians_do_not_depend_on_the_point(inner):
+    optimizer = build(DrMADOptimizer, INNER[inner])
+    state = optimizer.init(problems.W0, problems.LAM0)
+    found = optimizer.compute_hypergradient(state, STACK, VAL, *LINEAR)
+    assert_close(found, exact(INNER[inner], LINEAR, state, as_jax(STACK), VAL))
+
+
+def straight(w, lam, batch):
+    """At λ = 0, SGD from (a, b) with b = 2 moves a alone, evenly; A and B depend on a."""
+    del batch
+    a, b = w
+    return -a + 0.5 * (1 + a**2) * (b - 2) ** 2 - lam * jnp.sin(a) * b
+
+
+def test_drmad_is_exact_where_the_trajectory_is_a_straight_line():
+    def val(w, lam, batch):
+        return jnp.sin(w[0]) * w[1] ** 2 + lam + batch
+
+    start = (np.array([0.3, 2.0]), np.zeros(()))
+    state = DrMADOptimizer(problems.SGD).init(*start)
+    optimizers = [
+        kind(problems.SGD, unroll_steps=T) for kind in (DrMADOptimizer, UnrolledOptimizer)
+    ]
+    found, expected = (
+        optimizer.compute_hypergradient(state, 0.0, 0.0, straight, val) for optimizer in optimizers
+    )
+    assert_close(found, expected)
+    # Elsewhere it bends, and is not.
+    bent = state.update(params=jnp.array([0.3, 1.0]))
+    found, expected = (
+        optimizer.compute_hypergradient(bent, 0.0, 0.0, straight, val) for optimizer in optimizers
+    )
+    assert abs(found - expected) > 1e-3
+
+
+def test_drmad_on_a_quadratic_is_the_backward_pass_of_the_paper():
+    optimizer = build(DrMADOptimizer, problems.SGD)
+    state, lam = optimizer.init(problems.W0, problems.LAM0), problems.LAM0
+    w = problems.W0
+    for rows in STACK:
+        w = Exact.phi(w, lam, rows)
+    alpha, g = Exact.alpha(w, lam, VAL), Exact.direct(w, lam)
+    for t in range(T, 0, -1):
+        w_hat = (1 - (t - 1) / T) * problems.W0 + (t - 1) / T * w
+        g = g + alpha @ Exact.dphi_dlam(w_hat, STACK[t - 1])
+        alpha = alpha @ Exact.dphi_dw(lam)
+    assert_close(optimizer.compute_hypergradient(state, STACK, VAL, *QUADRATIC), g)
+
+
+# --- Implicit -----------------------------------------------------------------------------------
+
+
+def minimum(lam, rows):
+    """The weights at which the quadratic training loss has no gradient, and their derivative."""
+    x = rows.mean(0)
+    hessian = problems.G + np.diag(lam)
+    w = np.linalg.solve(hessian, x - problems.C.T @ (x * lam))
+    return w, Exact.dphi_dlam(w, rows) / problems.LR, hessian  # -∂²L/∂w∂λ
+
+
+def implicit(**settings):
+    return ImplicitOptimizer(optax.sgd(0.0), **settings)
+
+
+def test_conjugate_gradients_give_the_exact_gradient_at_a_minimum():
+    w, minus_mixed, hessian = minimum(problems.LAM0, STACK[0])
+    expected = Exact.direct(w, problems.LAM0) + Exact.alpha(w, problems.LAM0, VAL) @ (
+        np.linalg.solve(hessian, minus_mixed)
+    )
+    state = implicit().init(w, problems.LAM0)
+    arguments = (state, STACK[0], VAL, *QUADRATIC)
+    assert_close(implicit().compute_hypergradient(*arguments), expected, rtol=1e-9)
+    series = implicit(solver="neumann", K=400, neumann_rate=0.2)
+    assert_close(series.compute_hypergradient(*arguments), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("K", [1, 2, 5])
+def test_k_terms_of_neumann_are_k_unrolled_steps_at_a_minimum(K):
+    # Lorraine et al. 2020, the limit of truncated unrolling.
+    w, *_ = minimum(problems.LAM0, STACK[0])
+    state = implicit().init(w, problems.LAM0)
+    arguments = (state, STACK[0], VAL, *QUADRATIC)
+    series = implicit(solver="neumann", K=K, neumann_rate=problems.LR)
+    unrolled = UnrolledOptimizer(problems.SGD, unroll_steps=K)
+    expected = unrolled.compute_hypergradient(*arguments)
+    assert_close(series.compute_hypergradient(*arguments), expected)
+    if K == 1:
+        one = OneStepOptimizer(problems.SGD)
+        assert_close(one.compute_hypergradient(*arguments), expected)
+
+
+def test_more_iterations_come_closer():
+    w, minus_mixed, hessian = minimum(problems.LAM0, STACK[0])
+    exact = np.linalg.solve(hessian, minus_mixed)
+    exact = Exact.direct(w, problems.LAM0) + Exact.alpha(w, problems.LAM0, VAL) @ exact
+    state = implicit().init(w, problems.LAM0)
+    for settings in ({"solver": "cg"}, {"solver": "neumann", "neumann_rate": problems.LR}):
+        errors = [
+            np.linalg.norm(
+                implicit(**settings, K=K).compute_hypergradient(state, STACK[0], VAL, *QUADRATIC)
+                - exact
+            )
+            for K in (1, 2, 3)
+        ]
+        assert errors[0] > errors[1] > errors[2]
+    assert errors[2] > 1e-4  # three terms of the series are not yet exact
+
+
+def test_conjugate_gradients_stop_at_rounding_and_where_the_curvature_is_negative():
+    def bowl(w, lam, batch):
+        return jnp.sum(batch * (w - lam) ** 2)
+
+    def val(w, lam, batch):
+        return jnp.sum(w) + jnp.sum(lam**2)
+
+    state = implicit().init(np.zeros(2), np.ones(2))
+    # One iteration solves a multiple of the identity; thirty stay there.
+    found = implicit(K=30).compute_hypergradient(state, np.full(2, 3.0), 0.0, bowl, val)
+    assert_close(found, np.full(2, 3.0))
+    found = implicit(K=30).compute_hypergradient(state, np.full(2, -3.0), 0.0, bowl, val)
+    assert_close(found, np.full(2, 2.0))  # g_FO
+    bad = implicit().compute_hypergradient(
+        state, np.full(2, 3.0), np.nan, bowl, lambda w, lam, y: y * jnp.sum(w) + jnp.sum(lam)
+    )
+    assert np.isnan(bad).all()
+
+
+def test_implicit_takes_its_inner_steps_and_then_the_last_batch():
+    optimizer = build(ImplicitOptimizer, optax.sgd(0.1), K=3)
+    state = optimizer.init(problems.W0, problems.LAM0)
+    w = problems.W0
+    for rows in STACK:
+        w = Exact.phi(w, problems.LAM0, rows)
+    new = optimizer.step(state, STACK, VAL, *QUADRATIC, 0.1)
+    assert_close(new.params, w)
+    _, _, hessian = minimum(problems.LAM0, STACK[-1])
+    x = np.linalg.solve(hessian, Exact.alpha(w, problems.LAM0, VAL))
+    mixed = Exact.dphi_dlam(w, STACK[-1]) / problems.LR
+    g = Exact.direct(w, problems.LAM0) + x @ mixed
+    assert_close(new.hyperparams, problems.LAM0 - 0.1 * g, rtol=1e-8)
+
+
+# --- What implicit differentiation cannot see ---------------------------------------------------
+
+
+def looped_train(w, lam, rows):
+    """The same, with λ handed whole through a jit, a loop and a branch."""
+
+    @jax.jit
+    def inside(w, lam):
+        first, _ = jax.lax.scan(lambda c, _: (c, None), (w, lam), length=2)
+        return jax.lax.cond(jnp.sum(w) > 0, tuned, tuned, *first)
+
+    def tuned(w, lam):
+        return TUNED_LOSSES[0](w, lam, rows)
+
+    return inside(w, lam)
+
+
+@pytest.mark.parametrize("train", [TUNED_LOSSES[0], looped_train], ids=["plain", "looped"])
+def test_a_hyperparameter_of_the_optimizer_alone_is_refused_by_name(train):
+    optimizer = build(ImplicitOptimizer, TUNED["adamw"])
+    state = optimizer.init(problems.W0, TUNED_LAM)
+    with pytest.raises(
+        ValueError, match=r"hyperparams\['decay_rate'\] acts .* through the inner_optimizer only"
+    ):
+        optimizer.step(state, STACK, VAL, train, TUNED_LOSSES[1], 0.1)
+
+    def update(w, lam, rows):
+        return w - jnp.exp(lam["log_lr"]) * jax.grad(train)(w, lam, rows)
+
+    optimizer = ImplicitOptimizer(update_fn=update)
+    with pytest.raises(
+        ValueError, match=r"hyperparams\['log_lr'\] acts .* through the update_fn only"
+    ):
+        optimizer.step(state, STACK[0], VAL, train, TUNED_LOSSES[1], 0.1)
+
+
+def test_a_hyperparameter_that_the_training_gradient_shows_is_accepted():
+    # In the loss and the optimizer; in the validation loss alone; nowhere.
+    def train(w, lam, rows):
+        return problems.quadratic_train(w, lam["both"] ** 2, rows)
+
+    def val(w, lam, y):
+        return problems.quadratic_val_without_lambda(w, None, y) + lam["val"] ** 2
+
+    inner = lambda lam: optax.sgd(0.1 * lam["both"].sum() ** 2)  # noqa: E731
+    lam = {"both": problems.LAM0, "val": np.full((), 3.0), "nowhere": np.zeros(2)}
+    optimizer = ImplicitOptimizer(inner)
+    state = optimizer.init(problems.W0, lam)
+    found = optimizer.compute_hypergradient(state, STACK[0], VAL, train, val)
+    assert_close(found["val"], 6.0)
+    assert_same_bits(found["nowhere"], np.zeros(2))
+
+
+def test_depends_sees_through_loops_branches_and_jit_and_stops_at_stop_gradient():
+    argument = {name: jnp.ones(2) for name in "abcde"}
+
+    @jax.jit
+    def function(x, other):
+        def body(carry, _):
+            first, second = carry
+            return (first + x["a"], second * other), None
+
+        looped, _ = jax.lax.scan(body, (x["b"], jnp.zeros(2)), length=3)
+        branched = jax.lax.cond(x["c"][0] > 0, lambda x: x["d"], lambda x: 2 * x["d"], x)
+        return looped[0] + branched + jax.lax.stop_gradient(x["e"])
+
+    found = depends(function, argument, jnp.ones(2))
+    assert dict(zip("abcde", found, strict=True)) == {
+        "a": True, "b": True, "c": False, "d": True, "e": False
+    }  # fmt: skip
+
+
+# --- Settings -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (UnrolledOptimizer, {"unroll_steps": 0}, "unroll_steps must be at least 1, got 0"),
+        (
+            ForwardOptimizer,
+            {"batches": "both"},
+            'batches must be "repeat" or "stack", got \'both\'',
+        ),
+        (UnrolledOptimizer, {"remat": "all"}, r"remat must be one of .*'sqrt'.*, got 'all'"),
+        (ImplicitOptimizer, {"solver": "lu"}, 'solver must be "cg" or "neumann", got \'lu\''),
+        (ImplicitOptimizer, {"K": 0}, "K must be at least 1, got 0"),
+        (ImplicitOptimizer, {"solver": "neumann"}, "neumann_rate goes with .*neumann_rate=None"),
+        (ImplicitOptimizer, {"neumann_rate": 0.1}, "neumann_rate goes with .*solver='cg'"),
+        (
+            ImplicitOptimizer,
+            {"solver": "neumann", "neumann_rate": 0},
+            r"neumann_rate must be a number in \(0, inf\], got 0",
+        ),
+    ],
+)
+def test_bad_settings(kind, settings, message):
+    with pytest.raises(ValueError, match=message):
+        kind(problems.SGD, **settings)
+
+
+def test_a_stack_of_another_length_is_refused():
+    for kind in (UnrolledOptimizer, ForwardOptimizer, DrMADOptimizer, ImplicitOptimizer):
+        optimizer = build(kind, problems.SGD)
+        state = optimizer.init(problems.W0, problems.LAM0)
+        with pytest.raises(ValueError, match=f"train_batch must have a leading axis of length {T}"):
+            optimizer.step(state, STACK[:3], VAL, *QUADRATIC, 0.1)
+
+
+def test_greedy_with_more_of_the_past_comes_closer_to_the_exact_hypergradient():
+    # Where A is nearly the identity, the discount that γ stands for is nearly 1.
+    slow = optax.sgd(1e-3)
+    state = UnrolledOptimizer(slow).init(problems.W0, problems.LAM0)
+    expected = exact(slow, QUADRATIC, state, as_jax(STACK), VAL)
+    errors = []
+    for gamma in (0.1, 0.5, 0.9, 1.0):
+        greedy = build(GreedyOptimizer, slow, outer_optimizer=optax.sgd(0.1), gamma=gamma)
+        found = greedy.compute_hypergradient(state, STACK, VAL, *QUADRATIC)
+        errors.append(np.linalg.norm(found - expected))
+    assert errors == sorted(errors, reverse=True)

@@ -1,0 +1,120 @@
+"""Schedulers are pure functions of a table and a seed."""
+
+import numpy as np
+import pytest
+
+from gradhpo.cluster import (
+    NEW,
+    PBT,
+    Decision,
+    RandomSearch,
+    SearchSpace,
+    SuccessiveHalving,
+    Table,
+    loguniform,
+)
+from gradhpo.cluster import schedulers as module
+
+SPACE = SearchSpace({"rate": loguniform(1e-3, 1)})
+ALL = {
+    "pbt": PBT(),
+    "halving": SuccessiveHalving(reduction=2),
+    "random": RandomSearch(trial_generations=3),
+}
+
+
+def table(score, age=None):
+    score = np.asarray(score, float)
+    n = len(score)
+    age = np.full(n, 1) if age is None else np.asarray(age)
+    return Table(0, score, np.arange(n), age, {"rate": np.full(n, 0.1)}, {"val_loss": score})
+
+
+def decide(scheduler, *args, seed=0):
+    return module.check(
+        scheduler(table(*args), SPACE, np.random.default_rng(seed)), len(args[0]), ["rate"]
+    )
+
+
+@pytest.mark.parametrize("scheduler", ALL.values(), ids=ALL.keys())
+def test_the_same_seed_decides_the_same(scheduler):
+    scores = np.random.default_rng(0).normal(size=40)
+    first, again = decide(scheduler, scores), decide(scheduler, scores)
+    np.testing.assert_array_equal(first.parents, again.parents)
+    for name, change in first.changes.items():
+        np.testing.assert_array_equal(change, again.changes[name])
+
+
+@pytest.mark.parametrize("scheduler", ALL.values(), ids=ALL.keys())
+def test_diverged_trials_are_replaced_and_never_copied(scheduler):
+    scores = np.arange(12.0)
+    scores[[0, 5, 11]] = [np.nan, np.inf, np.nan]
+    decision = decide(scheduler, scores)
+    assert all(decision.parents[slot] != slot for slot in (0, 5, 11))
+    assert not {0, 5, 11} & set(decision.parents.tolist())
+
+
+@pytest.mark.parametrize("scheduler", ALL.values(), ids=ALL.keys())
+def test_when_all_diverged_all_start_anew(scheduler):
+    assert (decide(scheduler, np.full(8, np.nan)).parents == NEW).all()
+
+
+@pytest.mark.parametrize("population", [1, 2, 3, 8, 100])
+def test_pbt_replaces_the_worst_by_the_best(population):
+    scores = np.random.default_rng(1).permutation(population).astype(float)
+    parents = decide(PBT(quantile=0.25), scores).parents
+    count = min(max(1, population // 4), population // 2)
+    order = np.argsort(scores)
+    losers = np.flatnonzero(parents != np.arange(population))
+    assert set(losers) == set(order[population - count :])
+    assert set(parents[losers]) <= set(order[:count])
+
+
+def test_pbt_perturbs_only_what_copies():
+    decision = decide(PBT(resample=0), np.arange(8.0))
+    change = decision.changes["rate"]
+    np.testing.assert_array_equal(change.mask, decision.parents != np.arange(8))
+    assert set(change.multiply[change.mask]) <= {0.8, 1.25}
+
+
+def test_successive_halving_keeps_the_best_of_those_that_reached_a_rung():
+    scores, age = [3.0, 1.0, 2.0, 0.0, 9.0, 8.0], [1, 1, 1, 1, 3, 2]
+    parents = decide(SuccessiveHalving(reduction=2), scores, age).parents
+    assert parents.tolist() == [NEW, 1, NEW, 3, 4, 5]  # 8.0 is alone on its rung, 9.0 on none
+    parents = decide(SuccessiveHalving(reduction=2, longest=3), scores, age).parents
+    assert parents[4] == NEW
+
+
+def test_random_search_completes_trials():
+    assert decide(RandomSearch(), [1.0, 2.0], [50, 3]).parents.tolist() == [0, 1]
+    assert decide(RandomSearch(5), [1.0, 2.0], [5, 3]).parents.tolist() == [NEW, 1]
+
+
+@pytest.mark.parametrize("scheduler", ALL.values(), ids=ALL.keys())
+def test_a_scheduler_is_what_its_description_says(scheduler):
+    assert module.parse(module.describe(scheduler), None) == scheduler
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PBT(quantile=0.6), "quantile"),
+        (lambda: PBT(resample=-1), "resample"),
+        (lambda: PBT(factors=()), "factors"),
+        (lambda: SuccessiveHalving(reduction=1), "reduction"),
+        (lambda: SuccessiveHalving(grace=3, longest=2), "longest"),
+        (lambda: RandomSearch(0), "trial_generations"),
+        (lambda: module.parse({"name": "ASHA"}, None), "PBT, SuccessiveHalving"),
+        (lambda: module.parse({"name": "PBT", "quantil": 1}, None), "quantil"),
+        (lambda: module.check([0], 1, []), "must return a Decision"),
+        (lambda: module.check(Decision(np.zeros(2, int)), 3, []), "3 integers"),
+        (lambda: module.check(Decision(np.asarray([0, 3])), 2, []), "from -1 to 1"),
+        (
+            lambda: module.check(Decision(np.zeros(2, int), {"y": None}), 2, ["x"]),
+            "the space has",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named(make, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        make()

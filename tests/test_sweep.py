@@ -1,0 +1,563 @@
+"""Sweeps in one process: what they compute, what they refuse, and what they survive."""
+
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import gradhpo
+from gradhpo.cluster import (
+    NEW,
+    PBT,
+    Decision,
+    RandomSearch,
+    SearchSpace,
+    StorageInUse,
+    SuccessiveHalving,
+    SweepError,
+    checkpoints,
+    choice,
+    executors,
+    loguniform,
+    uniform,
+)
+from gradhpo.cluster.controller import Rules, first_plan, orders
+from gradhpo.cluster.incarnations import Incarnations, Superseded
+from gradhpo.cluster.journal import DriverLock
+from gradhpo.parallel import compiled
+from tests import sweep_problems
+from tests.small import OPTIMIZERS
+from tests.sweeps import GENERATIONS, SETTINGS, SPACE, assert_same_tables, sweep
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The small sweep, undisturbed."""
+    return sweep(tmp_path_factory.mktemp("reference")).run()
+
+
+# --- what it computes -------------------------------------------------------------------------
+
+
+def test_it_tunes(reference):
+    best = reference.best
+    first = reference.table["val_loss"][: SETTINGS["population"]]
+    assert best.score < np.nanmin(first)
+    assert best.score == best.metrics["val_loss"]
+    weights, lam = best.params, best.hyperparams
+    problem = sweep_problems.problem()
+    x = jax.jit(problem.data)(jax.random.key(0))  # any draw of the same size
+    assert float(problem.val_loss(weights, lam, x[32:])) < 1
+    assert 1e-3 <= np.exp(lam["log_rate"]) <= 0.3
+    assert (lam["log_decay"] != -3).all()
+
+
+def test_the_report_counts_one_compile(reference):
+    report = reference.report
+    assert (report.compiles, report.loads, report.workers_lost) == (1, 0, 0)
+    assert report.generations == GENERATIONS
+
+
+def test_who_copied_whom_is_known(reference):
+    table, copies = reference.table, reference.copies
+    assert copies
+    for copy in copies:
+        before = table["generation"] == copy.generation - 1
+        now = (table["generation"] == copy.generation) & (table["trial"] == copy.trial)
+        source = before & (table["trial"] == copy.source)
+        assert now.sum() == source.sum() == 1
+        assert table["slot"][source] == table["parent"][now]
+        others = table["val_loss"][before]
+        assert np.mean(others < table["val_loss"][source]) < 0.34  # it was among the best
+    assert len({copy.trial for copy in copies}) == len(copies)
+    lineage = reference.best.lineage
+    sources = {copy.trial: copy.source for copy in copies}
+    assert all(sources[b] == a for a, b in itertools.pairwise(lineage))
+
+
+def test_the_winner_can_be_computed_again_alone(reference):
+    again = reference.replay()
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(reference.best.state), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_perturbed_settings_stay_in_their_space(reference):
+    rates = np.exp(reference.table["hyperparams.log_rate"])
+    assert ((rates > 1e-3 * (1 - 1e-5)) & (rates < 0.3 * (1 + 1e-5))).all()
+    assert len(np.unique(rates)) > SETTINGS["population"]
+
+
+def test_pandas_gets_the_table(reference):
+    frame = reference.to_pandas()
+    assert len(frame) == GENERATIONS * SETTINGS["population"]
+    assert frame.val_loss.min() == reference.best.score
+
+
+def test_it_can_be_drawn(reference, tmp_path):
+    reference.plot(tmp_path / "new/figure.png")
+    assert (tmp_path / "new/figure.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("method", OPTIMIZERS)
+def test_every_method_and_objects_of_a_program(method, tmp_path):
+    """Methods given as objects, with an outer rate that is searched where there is one."""
+    settings, space = {}, SearchSpace(lr_hyper=loguniform(1e-3, 1e-1))
+    if method == "greedy":
+        outer = sweep_problems.optimizer().outer_optimizer
+        settings, space = {"unroll_steps": 2, "outer_optimizer": outer}, SPACE
+    if method == "hyperdistill":
+        settings = {"T": 4, "distill_data": True}  # with a PRNG key in its state
+    inner = sweep_problems.optimizer().inner_optimizer
+    made = OPTIMIZERS[method](inner_optimizer=inner, **settings)
+    changes = {"optimizer": made, "space": space, "generations": 3, "population": 4, "shards": 2}
+    changes["problem"] = sweep_problems.problem()
+    result = sweep(tmp_path / "a", **changes).run()
+    assert np.isfinite(result.final["val_loss"]).all()
+    if method != "greedy":
+        assert len(np.unique(result.table["lr_hyper"])) >= 4
+    short = {**changes, "generations": 2}
+    sweep(tmp_path / "b", **short).run()
+    assert_same_tables(sweep(tmp_path / "b", **changes).run(), result)
+
+
+def test_calibration_gives_theta_to_new_trials(tmp_path):
+    changes = {
+        "space": dataclasses.replace(SPACE, choices={"method": ["hyperdistill"]}),
+        "scheduler": SuccessiveHalving(reduction=2),
+        "generations": 3,
+        "population": 4,
+        "shards": 1,
+    }
+    result = sweep(tmp_path, **changes).run()
+    assert result.best.arrays[".metadata['theta']"] != 1
+    assert (result.table["parent"][4:] == NEW).any()
+
+
+def test_choices_make_populations_of_their_own(tmp_path):
+    compiled.clear()
+    space = dataclasses.replace(SPACE, choices={"method": ["first-order", "one-step"]})
+    result = sweep(tmp_path, space=space, generations=4).run()
+    assert result.report.compiles == 2
+    table = result.table
+    parents, slots = table["parent"], table["slot"]
+    copied = (parents >= 0) & (parents != slots)
+    assert (parents[copied] // 6 == slots[copied] // 6).all()
+    assert result.best.choices["method"] in ("first-order", "one-step")
+    assert (table["variant"] == slots // 6).all()
+
+
+def test_data_metric_and_mode(tmp_path):
+    def problem(data):
+        rows = data["x"]
+        return dataclasses.replace(
+            sweep_problems.problem(),
+            data=lambda key: rows,
+            metrics=lambda w, lam, data: {"negative_loss": -sweep_problems._val(w, lam, data)},
+        )
+
+    x = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32) + 1
+    changes = {"problem": problem, "data": {"x": x}, "metric": "negative_loss", "mode": "max"}
+    result = sweep(tmp_path, generations=3, **changes).run()
+    assert result.best.score == np.nanmax(result.table["negative_loss"]) < 0
+    with pytest.raises(SweepError, match="its data is"):
+        sweep(tmp_path, generations=4, **{**changes, "data": {"x": x + 1}}).run()
+
+
+def test_diverged_trials_are_last_and_replaced(tmp_path):
+    space = SearchSpace(hyperparams={"log_rate": uniform(-3, 6)})
+    result = sweep(tmp_path, space=space, generations=3, steps_per_generation=60).run()
+    table, n = result.table, SETTINGS["population"]
+    bad = np.isnan(table["val_loss"][:n])
+    assert 2 < bad.sum() < n
+    assert (table["trial"][n : 2 * n] != table["trial"][:n])[bad].all()
+    assert (table["diverged_at"][:n] > 0)[bad].all()
+    assert np.isfinite(result.best.score)
+
+
+def test_every_trial_diverged(tmp_path):
+    space = SearchSpace(hyperparams={"log_rate": uniform(20, 21)})
+    result = sweep(tmp_path, space=space, generations=2, steps_per_generation=60).run()
+    with pytest.raises(SweepError, match="every trial"):
+        _ = result.best
+
+
+def test_a_scheduler_of_ones_own(tmp_path):
+    def worst_half_restarts(table, space, rng):
+        del space, rng
+        parents = np.arange(len(table.score))
+        parents[table.ranking()[len(parents) // 2 :]] = NEW
+        return Decision(parents)
+
+    result = sweep(tmp_path, scheduler=worst_half_restarts, generations=3).run()
+    assert (result.table["parent"] == NEW).sum() == 12 + 6 + 6
+
+    def broken(table, space, rng):
+        del table, space, rng
+        raise ZeroDivisionError("on purpose")
+
+    with pytest.raises(SweepError, match=r"scheduler failed after generation 0.*on purpose"):
+        sweep(tmp_path / "b", scheduler=broken).run()
+
+
+def test_auto_batching_is_measured_once_and_kept(tmp_path):
+    changes = {"batching": "auto", "generations": 2, "population": 8, "shards": 1}
+    result = sweep(tmp_path, **changes).run()
+    assert result.report.calibration_compiles > 1
+    kept = json.loads((tmp_path / "programs.json").read_text())[0]["batching"]
+    again = sweep(tmp_path, **{**changes, "generations": 3}).run()
+    assert again.report.calibration_compiles == 0
+    assert json.loads((tmp_path / "programs.json").read_text())[0]["batching"] == kept
+
+
+def test_a_mesh_of_devices(tmp_path, reference):
+    result = sweep(tmp_path, mesh={"trial": 3, "data": 2}, batching="shard/map").run()
+    for name in ("val_loss", "hyperparams.log_rate"):
+        np.testing.assert_allclose(result.table[name], reference.table[name], rtol=2e-3)
+    np.testing.assert_array_equal(result.table["trial"], reference.table["trial"])
+
+
+# --- stopping and going on --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [1, 4, GENERATIONS - 1])
+def test_going_on_gives_the_same(tmp_path, reference, first):
+    sweep(tmp_path, generations=first).run()
+    result = sweep(tmp_path).run()
+    assert_same_tables(result, reference)
+    assert result.report.generations == GENERATIONS - first
+    done = sweep(tmp_path).run()  # nothing is left to do
+    assert done.report is None
+    assert_same_tables(done, reference)
+
+
+def test_only_two_generations_and_the_best_are_kept(reference, tmp_path):
+    made = sweep(tmp_path, scheduler=RandomSearch(trial_generations=2))
+    result = made.run()
+    there = {path.parent.name for path in (tmp_path / "checkpoints").glob("*/*.npz")}
+    assert there <= {f"{g:06d}" for g in (GENERATIONS - 1, GENERATIONS - 2, result.best.generation)}
+    assert len(list((tmp_path / "checkpoints").glob("*/*.npz"))) <= 9
+    assert result.best.score == np.nanmin(result.table["val_loss"])
+
+
+def test_the_callback_sees_saved_generations(tmp_path):
+    seen = []
+
+    def callback(generation, table):
+        assert (tmp_path / "journal.jsonl").read_bytes().count(b"\n") == generation
+        seen.append((generation, float(np.nanmin(table["val_loss"]))))
+
+    result = sweep(tmp_path, generations=3).run(callback)
+    assert [generation for generation, _ in seen] == [1, 2, 3]
+    assert min(score for _, score in seen) == result.best.score
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_generation_and_says_how_to_go_on(tmp_path, reference, number, capfd):
+    made = sweep(tmp_path, progress=None)
+
+    def interrupt(generation, table):
+        del table
+        if generation == 3:
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    result = made.run(interrupt)
+    assert result.generations == 3
+    assert signal.getsignal(number) == before
+    shown = capfd.readouterr().err
+    assert "finishing this generation" in shown
+    assert f"gradhpo resume {tmp_path}" in shown
+    assert "\r" not in shown
+    assert_same_tables(sweep(tmp_path).run(), reference)
+
+
+# --- damage -------------------------------------------------------------------------------------
+
+
+def flip(path, share=0.5):
+    content = bytearray(path.read_bytes())
+    content[int(share * len(content))] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
+@pytest.mark.parametrize("what", ["checkpoint", "table", "line"])
+def test_the_generation_before_is_used(tmp_path, reference, damage, what):
+    sweep(tmp_path, generations=5).run()
+    if what == "line":
+        path = tmp_path / "journal.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True)
+        last = tmp_path / "last"
+        last.write_bytes(lines[-1])
+        damage(last)
+        path.write_bytes(b"".join(lines[:-1]) + (last.read_bytes() if last.exists() else b""))
+    elif what == "checkpoint":
+        damage(next((tmp_path / "checkpoints/000004").glob("shard-0002*")))
+    else:
+        damage(next((tmp_path / "tables").glob("000004*")))
+    made = sweep(tmp_path)
+    result = made.run()
+    assert result.report.generations == GENERATIONS - 4  # one more than without damage
+    assert_same_tables(result, reference)
+    told = [event for event, _ in made.events if "damaged" in event]
+    assert told or (what == "line" and damage is Path.unlink)
+
+
+def test_a_damaged_line_inside_the_journal_costs_nothing(tmp_path, reference):
+    sweep(tmp_path, generations=5).run()
+    path = tmp_path / "journal.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    changed = bytearray(lines[1])
+    changed[40] ^= 1
+    path.write_bytes(lines[0] + changed + b"".join(lines[2:]))
+    result = sweep(tmp_path).run()
+    assert result.report.generations == GENERATIONS - 5
+    assert_same_tables(result, reference)
+
+
+def test_two_damaged_generations_stop_with_both_names(tmp_path):
+    sweep(tmp_path, generations=5).run()
+    for generation in ("000003", "000004"):
+        next((tmp_path / "checkpoints" / generation).glob("shard-0002*")).unlink()
+    before = (tmp_path / "journal.jsonl").read_bytes()
+    with pytest.raises(SweepError, match=r"000004/shard-0002.*000003/shard-0002"):
+        sweep(tmp_path).run()
+    assert (tmp_path / "journal.jsonl").read_bytes() == before
+
+
+def test_the_winner_survives_the_loss_of_its_checkpoint(tmp_path):
+    made = sweep(tmp_path, scheduler=RandomSearch(trial_generations=2), generations=6)
+    result = made.run()
+    found = result._best()["checkpoint"]
+    expected = result.best.state
+    flip(tmp_path / found.file)
+    again = made.result()
+    with pytest.raises(gradhpo.cluster.DamagedFile, match="checksum"):
+        _ = again.best
+    for a, b in zip(jax.tree.leaves(again.replay()), jax.tree.leaves(expected), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+# --- SIGKILL of the driver ----------------------------------------------------------------------
+
+DRIVER = """
+import os, sys
+sys.path.insert(0, {root!r})
+os.environ["XLA_FLAGS"] = {flags!r}
+from tests.sweeps import sweep
+sweep({storage!r}).run(lambda g, table: print(g, flush=True))
+"""
+
+
+def driver(storage):
+    code = DRIVER.format(root=str(ROOT), storage=str(storage), flags=os.environ["XLA_FLAGS"])
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.slow
+def test_sigkill_of_the_driver_at_random_instants(tmp_path, reference):
+    """Six kills: some while it starts, some while it runs, at an instant within a generation."""
+    rng = np.random.default_rng(0)
+    for kill in range(6):
+        with driver(tmp_path) as process:
+            lines = []
+            if kill % 3:
+                lines.append(process.stdout.readline())  # a generation is done
+                time.sleep(rng.uniform(0, 0.06))
+            else:
+                time.sleep(rng.uniform(0.5, 4))
+            process.kill()
+            lines += process.stdout.read().split()
+        done = [int(line) for line in lines if line.strip()]
+        journal = tmp_path / "journal.jsonl"
+        whole = len(journal.read_bytes().splitlines()) if journal.exists() else 0
+        # What was said to be done is in the journal; at most the generation in flight is lost.
+        assert whole >= max(done, default=0)
+    result = sweep(tmp_path).run()
+    assert_same_tables(result, reference)
+
+
+def test_a_worker_that_was_given_up_cannot_commit(tmp_path):
+    """The order was sent before its shard got a new owner, and executed after."""
+    made = sweep(tmp_path, generations=1)
+    made.run()
+    spec, numbers = made._spec("map"), Incarnations(tmp_path)
+    old = executors.LocalExecutor(spec, None, numbers, 4)
+    old.prepare({0: "map"})
+    rules = Rules(made.scheduler, made.space, 0, "val_loss", 1)
+    order = orders(first_plan(made.layout, rules), [None] * 4, made.layout, made.space)[:1]
+    before = contents(tmp_path / "checkpoints")
+    new = executors.LocalExecutor(spec, None, Incarnations(tmp_path), 4)
+    with pytest.raises(Superseded):
+        old.run(order)
+    assert contents(tmp_path / "checkpoints") == before
+    new.prepare({0: "map"})
+    assert new.run(order)[0].checkpoint.file not in before
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"seed": 1}, "seed"),
+        ({"scheduler": PBT(quantile=0.2)}, "scheduler"),
+        ({"space": SearchSpace({"log_rate": uniform(-3, -2)})}, "space"),
+        ({"population": 16}, "population"),
+        ({"shards": 2}, "shards"),
+        ({"steps_per_generation": 6}, "steps_per_generation"),
+        ({"batching": "vmap"}, "batching"),
+        ({"optimizer": sweep_problems.optimizer()}, "optimizer"),
+    ],
+)
+def test_another_run_on_a_storage_is_refused_and_changes_nothing(tmp_path, changes, name):
+    sweep(tmp_path, generations=1).run()
+    before = contents(tmp_path)
+    with pytest.raises(SweepError, match=f"holds another run: its {name} is"):
+        sweep(tmp_path, **changes).run()
+    assert contents(tmp_path) == before
+
+
+def test_code_that_changed_is_refused(tmp_path):
+    made = sweep_problems.problem()
+    sweep(tmp_path, problem=made, generations=1).run()
+    changed = dataclasses.replace(made, val_loss=lambda w, lam, x: 2 * made.val_loss(w, lam, x))
+    with pytest.raises(SweepError, match="computes something else"):
+        sweep(tmp_path, problem=changed).run()
+    assert sweep(tmp_path, problem=made, generations=2).run().generations == 2
+
+
+def test_a_second_driver_is_refused(tmp_path):
+    sweep(tmp_path, generations=1).run()
+    lock = DriverLock(tmp_path)
+    with pytest.raises(StorageInUse, match=f"process {os.getpid()}"):
+        sweep(tmp_path).run()
+    lock.release()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"problem": "tests.sweep_problems"}, "problem must be"),
+        ({"problem": 3}, "problem must be"),
+        ({"optimizer": "a b:c"}, "optimizer must be"),
+        ({"space": {}}, "space must be"),
+        ({"population": 0}, "population"),
+        ({"generations": 1.5}, "generations"),
+        ({"steps_per_generation": 0}, "steps_per_generation"),
+        ({"scheduler": PBT}, "scheduler must be"),
+        ({"mode": "least"}, "mode"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**32}, "seed"),
+        ({"shards": 5}, "shards must divide"),
+        ({"mesh": {"model": 2}}, "mesh must be"),
+        ({"mesh": {"trial": 2}}, "do not divide over trial=2"),
+        ({"workers": 0}, "workers"),
+        ({"executor": "slurm"}, "executor"),
+        ({"deadline": 0}, "deadline"),
+        ({"resources": {"GPU": 1}}, "write num_gpus"),
+        ({"resources": {"num_gpus": -1}}, "num_gpus"),
+        ({"processes": 2}, "processes"),
+        ({"space": dataclasses.replace(SPACE, choices={"a": list(range(5))})}, "multiple of the 5"),
+    ],
+)
+def test_wrong_arguments_are_named_before_anything_starts(tmp_path, changes, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        sweep(tmp_path / "new", **changes)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"space": SearchSpace({"rate": uniform(0, 1)})}, "'rate'; the problem's .*'log_rate'"),
+        ({"space": SearchSpace(lr_hyper=0.1)}, "lr_hyper is given"),
+        ({"space": dataclasses.replace(SPACE, choices={"depth": [1]})}, "choice 'depth'"),
+        ({"problem": "tests.sweep_problems:nothing"}, "has no 'nothing'"),
+        ({"problem": "tests.no_such_module:problem"}, "no_such_module"),
+        ({"problem": "tests.sweep_problems:optimizer"}, "must return a Problem"),
+        ({"metric": "accuracy"}, "'accuracy' is not in the table.*test_loss"),
+        ({"data": {"x": np.zeros(2)}}, "data is given"),
+    ],
+)
+def test_what_a_problem_lacks_is_said(tmp_path, changes, message):
+    with pytest.raises(Exception, match=message):
+        sweep(tmp_path, **changes).run()
+
+
+def test_a_storage_that_cannot_be_written_or_holds_something_else(tmp_path):
+    (tmp_path / "thesis.txt").write_text("important")
+    with pytest.raises(SweepError, match=r"holds no sweep.*thesis.txt"):
+        sweep(tmp_path).run()
+    with pytest.raises(OSError, match="cannot be written"):
+        sweep("/proc/no/such").run()
+
+
+def test_lr_hyper_is_asked_for(tmp_path):
+    made = gradhpo.FOOptimizer(sweep_problems.optimizer().inner_optimizer)
+    with pytest.raises(ValueError, match="lr_hyper"):
+        sweep(tmp_path, optimizer=made).run()
+
+
+def test_it_runs_in_another_thread(tmp_path, reference):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(sweep(tmp_path).run()))
+    thread.start()
+    thread.join()
+    assert_same_tables(results[0], reference)
+
+
+def test_a_full_disk_stops_with_a_clear_error_and_goes_on(tmp_path, reference, monkeypatch):
+    """A file system of the size of the sweep's own files, then a larger one."""
+    small = tmp_path / "disk"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(small)],
+        capture_output=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip("this machine does not let tests mount a file system")
+    try:
+        filler = small / ".filler"
+        filler.write_bytes(b"x" * 120_000)
+        with pytest.raises(SweepError, match="No space left"):
+            sweep(small / "run").run()
+        assert not list((small / "run").rglob("*.tmp"))
+        filler.unlink()
+        subprocess.run(["mount", "-o", "remount,size=50m", str(small)], check=True)
+        assert_same_tables(sweep(small / "run").run(), reference)
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_checkpoints_name_only_plain_arrays(tmp_path):
+    sweep(tmp_path, generations=1).run()
+    for path in tmp_path.rglob("*.npz"):
+        with np.load(path, allow_pickle=False) as file:
+            assert all(file[name].dtype.kind in "biuf" for name in file.files)
+    assert choice([1, 2]).describe() == {"choice": [1.0, 2.0]}
+    assert checkpoints.find(tmp_path, "tables/000000") is not None
