@@ -22,7 +22,7 @@ from gradhpo.cluster import (
     uniform,
 )
 from gradhpo.cluster.checkpoints import Saved
-from gradhpo.cluster.controller import Controller, Layout, Rules
+from gradhpo.cluster.controller import Columns, Controller, Layout, Rules
 from gradhpo.cluster.executors import Executor
 from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.shard import Order, Prepared, Result
@@ -47,9 +47,9 @@ class Stub(Executor):
         self._storage, self._layout = storage, layout
         rng, n = np.random.default_rng(seed), layout.population
         names = [*METRICS, *(f"hyperparams.{name}" for name in SPACE.hyperparams)]
-        self._pool = {name: rng.random(n, np.float32) for name in names}
-        self._pool["val_loss"][rng.random(n) < DIVERGED] = np.nan
-        self._pool["diverged_at"] = np.zeros(n, np.int32)
+        pool = {name: rng.random(n, np.float32) for name in names}
+        pool["val_loss"][rng.random(n) < DIVERGED] = np.nan
+        self._pool: Columns = {**pool, "diverged_at": np.zeros(n, np.int32)}
         self.seconds = 0.0
         """Spent here, and not by the controller."""
 
@@ -83,7 +83,7 @@ class Phases:
     """Seconds spent in each of `PHASES` while this is open."""
 
     def __init__(self) -> None:
-        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
 
     def __enter__(self) -> Phases:
         self._before = {name: getattr(self._owner(name), name) for name in PHASES}

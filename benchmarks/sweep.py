@@ -1,0 +1,138 @@
+"""A sweep against Ray Tune and against a loop by hand: trial-steps a second on the same cores."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import hand_loop
+import numpy as np
+import trials
+import typer
+from measure import Report, cores
+
+from gradhpo.cluster import PBT, SearchSpace, Sweep, loguniform
+from gradhpo.cluster.sweep import PROGRAMS
+
+
+class Row(NamedTuple):
+    """What was measured of one way to run the trials."""
+
+    name: str
+    rate: float
+    """Trial-steps a second, once running."""
+    startup: float
+    """Seconds until the first generation (of any trial) was done."""
+    generations: float
+    """Measured, of all trials."""
+    layout: str = "–"
+
+
+def this_sweep(workers: int, n: int, steps: int, generations: int) -> Row:
+    """Measure a sweep through Ray, in two shards however many workers hold them."""
+    times: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        sweep = Sweep(
+            problem="trials:problem",
+            optimizer="trials:optimizer",
+            space=SearchSpace({"log_decay": loguniform(trials.LOW, trials.HIGH, stored="log")}),
+            population=n,
+            generations=generations,
+            steps_per_generation=steps,
+            scheduler=PBT(trials.QUANTILE, trials.RESAMPLE, trials.FACTORS),
+            storage=folder,
+            shards=cores(),
+            workers=workers,
+            executor="ray",
+            progress=False,
+        )
+        started = time.perf_counter()
+        result = sweep.run(callback=lambda generation, table: times.append(time.perf_counter()))
+        assert result.report is not None
+        assert result.report.workers_lost == 0
+        layout = str(json.loads((Path(folder) / PROGRAMS).read_text())[0]["batching"])
+    seconds = np.diff(times)
+    name = f"this sweep, {workers} worker{'s' if workers > 1 else ''}"
+    return Row(name, _rate(n, steps, seconds), times[0] - started, len(seconds), layout)
+
+
+def by_hand(processes: int, n: int, steps: int, generations: int) -> Row:
+    """Measure the loop by hand."""
+    seconds, startup, layout = hand_loop.measure(processes, n, steps, generations)
+    name = f"by hand, {processes} process{'es' if processes > 1 else ''}"
+    return Row(name, _rate(n, steps, seconds), startup, len(seconds), layout)
+
+
+def ray_tune(best: bool, n: int, steps: int, generations: int, budget: float) -> Row:
+    """Measure Ray Tune."""
+    import tune_trials
+
+    rate, startup, results = tune_trials.measure(best, n, steps, generations, budget)
+    name = "Ray Tune, its best" if best else "Ray Tune, defaults"
+    return Row(name, rate * steps, startup, results / n)
+
+
+def _rows(n: int, steps: int, generations: int, budget: float) -> Iterator[Row]:
+    for measure in (
+        lambda: this_sweep(cores(), n, steps, generations),
+        lambda: by_hand(cores(), n, steps, generations),
+        lambda: by_hand(1, n, steps, generations),
+        lambda: this_sweep(1, n, steps, generations),
+        lambda: ray_tune(True, n, steps, generations, budget),
+        lambda: ray_tune(False, n, steps, generations, budget),
+    ):
+        row = measure()
+        print(f"{n} trials, {row.name}: {row.rate:,.0f} trial-steps/s", flush=True)
+        yield row
+
+
+def _rate(n: int, steps: int, seconds: Any) -> float:
+    return n * steps / float(np.median(seconds))
+
+
+def main(
+    populations: Annotated[str, typer.Option(help="Trials, with commas.")] = "64,256",
+    steps: Annotated[int, typer.Option(min=1, help="Of a trial in a generation.")] = 100,
+    generations: Annotated[int, typer.Option(min=2, help="The first is not measured.")] = 12,
+    budget: Annotated[float, typer.Option(help="Seconds for each run of Ray Tune.")] = 40,
+    output: Annotated[Path | None, typer.Option(help="Write the tables as Markdown.")] = None,
+) -> None:
+    """Measure population-based training of MLPs with One-Step in four ways."""
+    counts = [int(text) for text in populations.split(",")]
+    # Before the report, which starts JAX here: a sweep's driver does without.
+    rows = {n: list(_rows(n, steps, generations, budget)) for n in counts}
+    options = f"--populations {populations} --steps {steps} --generations {generations}"
+    report = Report("Sweeps", f"python benchmarks/sweep.py {options} --budget {budget:g}")
+    report.say(
+        f"Population-based training of MLPs of two hidden layers of {trials.WIDTH}, batches of 64, "
+        f"λ of 257 numbers, One-Step, {steps} steps in a generation, all on {cores()} cores. Rates "
+        "are of the median generation; start-up is what comes before, and the first generation. "
+        f"Ray Tune gets {budget:g} s (or {generations} generations): its rate is that of all "
+        "results after the first one, and counts the starts of its other trials, which it runs "
+        f"{cores()} at a time, one an actor. By hand nothing is written to disk, and processes do "
+        "not exchange trials; a sweep saves every trial in every generation."
+    )
+    for n in counts:
+        columns = ["", "trial-steps/s", "this sweep is", "start-up, s", "generations", "layout"]
+        ours = rows[n][0].rate
+        lines = [
+            [
+                row.name,
+                f"{row.rate:,.0f}",
+                f"{ours / row.rate:.2f}×",
+                f"{row.startup:.1f}",
+                f"{row.generations:.1f}",
+                row.layout,
+            ]
+            for row in rows[n]
+        ]
+        report.table(f"{n} trials", columns, lines)
+    report.write(output)
+
+
+if __name__ == "__main__":
+    typer.run(main)
