@@ -314,12 +314,13 @@ def orders(
         parents = plan.parents[part]
         fresh = parents == NEW
         inside = (parents >= part.start) & (parents < part.stop)
+        outside = np.flatnonzero(~fresh & ~inside)
+        sources = (part.tolist() for part in np.divmod(parents[outside], layout.slots))
         imports: list[Import] = []
-        for slot in np.flatnonzero(~fresh & ~inside):
-            source, source_slot = divmod(int(parents[slot]), layout.slots)
+        for slot, source, source_slot in zip(outside.tolist(), *sources, strict=True):
             checkpoint = saved[source]
             assert checkpoint is not None
-            imports.append(Import(int(slot), source, source_slot, checkpoint))
+            imports.append(Import(slot, source, source_slot, checkpoint))
         made.append(
             Order(
                 shard=shard,

@@ -61,9 +61,12 @@ def call_with(function: Any, arguments: Mapping[str, Any]) -> tuple[Any, set[str
 def _module(name: str) -> Any:
     if not name.endswith(".py"):
         return importlib.import_module(name)
-    path = Path(name).resolve()
-    if not path.is_file():
-        raise ImportError(f"there is no file {str(path)!r}")
+    # A process of a cluster has another present folder; the program's is on its path.
+    folders = [Path.cwd(), *(Path(folder) for folder in sys.path)]
+    path = next((folder / name for folder in folders if (folder / name).is_file()), None)
+    if path is None:
+        raise ImportError(f"there is no file {name!r} in {str(Path.cwd())!r} or on sys.path")
+    path = path.resolve()
     # The same name in every process, and none that another file has.
     digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
     unique = f"gradhpo_sweep_{path.stem}_{digest}"

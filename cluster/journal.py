@@ -168,13 +168,20 @@ class DriverLock:
         self._descriptor = os.open(storage / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             self._lock()
-        except OSError:
+        except BlockingIOError:
             text = os.read(self._descriptor, 4096).decode(errors="replace")
             os.close(self._descriptor)
             holder = holder_of(text)
             raise StorageInUse(
                 f"storage {str(storage)!r} is in use by another sweep: {holder}. Wait for it, "
                 "stop it, or give another storage"
+            ) from None
+        except OSError as error:
+            os.close(self._descriptor)
+            raise type(error)(
+                error.errno,
+                f"storage {str(storage)!r} is on a file system without locks (flock), which keep a "
+                f"second driver away: {error.strerror}",
             ) from None
         about = {"host": socket.gethostname(), "pid": os.getpid(), "since": int(time.time())}
         os.ftruncate(self._descriptor, 0)
@@ -183,7 +190,7 @@ class DriverLock:
     def _lock(self, tries: int = 3) -> None:
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             if tries == 1:
                 raise
             time.sleep(0.1)  # `holder` may be looking
@@ -204,7 +211,7 @@ def holder(storage: Path) -> str | None:
     with open(path, "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             return holder_of(file.read().decode(errors="replace"))
     return None
 

@@ -248,7 +248,7 @@ class Sweep:
         self.events = []
         lock = DriverLock(self.storage)
         try:
-            data = importing.load(self._data)() if isinstance(self._data, str) else self._data
+            data = self._load_data()
             self._claim(data)
             return self._run(data, callback)
         finally:
@@ -256,8 +256,7 @@ class Sweep:
 
     def result(self) -> SweepResult:
         """Return what is done so far, from the storage; nothing runs."""
-        data = importing.load(self._data)() if isinstance(self._data, str) else self._data
-        return self._result(data, self._resolved_batching(), None)
+        return self._result(self._load_data(), self._resolved_batching(), None)
 
     # --- running --------------------------------------------------------------------------------
 
@@ -415,7 +414,7 @@ class Sweep:
             "x64": bool(jax.config.jax_enable_x64),  # pyright: ignore
             "generations": self.generations,
             "batching": self.batching,
-            "sys_path": list(self._sys_path()),
+            "sys_path": list(_sys_path()),
             "how": how,
         }
         return json.loads(json.dumps(made))
@@ -480,15 +479,15 @@ class Sweep:
             storage=str(self.storage),
             batching=batching,
             mesh=self.mesh,
-            sys_path=self._sys_path(),
+            sys_path=_sys_path(),
             x64=bool(jax.config.jax_enable_x64),  # pyright: ignore
         )
 
-    def _sys_path(self) -> tuple[str, ...]:
-        """Where references are looked up: the present folder, and the program's own."""
-        program = getattr(sys.modules.get("__main__"), "__file__", None)
-        own = [] if program is None else [str(Path(program).absolute().parent)]
-        return tuple(dict.fromkeys([str(Path.cwd()), *own]))
+    def _load_data(self) -> Any:
+        if not isinstance(self._data, str):
+            return self._data
+        importing.extend_path(_sys_path())
+        return importing.load(self._data)()
 
     def _log(self, event: str, facts: Mapping[str, Any]) -> None:
         """Add an event to the storage's log, for `gradhpo status`; not needed for recovery."""
@@ -510,6 +509,7 @@ class Sweep:
             description = given["scheduler"]
             if not isinstance(description, Mapping):
                 raise ValueError(f'{where}: scheduler must be a table, {{name = "PBT"}}')
+            importing.extend_path(_sys_path())
             given["scheduler"] = schedulers.parse(description, importing.load)
         names = cls.__init__.__annotations__
         if unknown := [name for name in given if name not in names]:
@@ -591,6 +591,15 @@ def _stops(controller: Controller, display: report.Display) -> Generator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _sys_path() -> tuple[str, ...]:
+    """Where references are looked up: the present folder, and that of the program, if it is one."""
+    program: Any = sys.modules.get("__main__")
+    path = getattr(program, "__file__", None)
+    alone = path is not None and getattr(program, "__spec__", None) is None
+    own = [str(Path(path).absolute().parent)] if alone else []
+    return tuple(dict.fromkeys([str(Path.cwd()), *own]))
 
 
 def _named(thing: Any) -> dict[str, str]:
