@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 
 from gradhpo.errors import scalar_loss
+from gradhpo.hypergradient import Mode
 from gradhpo.inner import Moved
 from gradhpo.optimizer import Estimate
 from gradhpo.state import BilevelState, LossFn, PyTree
@@ -50,6 +51,9 @@ class UnrolledOptimizer(UnrollingMethod):
     update_fn: Callable[[Any, Any, Any], Any] | None = None
     batches: Literal["repeat", "stack"] = "repeat"
     remat: Remat = "none"
+    mode: Mode = "auto"
+
+    auto_mode = "forward-over-reverse"  # measured in benchmarks/mixed_modes.md
 
     def __post_init__(self) -> None:
         super().__post_init__()
