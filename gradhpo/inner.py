@@ -93,7 +93,8 @@ class InnerStep:
     ) -> Moved:
         """Take the step as a function to differentiate, in the weights, the state and λ.
 
-        The training loss is not differentiated. But in "reverse-over-reverse", reverse mode alone.
+        The training loss it returns is not to be differentiated, and in a mixed mode nothing is by
+        forward mode.
         """
         if self.mode == "reverse-over-reverse":
             return self._step(params, opt_state, hyperparams, batch, differentiable=True)

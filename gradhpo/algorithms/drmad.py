@@ -32,9 +32,9 @@ class DrMADOptimizer(UnrollingMethod):
       update_fn: `(params, hyperparams, batch) -> params`, in place of `inner_optimizer`.
       batches: "repeat" takes `train_batch` at all T steps; "stack" takes a stack of batches with
         a leading axis of length T, one for each.
-      mode: how `α·∂Φ/∂λ` is taken: "reverse-over-reverse", "forward-over-reverse" or
-        "reverse-over-forward", equal but for rounding; "auto" for the one that measures best.
-        An `update_fn` has the first alone.
+      mode: how the derivatives of a step are taken: "reverse-over-reverse", "forward-over-reverse"
+        or "reverse-over-forward", equal but for rounding. "auto" is the second where there is an
+        `inner_optimizer`, which keeps nothing of the model; an `update_fn` has the first alone.
 
     Raises:
       ValueError: if neither or both of `inner_optimizer` and `update_fn` are given, or `batches`

@@ -35,8 +35,9 @@ class GreedyOptimizer(UnrollingMethod):
       batches: "repeat" takes `train_batch` at all T steps; "stack" takes a stack of batches with
         a leading axis of length T, one for each.
       mode: how `α·∂Φ/∂λ` is taken: "reverse-over-reverse", "forward-over-reverse" or
-        "reverse-over-forward", equal but for rounding; "auto" for the one that measures best.
-        An `update_fn` has the first alone.
+        "reverse-over-forward", equal but for rounding. "auto" is the first, of the fewest FLOPs;
+        the others need less memory where λ acts deep in a model of rematerialized blocks. An
+        `update_fn` has the first alone.
 
     Raises:
       ValueError: if neither or both of `inner_optimizer` and `update_fn` are given, or there is

@@ -41,8 +41,9 @@ class OnlineHypergradientOptimizer(HypergradientMethod):
       distill_data: mix the batch as the weights (eq. 14): D*_t keeps `round(p_t·|D|)` rows of
         D*_{t-1}, and takes the rest from D_t, at random. `init` then needs a batch and a key.
       mode: how `α·∂Φ/∂λ` is taken: "reverse-over-reverse", "forward-over-reverse" or
-        "reverse-over-forward", equal but for rounding; "auto" for the one that measures best.
-        An `update_fn` has the first alone.
+        "reverse-over-forward", equal but for rounding. "auto" is the first, of the fewest FLOPs;
+        the others need less memory where λ acts deep in a model of rematerialized blocks. An
+        `update_fn` has the first alone.
 
     Raises:
       ValueError: if neither or both of `inner_optimizer` and `update_fn` are given, or a number

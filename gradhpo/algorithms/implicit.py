@@ -161,6 +161,8 @@ def _refuse_unseen(inner: InnerStep, state: BilevelState, batch: PyTree) -> None
     paths = [path for path, _ in tree_flatten_with_path(lam)[0]]
     through = "update_fn" if inner.update_fn is not None else "inner_optimizer"
     in_update = depends(update, lam, gradient, loss)
+    if not any(in_update):
+        return
     in_gradient = depends(lambda lam: inner.gradient(w, lam, batch)[1], lam)
     for path, moves, seen in zip(paths, in_update, in_gradient, strict=True):
         if moves and not seen:

@@ -22,8 +22,9 @@ class OneStepOptimizer(StatelessMethod):
       outer_optimizer: an `optax.GradientTransformation` for λ, in place of `lr_hyper`.
       update_fn: `(params, hyperparams, batch) -> params`, in place of `inner_optimizer`.
       mode: how `α·∂Φ/∂λ` is taken: "reverse-over-reverse", "forward-over-reverse" or
-        "reverse-over-forward", equal but for rounding; "auto" for the one that measures best.
-        An `update_fn` has the first alone.
+        "reverse-over-forward", equal but for rounding. "auto" is the first, of the fewest FLOPs;
+        the others need less memory where λ acts deep in a model of rematerialized blocks. An
+        `update_fn` has the first alone.
 
     Raises:
       ValueError: if neither or both of `inner_optimizer` and `update_fn` are given.
