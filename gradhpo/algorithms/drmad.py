@@ -52,7 +52,7 @@ class DrMADOptimizer(UnrollingMethod):
     batches: Literal["repeat", "stack"] = "repeat"
     mode: Mode = "auto"
 
-    auto_mode = "forward-over-reverse"  # measured in benchmarks/mixed_modes.md
+    auto_mode = "forward-over-reverse"  # measured in benchmarks/mixed_modes.py
 
     def estimate(
         self,

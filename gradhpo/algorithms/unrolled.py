@@ -58,7 +58,7 @@ class UnrolledOptimizer(UnrollingMethod):
     remat: Remat = "none"
     mode: Mode = "auto"
 
-    auto_mode = "forward-over-reverse"  # measured in benchmarks/mixed_modes.md
+    auto_mode = "forward-over-reverse"  # measured in benchmarks/mixed_modes.py
 
     def __post_init__(self) -> None:
         super().__post_init__()
