@@ -65,8 +65,20 @@ def cnn(channels: int = 16) -> Task:
     return _task(init, predict, (16, 16, 3), batch_size=32)
 
 
-def transformer(layers: int = 2, width: int = 64, length: int = 32, heads: int = 4) -> Task:
-    """Return a transformer encoder with pre-norm blocks, mean pooling and 10 classes."""
+def transformer(
+    layers: int = 2,
+    width: int = 64,
+    length: int = 32,
+    heads: int = 4,
+    *,
+    scanned: bool = False,
+    checkpoint: bool = False,
+) -> Task:
+    """Return a transformer encoder with pre-norm blocks, mean pooling and 10 classes.
+
+    Its blocks stand one after another, or are `scanned` over stacked weights; `checkpoint` puts
+    `jax.checkpoint` around each block.
+    """
 
     def normalize(x: jax.Array) -> jax.Array:
         x = x - x.mean(-1, keepdims=True)
@@ -79,9 +91,14 @@ def transformer(layers: int = 2, width: int = 64, length: int = 32, heads: int =
         x = x + mixed.reshape(n, t, d) @ p["out"]
         return x + jax.nn.gelu(normalize(x) @ p["up"]) @ p["down"]
 
+    once = jax.checkpoint(block, prevent_cse=not scanned) if checkpoint else block
+
     def predict(params: Any, x: jax.Array) -> jax.Array:
-        for p in params["blocks"]:
-            x = block(p, x)
+        if scanned:
+            x, _ = jax.lax.scan(lambda x, p: (once(p, x), None), x, params["blocks"])
+        else:
+            for p in params["blocks"]:
+                x = once(p, x)
         return normalize(x).mean(1) @ params["head"]
 
     def init(key: jax.Array) -> Any:
@@ -92,6 +109,8 @@ def transformer(layers: int = 2, width: int = 64, length: int = 32, heads: int =
             return {name: _matrix(k, n * width, m * width) for k, (name, (n, m)) in items}
 
         blocks = [one(k) for k in jax.random.split(key, layers)]
+        if scanned:
+            blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
         return {"blocks": blocks, "head": _matrix(key, width, 10)}
 
     return _task(init, predict, (length, width), batch_size=16)

@@ -1,12 +1,13 @@
-"""What the hypergradients are made of: the validation gradients, and α·∂Φ/∂λ by differences.
+"""What the hypergradients are made of: the validation gradients, and α·∂Φ/∂λ.
 
-The exact `α·∂Φ/∂λ` is `InnerStep.pullback`, reverse mode over the inner step.
+Where Φ is an optimizer on a training loss, `α·∂Φ/∂λ = ∇_λ ⟨u, ∇_w L_train⟩ + (∂Ψ/∂λ)ᵀα`, with u the
+vector α pulled back through the optimizer Ψ: exact by mixed modes, or by differences.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,13 @@ import optax
 
 from gradhpo.errors import scalar_loss
 from gradhpo.state import LossFn, PyTree
+
+Mode: TypeAlias = Literal[
+    "auto", "reverse-over-reverse", "forward-over-reverse", "reverse-over-forward"
+]
+"""How `α·∂Φ/∂λ` is taken; equal in exact arithmetic."""
+
+MODES = ("auto", "reverse-over-reverse", "forward-over-reverse", "reverse-over-forward")
 
 
 class Validation(NamedTuple):
@@ -33,6 +41,36 @@ def validation(
     loss_fn = jax.value_and_grad(scalar_loss("val_loss_fn", val_loss_fn), argnums=(0, 1))
     loss, (alpha, direct) = loss_fn(params, hyperparams, batch)
     return Validation(loss, alpha, direct)
+
+
+def second_order(
+    loss_fn: LossFn,
+    params: PyTree,
+    hyperparams: PyTree,
+    batch: PyTree,
+    u: PyTree,
+    loss_bar: jax.Array | None,
+    mode: Mode,
+    argnums: tuple[int, ...],
+) -> tuple[PyTree, ...]:
+    """Return `∇ [⟨u, ∇_w L⟩ + l̄ L]` in the weights (argnum 0) and λ (argnum 1), by a mixed mode.
+
+    "forward-over-reverse" is the derivative of ∇L along u in w; "reverse-over-forward" the gradient
+    of L's derivative along u. The term of `loss_bar`, l̄, is left out where it is None.
+    """
+    if mode == "forward-over-reverse":
+
+        def gradient(w: PyTree) -> tuple[PyTree, ...]:
+            return jax.grad(loss_fn, argnums)(w, hyperparams, batch)
+
+        first, along = jax.jvp(gradient, (params,), (u,))
+        return along if loss_bar is None else optax.tree.add_scale(along, loss_bar, first)
+
+    def slope(params: PyTree, hyperparams: PyTree) -> jax.Array:
+        loss, along = jax.jvp(lambda w: loss_fn(w, hyperparams, batch), (params,), (u,))
+        return along if loss_bar is None else along + loss_bar * loss
+
+    return jax.grad(slope, argnums)(params, hyperparams)
 
 
 def norm(tree: PyTree) -> jax.Array:

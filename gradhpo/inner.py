@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gradhpo.dependence import depends
 from gradhpo.errors import check_same_tree, scalar_loss
 from gradhpo.finite_derivatives import with_finite_derivatives
+from gradhpo.hypergradient import Mode, second_order
 from gradhpo.state import LossFn, PyTree, as_array
 
 
@@ -32,11 +35,13 @@ class InnerStep:
 
     Exactly one of `inner_optimizer` and `update_fn` is given. `inner_optimizer` may be a function
     `λ -> GradientTransformation`; then λ also receives gradients through the optimizer itself.
+    `mode` is how its derivatives are taken, see `MODES`.
     """
 
     inner_optimizer: Any
     update_fn: Callable[[Any, Any, Any], Any] | None
     train_loss_fn: LossFn
+    mode: Mode = "reverse-over-reverse"
 
     def __call__(
         self, params: PyTree, opt_state: PyTree, hyperparams: PyTree, batch: PyTree
@@ -47,14 +52,31 @@ class InnerStep:
     def pullback(
         self, params: PyTree, opt_state: PyTree, hyperparams: PyTree, batch: PyTree
     ) -> tuple[Moved, Callable[[PyTree], PyTree]]:
-        """Take the step, and return with it `α ↦ α·B`, from the same linearization."""
+        """Take the step, and return with it `α ↦ α·B`; no gradient is computed twice."""
+        if self.mode != "reverse-over-reverse":
+            return self._pullback_mixed(params, opt_state, hyperparams, batch)
 
         def step(hyperparams: PyTree) -> tuple[PyTree, Moved]:
-            moved = self._step(params, opt_state, hyperparams, batch, differentiable=True)
+            moved = self.differentiable(params, opt_state, hyperparams, batch)
             return moved.params, moved
 
         _, pull, moved = jax.vjp(step, hyperparams, has_aux=True)
         return moved, lambda alpha: pull(alpha)[0]
+
+    def _pullback_mixed(
+        self, params: PyTree, opt_state: PyTree, hyperparams: PyTree, batch: PyTree
+    ) -> tuple[Moved, Callable[[PyTree], PyTree]]:
+        loss, gradient = self.gradient(params, hyperparams, batch)
+        (new, new_state), pull = self.pullback_move(gradient, opt_state, params, hyperparams, loss)
+
+        def alpha_b(alpha: PyTree) -> PyTree:
+            # α·B = ∇_λ ⟨u, ∇_w L_train⟩ + the optimizer's own terms, u = (∂w_t/∂G)ᵀα.
+            u, loss_bar, direct = pull(alpha)
+            arguments = (params, hyperparams, batch, u, loss_bar)
+            (mixed,) = second_order(self.train_loss, *arguments, self.mode, (1,))
+            return optax.tree.add(mixed, direct)
+
+        return Moved(new, new_state, loss), alpha_b
 
     def pullback_both(
         self, params: PyTree, opt_state: PyTree, hyperparams: PyTree, batch: PyTree
@@ -62,16 +84,21 @@ class InnerStep:
         """Return `α ↦ (α·A, α·B)`, A and B being Φ's derivatives in the weights and in λ."""
 
         def step(params: PyTree, hyperparams: PyTree) -> PyTree:
-            moved = self._step(params, opt_state, hyperparams, batch, differentiable=True)
-            return moved.params
+            return self.differentiable(params, opt_state, hyperparams, batch).params
 
         return jax.vjp(step, params, hyperparams)[1]
 
     def differentiable(
         self, params: PyTree, opt_state: PyTree, hyperparams: PyTree, batch: PyTree
     ) -> Moved:
-        """Take the step as a function to differentiate, in the weights, the state and λ."""
-        return self._step(params, opt_state, hyperparams, batch, differentiable=True)
+        """Take the step as a function to differentiate, in the weights, the state and λ.
+
+        The training loss it returns is not to be differentiated, and in a mixed mode nothing is by
+        forward mode.
+        """
+        if self.mode == "reverse-over-reverse":
+            return self._step(params, opt_state, hyperparams, batch, differentiable=True)
+        return _mixed_step(self, params, opt_state, hyperparams, batch)
 
     def pullback_all(
         self, params: PyTree, opt_state: PyTree, hyperparams: PyTree, batch: PyTree
@@ -104,9 +131,12 @@ class InnerStep:
         self, params: PyTree, hyperparams: PyTree, batch: PyTree
     ) -> tuple[jax.Array, PyTree]:
         """Return the training loss and `G`, its gradient in the weights."""
-        return jax.value_and_grad(scalar_loss("train_loss_fn", self.train_loss_fn))(
-            params, hyperparams, batch
-        )
+        return jax.value_and_grad(self.train_loss)(params, hyperparams, batch)
+
+    @property
+    def train_loss(self) -> LossFn:
+        """`train_loss_fn`, checked while it is traced."""
+        return scalar_loss("train_loss_fn", self.train_loss_fn)
 
     def move(
         self, gradient: PyTree, opt_state: PyTree, params: PyTree, hyperparams: PyTree, loss: Any
@@ -120,17 +150,35 @@ class InnerStep:
 
     def pullback_move(
         self, gradient: PyTree, opt_state: PyTree, params: PyTree, hyperparams: PyTree, loss: Any
-    ) -> tuple[tuple[PyTree, PyTree], Callable[[PyTree], tuple[PyTree, PyTree]]]:
-        """Apply the optimizer, and return with it `α ↦ (∂w_t/∂G)ᵀα, (∂Ψ/∂λ)ᵀα`: cheap, no model."""
+    ) -> tuple[tuple[PyTree, PyTree], Callable[[PyTree], tuple[PyTree, Any, PyTree]]]:
+        """Apply the optimizer, and return with it `α ↦ (u, l̄, (∂Ψ/∂λ)ᵀα)`: cheap, no model.
 
-        def move(gradient: PyTree, hyperparams: PyTree) -> tuple[PyTree, tuple[PyTree, PyTree]]:
+        `u = (∂w_t/∂G)ᵀα`; `l̄ = ⟨α, ∂w_t/∂L_train⟩` for an optimizer that looks at the loss, such as
+        Polyak's, and None for all others.
+        """
+
+        def move(gradient: PyTree, loss: Any, hyperparams: PyTree) -> tuple[PyTree, Any]:
             moved = with_finite_derivatives(self.move)(
                 gradient, opt_state, params, hyperparams, loss
             )
             return moved[0], moved
 
-        _, pull, moved = jax.vjp(move, gradient, hyperparams, has_aux=True)
-        return moved, pull
+        _, pull, moved = jax.vjp(move, gradient, loss, hyperparams, has_aux=True)
+        uses_loss = self.uses_loss(gradient, opt_state, params, hyperparams, loss)
+
+        def pulled(alpha: PyTree) -> tuple[PyTree, Any, PyTree]:
+            u, loss_bar, direct = pull(alpha)
+            return u, loss_bar if uses_loss else None, direct
+
+        return moved, pulled
+
+    def uses_loss(
+        self, gradient: PyTree, opt_state: PyTree, params: PyTree, hyperparams: PyTree, loss: Any
+    ) -> bool:
+        """Whether the optimizer looks at the training loss itself, and not only its gradient."""
+        return depends(
+            lambda loss: self.move(gradient, opt_state, params, hyperparams, loss), loss
+        )[0]
 
     def optimizer(self, hyperparams: PyTree) -> Any:
         """Return the optax optimizer at these hyperparameters."""
@@ -148,12 +196,47 @@ class InnerStep:
             new = self.update_fn(params, hyperparams, batch)
             check_same_tree("update_fn", new, "params", params)
             new = jax.tree.map(as_array, new)
-            loss = scalar_loss("train_loss_fn", self.train_loss_fn)
-            return Moved(new, opt_state, loss(params, hyperparams, batch))
+            return Moved(new, opt_state, self.train_loss(params, hyperparams, batch))
         loss, gradient = self.gradient(params, hyperparams, batch)
         move = with_finite_derivatives(self.move) if differentiable else self.move
         new_params, new_state = move(gradient, opt_state, params, hyperparams, loss)
         return Moved(new_params, new_state, loss)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mixed_step(
+    inner: InnerStep, params: PyTree, opt_state: PyTree, hyperparams: PyTree, batch: PyTree
+) -> Moved:
+    """Take the step; backward, in mixed mode (MixFlow-MG, Kemaev et al. ICML 2025).
+
+    What is kept for the backward pass is the point and its gradient G, and nothing of the model.
+    Cotangents go back through the optimizer first, to one vector u in the place of G; what u meets
+    behind it, ∂G/∂w and ∂G/∂λ, is symmetric to derivatives along u, which need no tape.
+    """
+    return _mixed_forward(inner, params, opt_state, hyperparams, batch)[0]
+
+
+def _mixed_forward(
+    inner: InnerStep, params: PyTree, opt_state: PyTree, hyperparams: PyTree, batch: PyTree
+) -> tuple[Moved, Any]:
+    loss, gradient = inner.gradient(params, hyperparams, batch)
+    moved = Moved(*inner.move(gradient, opt_state, params, hyperparams, loss), loss)
+    return moved, (gradient, opt_state, params, hyperparams, loss, batch)
+
+
+def _mixed_backward(inner: InnerStep, kept: Any, cotangents: Moved) -> Any:
+    *point, batch = kept
+    _, _, params, hyperparams, _ = point
+    _, pull = jax.vjp(with_finite_derivatives(inner.move), *point)
+    u, state_bar, *direct, loss_bar = pull((cotangents.params, cotangents.opt_state))
+    loss_bar = loss_bar if inner.uses_loss(*point) else None
+    arguments = (params, hyperparams, batch, u, loss_bar)
+    through_model = second_order(inner.train_loss, *arguments, inner.mode, (0, 1))
+    params_bar, hyperparams_bar = optax.tree.add(through_model, tuple(direct))
+    return params_bar, state_bar, hyperparams_bar, None
+
+
+_mixed_step.defvjp(_mixed_forward, _mixed_backward)
 
 
 def optimizer_at(inner_optimizer: Any, hyperparams: PyTree) -> Any:

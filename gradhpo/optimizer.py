@@ -20,7 +20,7 @@ from gradhpo.errors import (
     check_hashable,
     check_same_tree,
 )
-from gradhpo.hypergradient import norm, validation
+from gradhpo.hypergradient import MODES, Mode, norm, validation
 from gradhpo.inner import InnerStep, is_optax, optimizer_at
 from gradhpo.state import BilevelState, LossFn, PyTree, as_array, prepare
 
@@ -53,6 +53,11 @@ class BilevelOptimizer(abc.ABC):
     inner_optimizer: Any = None
     outer_optimizer: Any = None
     update_fn: Callable[[Any, Any, Any], Any] | None = None
+    mode: Mode = "auto"
+    """How exact derivatives of the inner step are taken."""
+    auto_mode: Mode = "reverse-over-reverse"
+    """What `mode="auto"` means with an `inner_optimizer`. One product a step is cheapest so: the
+    linearization that moves the weights is the one that is pulled back."""
 
     T: int = 20
     """Steps in an episode of `run`."""
@@ -246,7 +251,9 @@ class BilevelOptimizer(abc.ABC):
 
     def inner_step(self, train_loss_fn: LossFn) -> InnerStep:
         """Return Φ for this training loss."""
-        return InnerStep(self.inner_optimizer, self.update_fn, train_loss_fn)
+        auto = self.auto_mode if self.update_fn is None else "reverse-over-reverse"
+        mode = auto if self.mode == "auto" else self.mode
+        return InnerStep(self.inner_optimizer, self.update_fn, train_loss_fn, mode)
 
     def check_step(self, train_loss_fn: LossFn, val_loss_fn: LossFn, lr_hyper: Any) -> None:
         """Raise if a step with these arguments could not be compiled."""
@@ -278,6 +285,13 @@ class HypergradientMethod(BilevelOptimizer):
         elif not is_optax(self.inner_optimizer) and not callable(self.inner_optimizer):
             accepted = "an optax.GradientTransformation or a function of the hyperparameters"
             raise TypeError(f"inner_optimizer must be {accepted}, got {self.inner_optimizer!r}")
+        if self.mode not in MODES:
+            raise ValueError(f"mode must be one of {MODES}, got {self.mode!r}")
+        if self.update_fn is not None and self.mode not in ("auto", "reverse-over-reverse"):
+            raise ValueError(
+                f"mode={self.mode!r} needs an inner_optimizer: an update_fn hides its gradient, "
+                'and can only be differentiated by mode="reverse-over-reverse"'
+            )
         if self.outer_optimizer is not None and not is_optax(self.outer_optimizer):
             accepted = "an optax.GradientTransformation"
             raise TypeError(f"outer_optimizer must be {accepted}, got {self.outer_optimizer!r}")

@@ -132,6 +132,11 @@ def test_a_step_reduces_once_for_each_gradient(name, needed):
     assert reductions(data_parallel(build(name), make_mesh(data=4))) == needed
 
 
+def test_a_mixed_mode_reduces_no_more():
+    optimizer = build("one-step", mode="forward-over-reverse")
+    assert reductions(data_parallel(optimizer, make_mesh(data=4))) == 3
+
+
 def test_greedys_reductions_do_not_grow_with_its_unroll():
     counts = {
         n: reductions(data_parallel(build("greedy", unroll_steps=n), make_mesh(data=4)))

@@ -61,6 +61,7 @@ INNER = {
     "momentum": {"inner_optimizer": optax.sgd(0.1, momentum=0.9)},
     "nesterov": {"inner_optimizer": optax.sgd(0.1, momentum=0.9, nesterov=True)},
     "adam": {"inner_optimizer": optax.adam(0.05, eps=0.01)},
+    "polyak": {"inner_optimizer": optax.polyak_sgd(10.0, f_min=-2.0)},  # looks at the loss
     "sgd of λ": {"inner_optimizer": lambda lam: optax.sgd(lam["lr"], momentum=lam["momentum"])},
     "adamw of λ": {
         "inner_optimizer": lambda lam: optax.adamw(

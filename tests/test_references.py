@@ -1,5 +1,6 @@
 """The reference methods: against autodiff, NumPy and closed forms, in float64."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,10 +11,12 @@ import pytest
 
 from gradhpo import (
     DrMADOptimizer,
+    FOOptimizer,
     ForwardOptimizer,
     GreedyOptimizer,
     ImplicitOptimizer,
     OneStepOptimizer,
+    OnlineHypergradientOptimizer,
     UnrolledOptimizer,
 )
 from gradhpo.dependence import depends
@@ -120,30 +123,29 @@ def test_of_a_network():
         assert_close(found, expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize("steps", [2, 7, 9])
+@pytest.mark.parametrize("steps", [7, 9])
 def test_rematerialization_changes_nothing_at_any_length(steps):
-    # Lengths that √T divides, that leave a shorter segment, and that make one segment. The same
-    # batch at every step is a stack of its copies.
+    # A length that leaves a shorter segment, and a square. The same batch at every step is a stack
+    # of its copies.
     stack = np.repeat(STACK[:1], steps, axis=0)
     kept = UnrolledOptimizer(ADAM, unroll_steps=steps, batches="stack")
     state = kept.init(problems.W0, problems.LAM0)
     expected = kept.compute_hypergradient(state, stack, VAL, *QUADRATIC)
-    for remat in ("sqrt", "step"):
-        repeat = UnrolledOptimizer(ADAM, unroll_steps=steps, remat=remat)
+    for remat, mode in (("sqrt", "reverse-over-reverse"), ("step", "auto"), ("sqrt", "auto")):
+        repeat = UnrolledOptimizer(ADAM, unroll_steps=steps, remat=remat, mode=mode)
         found = repeat.compute_hypergradient(state, STACK[0], VAL, *QUADRATIC)
         assert_close(found, expected)
 
 
 @pytest.mark.parametrize("kind", [UnrolledOptimizer, ForwardOptimizer, DrMADOptimizer])
-@pytest.mark.parametrize("inner", ["momentum", "adam"])
-def test_one_step_of_each_is_one_step(kind, inner):
+def test_one_step_of_each_is_one_step(kind):
     # From a state that is not zero: DrMAD's line starts in it.
-    one = OneStepOptimizer(INNER[inner])
+    one = OneStepOptimizer(ADAM)
     state = one.init(problems.MLP, problems.MLP_LAM)
     state = one.step(state, problems.MLP_TRAIN[1], problems.MLP_VAL, *NETWORK, 0.05)
     arguments = (state, problems.MLP_TRAIN[0], problems.MLP_VAL, *NETWORK)
     expected = one.compute_hypergradient(*arguments)
-    assert_close(kind(INNER[inner]).compute_hypergradient(*arguments), expected)
+    assert_close(kind(ADAM).compute_hypergradient(*arguments), expected)
 
 
 def test_a_key_in_the_optimizers_state():
@@ -158,7 +160,7 @@ def test_a_key_in_the_optimizers_state():
     assert np.isfinite(found[2]).all()
 
 
-@pytest.mark.parametrize("kind", [UnrolledOptimizer, ForwardOptimizer, DrMADOptimizer])
+@pytest.mark.parametrize("kind", [UnrolledOptimizer, DrMADOptimizer])
 def test_dead_units_leave_what_is_found_without_them(kind):
     optimizer = kind(DEAD["adam"], unroll_steps=2)
     found, expected = (
@@ -203,11 +205,93 @@ def test_memory_grows_as_promised():
         few, many = (temporaries(optimizer, steps) for steps in (16, 64))
         return many / few
 
-    assert growth(UnrolledOptimizer) > 3.5
-    assert growth(functools.partial(UnrolledOptimizer, remat="sqrt")) < 2.2  # √(64/16) and more
-    assert growth(functools.partial(UnrolledOptimizer, remat="step")) < 1.2
+    plain = functools.partial(UnrolledOptimizer, mode="reverse-over-reverse")
+    assert growth(plain) > 3.5
+    assert growth(functools.partial(plain, remat="sqrt")) < 2.2  # √(64/16) and more
+    assert growth(UnrolledOptimizer) < 1.2  # weights and gradients, and nothing of 512 rows
     assert growth(ForwardOptimizer) < 1.05
     assert growth(DrMADOptimizer) < 1.05
+
+
+# --- Modes --------------------------------------------------------------------------------------
+
+MIXED = ["forward-over-reverse", "reverse-over-forward"]
+METHODS = {
+    "One-Step": OneStepOptimizer,
+    "Greedy": functools.partial(GreedyOptimizer, outer_optimizer=optax.sgd(0.1), unroll_steps=2),
+    "HyperDistill": functools.partial(OnlineHypergradientOptimizer, gamma=0.9, T=2),
+    "Unrolled": functools.partial(UnrolledOptimizer, unroll_steps=2),
+    "DrMAD": functools.partial(DrMADOptimizer, unroll_steps=2),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_modes_agree_with_hyperparameters_in_the_loss_and_the_optimizer(name):
+    found = []
+    for mode in ("reverse-over-reverse", *MIXED):
+        optimizer = METHODS[name](TUNED["adamw"], mode=mode)
+        state = optimizer.init(problems.W0, TUNED_LAM)
+        found.append(optimizer.compute_hypergradient(state, STACK[0], VAL, *TUNED_LOSSES))
+    assert_close(found[1], found[0], rtol=1e-9)
+    assert_close(found[2], found[0], rtol=1e-9)
+    assert min(abs(found[0][key]) for key in ("log_lr", "decay_rate")) > 1e-4
+
+
+@pytest.mark.parametrize("mode", ["reverse-over-reverse", *MIXED])
+def test_an_optimizer_that_looks_at_the_loss(mode):
+    one = OneStepOptimizer(INNER["polyak"], mode=mode)
+    state = one.init(problems.W0, problems.LAM0)
+    expected = exact(INNER["polyak"], QUADRATIC, state, as_jax(STACK[:1]), VAL)
+    assert_close(one.compute_hypergradient(state, STACK[0], VAL, *QUADRATIC), expected)
+
+
+def test_theta_does_not_depend_on_the_mode():
+    first, *others = (
+        METHODS["HyperDistill"](ADAM, mode=mode).estimate_theta(
+            FOOptimizer(ADAM).init(problems.W0, problems.LAM0), STACK[:2], VAL, *QUADRATIC
+        )
+        for mode in ("reverse-over-reverse", *MIXED)
+    )
+    assert_close(others, [first, first], rtol=1e-9)
+    assert abs(first - 1) > 1e-3
+
+
+def test_keys_and_integers_in_a_batch():
+    def train(w, lam, batch):
+        rows = jax.random.normal(batch["key"], (4, problems.N))
+        return problems.quadratic_train(w, lam[batch["index"]], rows)
+
+    losses = (train, problems.quadratic_val)
+    batch = {"key": jax.random.key(0), "index": np.array([2, 0, 1])}
+    found = []
+    for mode in ("reverse-over-reverse", *MIXED):
+        optimizer = UnrolledOptimizer(problems.SGD, unroll_steps=2, mode=mode)
+        state = optimizer.init(problems.W0, problems.LAM0)
+        found.append(optimizer.compute_hypergradient(state, batch, VAL, *losses))
+    assert_close(found[1:], [found[0], found[0]])
+
+
+@pytest.mark.parametrize("kind", [OneStepOptimizer, UnrolledOptimizer])
+def test_bfloat16_weights_with_float32_hyperparameters(kind):
+    with jax.enable_x64(False):
+        half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), problems.MLP)
+        optimizer = kind(lambda lam: optax.sgd(jnp.exp(lam["decay"]["w1"])), mode=MIXED[0])
+        state = optimizer.init(half, as_jax(problems.MLP_LAM))
+        batches = problems.MLP_TRAIN[0], problems.MLP_VAL
+        found = optimizer.compute_hypergradient(state, *batches, *NETWORK)
+        plain = dataclasses.replace(optimizer, mode="reverse-over-reverse")
+        expected = plain.compute_hypergradient(state, *batches, *NETWORK)
+        assert_close(found, expected, rtol=0.05, atol=0.01)
+
+
+def test_a_mode_that_an_update_function_does_not_have_is_refused():
+    for make in METHODS.values():
+        with pytest.raises(
+            ValueError, match="mode='reverse-over-forward' needs an inner_optimizer"
+        ):
+            make(update_fn=clipped, mode="reverse-over-forward")
+        with pytest.raises(ValueError, match=r"mode must be one of .*'auto'.*, got 'forward'"):
+            make(problems.SGD, mode="forward")
 
 
 # --- DrMAD --------------------------------------------------------------------------------------

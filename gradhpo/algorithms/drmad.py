@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gradhpo.hypergradient import validation
+from gradhpo.hypergradient import Mode, validation
 from gradhpo.optimizer import Estimate
 from gradhpo.state import BilevelState, LossFn, PyTree
 from gradhpo.unrolling import UnrollingMethod
@@ -32,6 +32,9 @@ class DrMADOptimizer(UnrollingMethod):
       update_fn: `(params, hyperparams, batch) -> params`, in place of `inner_optimizer`.
       batches: "repeat" takes `train_batch` at all T steps; "stack" takes a stack of batches with
         a leading axis of length T, one for each.
+      mode: how the derivatives of a step are taken: "reverse-over-reverse", "forward-over-reverse"
+        or "reverse-over-forward", equal but for rounding. "auto" is the second where there is an
+        `inner_optimizer`, which keeps nothing of the model; an `update_fn` has the first alone.
 
     Raises:
       ValueError: if neither or both of `inner_optimizer` and `update_fn` are given, or `batches`
@@ -47,6 +50,9 @@ class DrMADOptimizer(UnrollingMethod):
     unroll_steps: int = 1
     update_fn: Callable[[Any, Any, Any], Any] | None = None
     batches: Literal["repeat", "stack"] = "repeat"
+    mode: Mode = "auto"
+
+    auto_mode = "forward-over-reverse"  # measured in benchmarks/mixed_modes.py
 
     def estimate(
         self,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from gradhpo.errors import check_number
-from gradhpo.hypergradient import validation
+from gradhpo.hypergradient import Mode, validation
 from gradhpo.inner import Moved
 from gradhpo.optimizer import Estimate
 from gradhpo.state import BilevelState, LossFn, PyTree
@@ -34,6 +34,10 @@ class GreedyOptimizer(UnrollingMethod):
       update_fn: `(params, hyperparams, batch) -> params`, in place of `inner_optimizer`.
       batches: "repeat" takes `train_batch` at all T steps; "stack" takes a stack of batches with
         a leading axis of length T, one for each.
+      mode: how `α·∂Φ/∂λ` is taken: "reverse-over-reverse", "forward-over-reverse" or
+        "reverse-over-forward", equal but for rounding. "auto" is the first, of the fewest FLOPs;
+        the others need less memory where λ acts deep in a model of rematerialized blocks. An
+        `update_fn` has the first alone.
 
     Raises:
       ValueError: if neither or both of `inner_optimizer` and `update_fn` are given, or there is
@@ -46,6 +50,7 @@ class GreedyOptimizer(UnrollingMethod):
     gamma: float = 0.9
     update_fn: Callable[[Any, Any, Any], Any] | None = None
     batches: Literal["repeat", "stack"] = "repeat"
+    mode: Mode = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,7 +16,7 @@ import optax
 
 from gradhpo import ema
 from gradhpo.errors import check_count, check_hashable, check_number, stack, stack_length
-from gradhpo.hypergradient import at_least_float32, norm, validation
+from gradhpo.hypergradient import Mode, at_least_float32, norm, validation
 from gradhpo.inner import InnerStep
 from gradhpo.optimizer import Estimate, HypergradientMethod
 from gradhpo.state import BilevelState, LossFn, PyTree, as_array, prepare
@@ -40,6 +40,10 @@ class OnlineHypergradientOptimizer(HypergradientMethod):
         is identically 0, and for which θ is not estimated.
       distill_data: mix the batch as the weights (eq. 14): D*_t keeps `round(p_t·|D|)` rows of
         D*_{t-1}, and takes the rest from D_t, at random. `init` then needs a batch and a key.
+      mode: how `α·∂Φ/∂λ` is taken: "reverse-over-reverse", "forward-over-reverse" or
+        "reverse-over-forward", equal but for rounding. "auto" is the first, of the fewest FLOPs;
+        the others need less memory where λ acts deep in a model of rematerialized blocks. An
+        `update_fn` has the first alone.
 
     Raises:
       ValueError: if neither or both of `inner_optimizer` and `update_fn` are given, or a number
@@ -57,6 +61,7 @@ class OnlineHypergradientOptimizer(HypergradientMethod):
     update_fn: Callable[[Any, Any, Any], Any] | None = None
     scale: Literal["paper", "unit"] = "paper"
     distill_data: bool = False
+    mode: Mode = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,8 +15,8 @@ import optax
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from gradhpo.dependence import depends
-from gradhpo.errors import check_count, check_number, scalar_loss
-from gradhpo.hypergradient import validation
+from gradhpo.errors import check_count, check_number
+from gradhpo.hypergradient import second_order, validation
 from gradhpo.inner import InnerStep
 from gradhpo.optimizer import Estimate
 from gradhpo.state import BilevelState, LossFn, PyTree
@@ -91,10 +91,9 @@ class ImplicitOptimizer(UnrollingMethod):
         _refuse_unseen(inner, state, batch)
         moved = self.unroll(inner, state, lam, train_batch)
         val = validation(val_loss_fn, moved.params, lam, val_batch)
-        train_loss = scalar_loss("train_loss_fn", train_loss_fn)
 
         def gradient(w: PyTree) -> PyTree:
-            return jax.grad(train_loss)(w, lam, batch)
+            return jax.grad(inner.train_loss)(w, lam, batch)
 
         hessian = jax.linearize(gradient, moved.params)[1]
         if self.neumann_rate is None:
@@ -102,10 +101,8 @@ class ImplicitOptimizer(UnrollingMethod):
         else:
             x = _neumann(hessian, val.alpha, self.K, self.neumann_rate)
 
-        def grad_lambda(w: PyTree) -> PyTree:
-            return jax.grad(train_loss, argnums=1)(w, lam, batch)
-
-        mixed = jax.jvp(grad_lambda, (moved.params,), (x,))[1]
+        point = (moved.params, lam, batch, x, None)
+        (mixed,) = second_order(inner.train_loss, *point, "forward-over-reverse", (1,))
         return Estimate(optax.tree.sub(val.direct, mixed), *moved, val.loss)
 
 
@@ -164,6 +161,8 @@ def _refuse_unseen(inner: InnerStep, state: BilevelState, batch: PyTree) -> None
     paths = [path for path, _ in tree_flatten_with_path(lam)[0]]
     through = "update_fn" if inner.update_fn is not None else "inner_optimizer"
     in_update = depends(update, lam, gradient, loss)
+    if not any(in_update):
+        return
     in_gradient = depends(lambda lam: inner.gradient(w, lam, batch)[1], lam)
     for path, moves, seen in zip(paths, in_update, in_gradient, strict=True):
         if moves and not seen:

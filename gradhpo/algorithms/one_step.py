@@ -8,7 +8,7 @@ from typing import Any
 
 import optax
 
-from gradhpo.hypergradient import validation
+from gradhpo.hypergradient import Mode, validation
 from gradhpo.optimizer import Estimate, StatelessMethod
 from gradhpo.state import BilevelState, LossFn, PyTree
 
@@ -21,6 +21,10 @@ class OneStepOptimizer(StatelessMethod):
       inner_optimizer: an `optax.GradientTransformation`, or a function of λ that returns one.
       outer_optimizer: an `optax.GradientTransformation` for λ, in place of `lr_hyper`.
       update_fn: `(params, hyperparams, batch) -> params`, in place of `inner_optimizer`.
+      mode: how `α·∂Φ/∂λ` is taken: "reverse-over-reverse", "forward-over-reverse" or
+        "reverse-over-forward", equal but for rounding. "auto" is the first, of the fewest FLOPs;
+        the others need less memory where λ acts deep in a model of rematerialized blocks. An
+        `update_fn` has the first alone.
 
     Raises:
       ValueError: if neither or both of `inner_optimizer` and `update_fn` are given.
@@ -33,6 +37,7 @@ class OneStepOptimizer(StatelessMethod):
     inner_optimizer: Any = None
     outer_optimizer: Any = None
     update_fn: Callable[[Any, Any, Any], Any] | None = None
+    mode: Mode = "auto"
 
     def estimate(
         self,

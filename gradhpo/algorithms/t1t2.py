@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from gradhpo import ema
-from gradhpo.errors import check_count, check_number, scalar_loss
+from gradhpo.errors import check_count, check_number
 from gradhpo.hypergradient import (
     coordinate_differences,
     gradient_difference,
@@ -119,13 +119,14 @@ class T1T2Optimizer(HypergradientMethod):
         (params, opt_state), pull = inner.pullback_move(gradient, s, w, lam, loss)
 
         def grad_lambda(w: PyTree) -> PyTree:
-            train_loss = scalar_loss("train_loss_fn", inner.train_loss_fn)
-            return jax.grad(train_loss, argnums=1)(w, lam, batch)
+            return jax.grad(inner.train_loss, argnums=1)(w, lam, batch)
 
         def alpha_b(alpha: PyTree) -> PyTree:
             # u = (∂w_t/∂G)ᵀα; `direct` is the optimizer's own dependence on λ.
-            u, direct = pull(alpha)
+            u, loss_bar, direct = pull(alpha)
             u = without_dead_weights(u, gradient)
+            if loss_bar is not None:
+                direct = optax.tree.add_scale(direct, loss_bar, grad_lambda(w))
             return optax.tree.add(gradient_difference(grad_lambda, w, u, self.eps), direct)
 
         return Moved(params, opt_state, loss), alpha_b

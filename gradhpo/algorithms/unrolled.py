@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 
 from gradhpo.errors import scalar_loss
+from gradhpo.hypergradient import Mode
 from gradhpo.inner import Moved
 from gradhpo.optimizer import Estimate
 from gradhpo.state import BilevelState, LossFn, PyTree
@@ -29,19 +30,24 @@ class UnrolledOptimizer(UnrollingMethod):
       update_fn: `(params, hyperparams, batch) -> params`, in place of `inner_optimizer`.
       batches: "repeat" takes `train_batch` at all T steps; "stack" takes a stack of batches with
         a leading axis of length T, one for each.
-      remat: what is kept for the backward pass. "none": what every step needs. "step": only the
-        weights and the optimizer's state before each step, which is then taken again. "sqrt":
-        those before every ⌈√T⌉-th step, and what the steps of one segment need, so memory grows
-        as √T. The last two take every inner step twice.
+      remat: what is kept for the backward pass. "none": what every step needs, which is its
+        weights, optimizer state and gradient in a mixed mode, and the model's activations in
+        "reverse-over-reverse". "step": only the weights and the optimizer's state before each
+        step, which is then taken again. "sqrt": those before every ⌈√T⌉-th step, and what the
+        steps of one segment need, so memory grows as √T. The last two take every inner step twice.
+      mode: how the derivatives of a step are taken: "reverse-over-reverse", "forward-over-reverse"
+        or "reverse-over-forward", equal but for rounding. "auto" is the second where there is an
+        `inner_optimizer`, which keeps nothing of the model; an `update_fn` has the first alone.
 
     Raises:
-      ValueError: if neither or both of `inner_optimizer` and `update_fn` are given, or `batches`
-        or `remat` is none of those above.
+      ValueError: if neither or both of `inner_optimizer` and `update_fn` are given, or `batches`,
+        `remat` or `mode` is none of those above.
 
     References:
       Maclaurin et al., Gradient-based Hyperparameter Optimization through Reversible Learning,
       ICML 2015. Franceschi et al., Forward and Reverse Gradient-Based Hyperparameter
-      Optimization, ICML 2017, Alg. 1.
+      Optimization, ICML 2017, Alg. 1. Kemaev et al., Scalable Meta-Learning via Mixed-Mode
+      Differentiation, ICML 2025 (MixFlow-MG: the mixed modes).
     """
 
     inner_optimizer: Any = None
@@ -50,6 +56,9 @@ class UnrolledOptimizer(UnrollingMethod):
     update_fn: Callable[[Any, Any, Any], Any] | None = None
     batches: Literal["repeat", "stack"] = "repeat"
     remat: Remat = "none"
+    mode: Mode = "auto"
+
+    auto_mode = "forward-over-reverse"  # measured in benchmarks/mixed_modes.py
 
     def __post_init__(self) -> None:
         super().__post_init__()
