@@ -596,8 +596,8 @@ def _stops(controller: Controller, display: report.Display) -> Generator[None]:
 def _sys_path() -> tuple[str, ...]:
     """Where references are looked up: the present folder, and that of the program, if it is one."""
     program: Any = sys.modules.get("__main__")
-    path: Any = getattr(program, "__file__", None)
-    alone = path is not None and getattr(program, "__spec__", None) is None
+    path: Any = getattr(program, "__file__", "")
+    alone = path and getattr(program, "__spec__", None) is None
     own = [str(Path(path).absolute().parent)] if alone else []
     return tuple(dict.fromkeys([str(Path.cwd()), *own]))
 
