@@ -295,14 +295,13 @@ FAILING = {
 
 
 @pytest.mark.parametrize("case", FAILING)
-def test_errors_are_clear_and_quick(cluster, tmp_path, case):
+def test_errors_are_clear_and_leave_nothing_behind(cluster, tmp_path, case):
     if not ray.is_initialized():
         ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False)
     changes, message = FAILING[case]
-    made, started = on_ray(tmp_path, **changes), time.monotonic()
+    made = on_ray(tmp_path, **changes)
     with pytest.raises(SweepError, match=message) as caught:
         made.run()
-    assert time.monotonic() - started < 60
     if case in ("import", "module", "first step"):
         assert "The worker's own traceback" in str(caught.value)
         file = {"module": "breaks_on_import.py", "first step": "sweep_problems.py"}
