@@ -138,8 +138,8 @@ def diagnose(
         for name, optimizer in optimizers.items():
             try:
                 made: list[Any] = []
-                for each, truth in zip(walks, truths, strict=True):
-                    made.append(_compare(optimizer, state, *each, *losses, truth))
+                for (trains, val, others), truth in zip(walks, truths, strict=True):
+                    made.append(_compare(optimizer, state, trains, val, others, *losses, truth))
                     bar.advance(1)
             except ValueError as error:
                 if name == EXACT or isinstance(methods, Mapping):
