@@ -1,8 +1,8 @@
 """Which method, γ and horizon suit a problem: `gradhpo.diagnose` on four of them.
 
-`toy`: the two-dimensional problem of the Greedy paper. `sinusoid`: features shared by ten regression
-tasks. `digits`: a weight for each of 1000 training images, half of their labels wrong. `decay`: a
-weight decay for each layer of an MLP on the digits, and its learning rate.
+`toy`: the two-dimensional problem of the Greedy paper. `sinusoid`: features shared by ten
+regression tasks. `digits`: a weight for each of 1000 training images, half of their labels wrong.
+`decay`: a weight decay for each layer of an MLP on the digits, and its learning rate.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sklearn.datasets import load_digits
 import gradhpo
 
 sys.path.append(str(Path(__file__).parent / "papers"))  # where its scripts find one another
-from papers import hypercleaning, sinusoid, toy  # noqa: E402
+from papers import hypercleaning, sinusoid, toy
 
 
 class Case(NamedTuple):

@@ -134,7 +134,7 @@ def diagnose(
     programs: dict[str, _Program] = {}
     optimizers = {EXACT: exact, **optimizers}
     with Bar(progress, total=len(optimizers) * (samples + 1), unit="estimate") as bar:
-        truths = [_exact(exact, state, each[0], each[1], *losses) for each in walks]
+        truths = [_exact(exact, state, trains, val, *losses) for trains, val, _ in walks]
         for name, optimizer in optimizers.items():
             try:
                 made: list[Any] = []
@@ -153,8 +153,7 @@ def diagnose(
         plain = InnerStep(inner_optimizer, update_fn, problem.train_loss)
         times, base = _times(programs, _Plain(plain, state, walks[0][0]), rounds)
     rows = [
-        Row(name, *values.T, *times.get(name, (np.empty(0), np.nan)))
-        for name, values in compared.items()
+        Row(name, *compared[name].T, *times.get(name, (np.empty(0), np.nan))) for name in compared
     ]
     return Diagnosis(rows[1:], rows[0], T, base, tuple(notes))
 
