@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import time
+import time as clock
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -134,12 +134,12 @@ def diagnose(
     programs: dict[str, _Program] = {}
     optimizers = {EXACT: exact, **optimizers}
     with Bar(progress, total=len(optimizers) * (samples + 1), unit="estimate") as bar:
-        truths = [_exact(exact, state, each[0], each[1], *losses) for each in walks]
+        truths = [_exact(exact, state, trains, val, *losses) for trains, val, _ in walks]
         for name, optimizer in optimizers.items():
             try:
                 made: list[Any] = []
-                for each, truth in zip(walks, truths, strict=True):
-                    made.append(_compare(optimizer, state, *each, *losses, truth))
+                for (trains, val, others), truth in zip(walks, truths, strict=True):
+                    made.append(_compare(optimizer, state, trains, val, others, *losses, truth))
                     bar.advance(1)
             except ValueError as error:
                 if name == EXACT or isinstance(methods, Mapping):
@@ -152,10 +152,10 @@ def diagnose(
             bar.advance(1)
         plain = InnerStep(inner_optimizer, update_fn, problem.train_loss)
         times, base = _times(programs, _Plain(plain, state, walks[0][0]), rounds)
-    rows = [
-        Row(name, *values.T, *times.get(name, (np.empty(0), np.nan)))
-        for name, values in compared.items()
-    ]
+    rows: list[Row] = []
+    for name, values in compared.items():
+        time, cost = times.get(name, (np.empty(0), np.nan))
+        rows.append(Row(name, values[:, 0], values[:, 1], values[:, 2], time, cost))
     return Diagnosis(rows[1:], rows[0], T, base, tuple(notes))
 
 
@@ -349,10 +349,10 @@ class _Program:
         return self._time(self._calls) / self._calls / self.steps
 
     def _time(self, calls: int) -> float:
-        started = time.perf_counter()
+        started = clock.perf_counter()
         for _ in range(calls):
             jax.block_until_ready(self._compiled(*self._args))
-        return time.perf_counter() - started
+        return clock.perf_counter() - started
 
 
 class _Plain(_Program):

@@ -202,19 +202,19 @@ class Diagnosis:
         figure = None
         axes = target
         if isinstance(target, str | Path):
-            figure = Figure(figsize=(7, 4.5), layout="constrained")
+            figure = Figure(figsize=(8, 4.5), layout="constrained")
             axes = figure.subplots()
         rows = sorted((*self.rows, self.exact), key=lambda row: row.cost)
         for index, row in enumerate(rows):
             mean, spread = np.mean(row.cosine), np.std(row.cosine)
-            marker = "*" if row.name == self.recommended.name else "o"
-            axes.errorbar(
-                row.cost, mean, spread, fmt=marker, color=f"C{index % 10}", label=row.name
-            )
+            style: Any = {"color": f"C{index % 10}", "label": row.name, "markersize": 6}
+            if row.name == self.recommended.name:
+                style |= {"marker": "*", "markersize": 14}
+            axes.errorbar(row.cost, mean, spread, **{"marker": "os^"[index // 10 % 3]} | style)
         axes.axhline(ALIGNED, color="gray", linewidth=0.8, linestyle=":")
         axes.set(xlabel="time of an inner step, over training alone", ylabel="cosine to exact")
         axes.set_title(f"T = {self.horizon}; star: recommended", fontsize=10)
-        axes.legend(fontsize=7, ncols=2)
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
         if figure is not None:
             figure.savefig(target, dpi=120)
         return axes

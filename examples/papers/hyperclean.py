@@ -119,7 +119,7 @@ def verdict(outcomes: dict[str, Outcome]) -> str:
         gap = 100 * (outcomes["Greedy 0.9"].accuracy - outcomes[name].accuracy)[:, -1]
         clear = gap.mean() - report.half_width(gap) > 0
         answer = "yes" if gap.mean() > 0 else "no"
-        parts.append(f"{name}: {answer}{', clear of 0' * clear} ({report.interval(gap, 1)})")
+        parts.append(f"{name}: {answer}{', clear of 0' * bool(clear)} ({report.interval(gap, 1)})")
     return "; ".join(parts)
 
 

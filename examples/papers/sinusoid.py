@@ -289,7 +289,7 @@ def verdict(traces: dict[str, Trace]) -> str:
     for name in ("FO", "One-Step"):
         gap = traces[name].test - best
         clear = gap.mean() - report.half_width(gap) > 0
-        parts.append(f"{name}: {'yes' if gap.mean() > 0 else 'no'}{', clear of 0' * clear}")
+        parts.append(f"{name}: {'yes' if gap.mean() > 0 else 'no'}{', clear of 0' * bool(clear)}")
     return "; ".join(parts)
 
 

@@ -1,0 +1,252 @@
+"""diagnose against closed forms, in float64, and what it refuses."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gradhpo
+from gradhpo.diagnosis import Row
+from gradhpo.flops import flops
+from gradhpo.horizon import estimate_at, fresh_state
+from tests.small import BATCH, start, train_loss, val_loss
+
+KEY = jax.random.key(0)
+INNER = optax.sgd(0.1)
+
+
+def quadratic_train(w, lam, batch):
+    return 0.5 * jnp.sum(jnp.asarray([1.0, 0.5]) * (w - lam - batch) ** 2)
+
+
+def quadratic_val(w, lam, batch):
+    return jnp.sum(w**2) + 0.5 * jnp.sum(lam**2)
+
+
+def draw(key):
+    return jax.random.normal(key, (2,)), jnp.zeros(())
+
+
+QUADRATIC = gradhpo.Problem(
+    lambda key: (jnp.asarray([2.0, -1.0]), jnp.asarray([1.0, 1.0])),
+    quadratic_train,
+    quadratic_val,
+    draw,
+)
+SMALL = gradhpo.Problem(start, train_loss, val_loss, lambda key: (BATCH, BATCH))
+
+
+def state_of(problem, inner=INNER):
+    return gradhpo.FOOptimizer(inner).init(*problem.start(KEY))
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_quadratic_in_closed_form():
+    T, G = 7, np.asarray([1.0, 0.5])
+    found = gradhpo.diagnose(
+        QUADRATIC, state_of(QUADRATIC), KEY, inner_optimizer=INNER, horizon=T, samples=3, rounds=0
+    )
+    # dw_T/dλ = I - (I - ηG)^T, whatever the batches; One-Step has ηG, k unrolled steps the power k.
+    data = [
+        jax.random.split(jax.random.fold_in(gradhpo.problem.stream(KEY, "diagnosis"), i), 2 * T)
+        for i in range(3)
+    ]
+    for i, keys in enumerate(data):
+        w, lam = np.asarray([2.0, -1.0]), np.ones(2)
+        for key in keys[:T]:
+            w = w - 0.1 * G * (w - lam - np.asarray(draw(key)[0]))
+        gradients = {"exact": lam + (1 - (1 - 0.1 * G) ** T) * 2 * w}
+        for name, k in (("one-step", 1), ("t1t2", 1), ("unrolled 2", 2), ("unrolled 5", 5)):
+            gradients[name] = lam + (1 - (1 - 0.1 * G) ** k) * 2 * w
+        exact = gradients["exact"]
+        for name, g in gradients.items():
+            row = found.row(name)
+            norms = np.linalg.norm(g), np.linalg.norm(exact)
+            np.testing.assert_allclose(row.cosine[i], g @ exact / np.prod(norms), rtol=1e-6)
+            np.testing.assert_allclose(row.norm_ratio[i], norms[0] / norms[1], rtol=1e-6)
+            second = np.linalg.norm(g - lam)
+            share = second / (second + np.linalg.norm(lam))
+            np.testing.assert_allclose(row.second_order[i], share, rtol=1e-6)
+    np.testing.assert_allclose(found.exact.cosine, 1, rtol=1e-12)
+    np.testing.assert_allclose(found.exact.norm_ratio, 1, rtol=1e-12)
+    assert found.row("first-order").second_order.tolist() == [0, 0, 0]
+    np.testing.assert_allclose(found.row("drmad").cosine, 1, rtol=1e-12)  # A does not depend on w
+
+
+@pytest.mark.usefixtures("x64")
+def test_an_online_method_walks_as_in_a_run():
+    """The estimate at the end is that of T steps of `step` with a rate of 0 on λ."""
+    optimizer = gradhpo.OnlineHypergradientOptimizer(optax.sgd(0.1, momentum=0.9), gamma=0.8, T=4)
+    state = optimizer.init(*QUADRATIC.start(KEY))
+    before = gradhpo.FOOptimizer(optax.sgd(0.1, momentum=0.9)).init(*QUADRATIC.start(KEY))
+    losses, batches = (quadratic_train, quadratic_val), jax.random.normal(KEY, (4, 2))
+    for batch in batches[:3]:
+        state = optimizer.step(state, batch, 0.0, *losses, lr_hyper=0.0)
+    expected = optimizer.compute_hypergradient(state, batches[3], 0.0, *losses)
+    own = fresh_state(optimizer, before)
+    got = estimate_at(optimizer, own, batches, 0.0, *losses).hypergradient
+    np.testing.assert_allclose(got, expected, rtol=1e-12)
+
+
+def test_where_there_is_no_second_order_term_first_order_is_recommended():
+    problem = dataclasses.replace(
+        QUADRATIC, val_loss=lambda w, lam, batch: 1e-6 * jnp.sum(w) + jnp.sum(lam**2)
+    )
+    found = gradhpo.diagnose(
+        problem, state_of(problem), KEY, inner_optimizer=INNER, horizon=4, samples=2, rounds=0
+    )
+    assert found.recommended.name == "first-order"
+    assert "second-order term" in found.recommendation
+
+
+def test_a_method_that_cannot_see_lambda_is_left_out_with_its_reason():
+    problem = dataclasses.replace(
+        QUADRATIC,
+        init=lambda key: (jnp.ones(2), {"log_rate": jnp.asarray(-2.0)}),
+        train_loss=lambda w, lam, batch: jnp.sum((w - batch) ** 2),
+        val_loss=lambda w, lam, batch: jnp.sum(w**4),
+    )
+
+    def inner(lam):
+        return optax.sgd(jnp.exp(lam["log_rate"]))
+
+    found = gradhpo.diagnose(
+        problem,
+        state_of(problem, inner),
+        KEY,
+        inner_optimizer=inner,
+        methods=["one-step", "implicit"],
+        horizon=3,
+        samples=2,
+        rounds=0,
+    )
+    assert [row.name for row in found.rows] == ["one-step"]
+    assert "log_rate" in found.notes[0]
+
+
+def test_costs_the_table_and_the_figure(tmp_path, capsys):
+    found = gradhpo.diagnose(
+        SMALL,
+        state_of(SMALL),
+        KEY,
+        inner_optimizer=INNER,
+        methods=("one-step", "greedy", "unrolled"),
+        gammas=(0.9,),
+        horizon=4,
+        samples=2,
+        rounds=2,
+    )
+    names = ["one-step", "greedy γ=0.9", "unrolled 2", "exact"]
+    for name in names:
+        row = found.row(name)
+        assert row.time.shape == (2,)
+        assert np.all(row.time > 0)
+        assert row.flops > 1  # training alone is part of each
+    assert found.row("exact").flops > found.row("unrolled 2").flops * 0.5
+    found.show()
+    shown = capsys.readouterr().out
+    for name in (*names, "Recommended"):
+        assert name.split()[0] in shown
+        assert name in str(found)
+    path = tmp_path / "figure.png"
+    found.plot(path)
+    assert path.stat().st_size > 5_000
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    assert found.plot(axes) is axes
+    assert len(axes.get_legend().get_texts()) == 4
+    with pytest.raises(KeyError, match="one-step"):
+        found.row("two-step")
+
+
+def row(name, cosine, cost, share=0.5, ratio=1.0):
+    each = np.ones(3)
+    return Row(name, cosine * each, ratio * each, share * each, cost * each, cost)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([row("a", 0.95, 3.0), row("b", 0.92, 2.0)], "b"),  # the cheapest that is aligned
+        ([row("a", 0.95, 2.1), row("b", 0.92, 2.0)], "a"),  # as cheap, and nearer
+        ([row("a", 0.5, 2.0), row("b", np.nan, 1.0)], "exact"),
+        ([row("first-order", 0.2, 1.0), row("a", 0.99, 2.0)], "a"),
+    ],
+)
+def test_the_rule_of_the_recommendation(rows, expected):
+    found = gradhpo.Diagnosis(rows, row("exact", 1.0, 9.0), 10, 1e-3)
+    assert found.recommended.name == expected
+    assert found.recommendation.startswith(expected)
+
+
+def test_a_small_norm_is_said():
+    found = gradhpo.Diagnosis([row("a", 0.95, 2.0, ratio=0.01)], row("exact", 1.0, 9.0), 10, 1e-3)
+    assert "0.01 times" in found.recommendation
+
+
+def test_host_batches():
+    batches = [(np.ones(2, np.float32) * i, np.zeros(())) for i in range(12)]
+    problem = dataclasses.replace(QUADRATIC, batch=None, batches=batches)
+    settings = {"inner_optimizer": INNER, "methods": ["one-step"], "horizon": 3, "rounds": 0}
+    found = gradhpo.diagnose(problem, state_of(problem), KEY, samples=2, **settings)
+    assert found.row("one-step").cosine.shape == (2,)
+    with pytest.raises(ValueError, match="ended early"):
+        gradhpo.diagnose(problem, state_of(problem), KEY, samples=3, **settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "match"),
+    [
+        ({"horizon": 0}, ValueError, "horizon"),
+        ({"samples": 1.5}, TypeError, "samples"),
+        ({"rounds": -1}, ValueError, "rounds"),
+        ({"gammas": (1.5,)}, ValueError, "gammas"),
+        ({"methods": ("two-step",)}, ValueError, "two-step"),
+        ({"methods": "greedy"}, TypeError, "methods"),
+        ({"methods": {}}, ValueError, "inner_optimizer"),
+        ({"inner_optimizer": None}, ValueError, "inner_optimizer"),
+        ({"inner_optimizer": None, "methods": {}}, ValueError, "methods is empty"),
+        (
+            {
+                "inner_optimizer": None,
+                "methods": {
+                    "a": gradhpo.FOOptimizer(INNER),
+                    "b": gradhpo.FOOptimizer(optax.sgd(1.0)),
+                },
+            },
+            ValueError,
+            "another inner optimizer",
+        ),
+        (
+            {
+                "inner_optimizer": None,
+                "methods": {"a": gradhpo.UnrolledOptimizer(INNER, unroll_steps=99)},
+            },
+            ValueError,
+            "unrolls 99",
+        ),
+        ({"inner_optimizer": optax.adam(0.1)}, ValueError, "inner_opt_state"),
+        ({"problem": None}, TypeError, "problem"),
+        ({"state": None}, TypeError, "state"),
+    ],
+)
+def test_what_is_refused_is_named(changes, error, match):
+    settings = {"problem": QUADRATIC, "state": state_of(QUADRATIC), "key": KEY}
+    settings |= {"inner_optimizer": INNER, "horizon": 3, "rounds": 0}
+    with pytest.raises(error, match=match):
+        gradhpo.diagnose(**(settings | changes))
+
+
+def test_flops_count_a_loop_as_often_as_it_runs():
+    def power(x, length):
+        return jax.lax.scan(lambda c, _: (c @ x, None), x, length=length)[0]
+
+    x = jnp.ones((16, 16))
+    one = flops(lambda x: x @ x, x)
+    assert one == 2 * 16**3
+    nested = flops(jax.jit(lambda x: power(power(x, 5), 2)), x)
+    assert nested == pytest.approx(7 * one, rel=0.01)
