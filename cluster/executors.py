@@ -20,7 +20,7 @@ import numpy as np
 
 from gradhpo.cluster.checkpoints import DamagedFile
 from gradhpo.cluster.incarnations import Incarnations, Superseded
-from gradhpo.cluster.shard import Order, Prepared, Result, ShardHost, Spec
+from gradhpo.cluster.shard import Order, Prepared, Result, ShardHost, Spec, StorageFailed
 from gradhpo.cluster.worker import Worker, environment
 
 Notify = Callable[..., None]
@@ -80,7 +80,7 @@ class LocalExecutor(Executor):
                 rows[order.shard] |= {item.slot: r for item, r in zip(items, taken, strict=True)}
         try:
             return [self._host.run(o, self._incarnation, rows[o.shard]) for o in orders]
-        except OSError as error:
+        except StorageFailed as error:
             raise SweepError(f"cannot write to the storage: {error}") from error
 
     def close(self) -> None:
@@ -219,11 +219,13 @@ class RayExecutor(Executor):
         return [about["pid"] for gang in self._gangs for about in gang.about]
 
     def xla_compiles(self) -> list[int]:
-        """Return for each worker how many programs XLA compiled in it."""
-        return [
-            sum(self._ray.get([actor.xla_compiles.remote() for actor in gang.actors]))
-            for gang in self._ready()
-        ]
+        """Return for each worker that is there how many programs XLA compiled in it."""
+        asked = [[actor.xla_compiles.remote() for actor in gang.actors] for gang in self._ready()]
+        made: list[int] = []
+        for refs in asked:
+            with contextlib.suppress(self._ray.exceptions.RayError):  # it died after its work
+                made.append(sum(self._ray.get(refs, timeout=10)))
+        return made
 
     # --- workers --------------------------------------------------------------------------------
 
@@ -513,7 +515,7 @@ class RayExecutor(Executor):
                 if job.kind == "run" and job.exported and not _is_loss(error, of_objects=False):
                     raise _RowsGone from None
                 raise _Lost(f"died ({type(error).__name__})") from None
-            if isinstance(error, OSError):
+            if isinstance(error, StorageFailed):
                 raise SweepError(f"a worker cannot write to the storage: {error}") from error
             what = {"prepare": "compile the sweep's step", "run": "run a generation"}
             raise _sweep_error(

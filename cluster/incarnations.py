@@ -7,8 +7,10 @@ a shard, the file says so; before a worker commits, it looks whether the shard i
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from gradhpo.cluster.checkpoints import write_json
 
@@ -26,9 +28,14 @@ class Incarnations:
 
     def __init__(self, storage: Path) -> None:
         self._path = storage / FILE
-        content = json.loads(self._path.read_text()) if self._path.exists() else {}
-        self._next = self._reserved = int(content.get("reserved", 0))
-        self._owners: dict[str, int] = content.get("owners", {})
+        content: dict[str, Any] = {"reserved": 0, "owners": {}}
+        if self._path.exists():
+            try:
+                content = json.loads(self._path.read_text())
+            except ValueError:  # damaged: the time is above all numbers that were given out
+                content["reserved"] = int(time.time())
+        self._next = self._reserved = int(content["reserved"])
+        self._owners: dict[str, int] = content["owners"]
 
     def new(self) -> int:
         """Return a number that no worker of this storage ever had."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import time
 import warnings
 from collections.abc import Mapping
@@ -22,13 +23,18 @@ from jax.tree_util import keystr, tree_flatten_with_path
 from gradhpo.cluster import checkpoints, importing
 from gradhpo.cluster.checkpoints import DamagedFile, Saved
 from gradhpo.cluster.incarnations import check_owner
-from gradhpo.cluster.space import SearchSpace
+from gradhpo.cluster.space import LR_HYPER, SearchSpace
 from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.parallel import Population, compiled, data_parallel, make_mesh
 from gradhpo.problem import Problem
 from gradhpo.state import METRICS, BilevelState, PyTree
 
 DIVERGED = "diverged_at"
+RESERVED = (
+    *(*METRICS, DIVERGED, "generation", "slot", "variant", "trial", "born", "parent"),
+    *(LR_HYPER, "next_parent"),
+)
+"""Names of a table's own columns."""
 Arrays = dict[str, Any]
 """Arrays of a state by path, `.params['w']`, each with a leading slot axis."""
 
@@ -272,11 +278,12 @@ class Variant:
         diverged = whole.metadata[DIVERGED]
         columns = {name: rows[name][-1] for name in METRICS}
         for name, value in self.population.trace_measure(whole, data).items():
-            if value.ndim != 1 or name in columns:
+            taken = name in RESERVED or name.startswith("hyperparams.") or "|" in name
+            if value.ndim != 1 or taken:
                 got = f"{name!r} of shape {value.shape[1:]}"
                 raise ValueError(
-                    "in a sweep Problem.metrics must return scalars, under names other than "
-                    f"{', '.join(METRICS)}; got {got}"
+                    "in a sweep Problem.metrics must return scalars, under names without | other "
+                    f"than {', '.join(RESERVED)} and hyperparams.…; got {got}"
                 )
             columns[name] = jnp.where(diverged > 0, jnp.nan, value.astype(float))
         for name, leaf in self._leaves(whole.hyperparams).items():
@@ -373,6 +380,10 @@ class Variant:
             raise ValueError("space.lr_hyper is given, and the optimizer has an outer_optimizer")
 
 
+class StorageFailed(OSError):  # noqa: N818
+    """A checkpoint cannot be written: a full disk, say."""
+
+
 class ShardHost:
     """Executes orders for the shards that a worker holds."""
 
@@ -383,8 +394,8 @@ class ShardHost:
         self.spec, self.storage, self._data = spec, Path(spec.storage), data
         self._variants: dict[int, Variant] = {}
         self._states: collections.OrderedDict[int, tuple[int, Arrays]] = collections.OrderedDict()
-        self._xla = 0
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        _count_compiles()
+        self._xla_before = _XLA_COMPILES[0]
 
     def prepare(
         self, variant: int, batching: Any, blobs: Mapping[str, bytes] | None = None
@@ -407,7 +418,7 @@ class ShardHost:
         Raises:
           DamagedFile: if a checkpoint is damaged.
           Superseded: if the shard belongs to another incarnation.
-          OSError: if the checkpoint cannot be written.
+          StorageFailed: if the checkpoint cannot be written.
         """
         started, variant = time.perf_counter(), self._variants[order.variant]
         state = self._state(order.shard, order.variant, order.generation - 1, order.start)
@@ -436,7 +447,7 @@ class ShardHost:
 
     def xla_compiles(self) -> int:
         """Return how many programs XLA compiled in this process since the host was made."""
-        return self._xla
+        return _XLA_COMPILES[0] - self._xla_before
 
     def restore(self, variant: int, checkpoint: Saved, slot: int) -> BilevelState:
         """Return one slot of a checkpoint as a `BilevelState` of NumPy arrays."""
@@ -450,7 +461,10 @@ class ShardHost:
         check_owner(self.storage, order.shard, incarnation)
         stem = f"checkpoints/{order.generation:06d}/shard-{order.shard:04d}-i{incarnation}"
         about = {"shard": order.shard, "generation": order.generation, "variant": order.variant}
-        return checkpoints.save(self.storage, stem, arrays, about)
+        try:
+            return checkpoints.save(self.storage, stem, arrays, about)
+        except OSError as error:
+            raise StorageFailed(error.errno, error.strerror, error.filename) from error
 
     def _state(self, shard: int, variant: int, generation: int, saved: Saved | None) -> Arrays:
         if generation < 0:
@@ -475,9 +489,20 @@ class ShardHost:
         arrays = checkpoints.load(self.storage, item.checkpoint)[0]
         return {name: array[item.source_slot] for name, array in arrays.items()}
 
-    def _listen(self, event: str, duration_secs: float, **kwargs: Any) -> None:
+
+_XLA_COMPILES = [0]
+"""In this process, since the first `ShardHost`."""
+
+
+@functools.cache
+def _count_compiles() -> None:
+    """Count XLA's compilations from now on; one listener a process, since JAX keeps them."""
+
+    def listen(event: str, duration_secs: float, **kwargs: Any) -> None:
         del duration_secs, kwargs
-        self._xla += event == "/jax/core/compile/backend_compile_duration"
+        _XLA_COMPILES[0] += event == "/jax/core/compile/backend_compile_duration"
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
 
 
 def data_key(seed: Any) -> jax.Array:

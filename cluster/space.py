@@ -173,6 +173,10 @@ class SearchSpace:
     choices: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if isinstance(self.lr_hyper, float | int):
+            check_number("SearchSpace.lr_hyper", self.lr_hyper, -math.inf, math.inf)
+            if not math.isfinite(self.lr_hyper):
+                raise ValueError(f"SearchSpace.lr_hyper must be finite, got {self.lr_hyper}")
         accepted = "a distribution: uniform(…), loguniform(…) or choice(…)"
         for name, distribution in self.settings().items():
             if not isinstance(distribution, Uniform | Choice):

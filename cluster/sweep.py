@@ -22,7 +22,7 @@ from gradhpo._version import __version__
 from gradhpo.cluster import checkpoints, executors, importing, report, schedulers
 from gradhpo.cluster.controller import Controller, Layout, Rules
 from gradhpo.cluster.executors import Executor, RayExecutor, RaySettings, SweepError
-from gradhpo.cluster.journal import DriverLock, Journal
+from gradhpo.cluster.journal import FILE, DriverLock, Journal
 from gradhpo.cluster.result import Report, SweepResult
 from gradhpo.cluster.schedulers import PBT, Scheduler
 from gradhpo.cluster.shard import Prepared, Spec
@@ -32,6 +32,7 @@ from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.problem import Problem
 
 MANIFEST, PROGRAMS, EVENTS = "manifest.json", "programs.json", "events.jsonl"
+PLACEMENTS = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 IDENTITY = (
     *("problem", "optimizer", "data", "space", "population", "steps_per_generation", "shards"),
     *("scheduler", "metric", "mode", "seed", "mesh", "x64"),
@@ -151,6 +152,17 @@ class Sweep:
         if executor == "ray" and not executors.has_ray():
             raise ImportError('executor="ray" needs Ray: pip install gradhpo[cluster]')
         self._check_mesh(mesh)
+        for name, value in (("env", env), ("runtime_env", runtime_env), ("resources", resources)):
+            if value is not None and not isinstance(value, Mapping):
+                raise TypeError(f"{name} must be a dictionary, got {value!r}")
+        if not isinstance(storage, str | Path):
+            raise TypeError(f"storage must be the path of a folder, got {storage!r}")
+        if address is not None and not isinstance(address, str):
+            raise TypeError(f"address must be a string, got {address!r}")
+        if placement not in PLACEMENTS:
+            raise ValueError(f"placement must be one of {PLACEMENTS}, got {placement!r}")
+        if progress not in (None, True, False):
+            raise TypeError(f"progress must be None, True or False, got {progress!r}")
         if isinstance(data, str):
             importing.check_reference("data", data)
         self.problem, self.optimizer, self.space = problem, optimizer, space
@@ -313,8 +325,7 @@ class Sweep:
 
     def _prepare(self, executor: Executor, notify: Any) -> list[Prepared]:
         """Compile, and see that it is what an earlier run compiled."""
-        path = self.storage / PROGRAMS
-        known = json.loads(path.read_text()) if path.exists() else None
+        path, known = self.storage / PROGRAMS, self._known_programs()
         layouts: dict[int, Any] = {
             v: self.batching if known is None else known[v]["batching"]
             for v in range(self.layout.variants)
@@ -465,8 +476,25 @@ class Sweep:
                 )
 
     def _resolved_batching(self) -> Any:
+        known = self._known_programs()
+        return self.batching if known is None else known[0]["batching"]
+
+    def _known_programs(self) -> list[Any] | None:
+        """Return what an earlier run wrote of its programs; None before the first generation.
+
+        Raises:
+          SweepError: if it is missing or damaged.
+        """
         path = self.storage / PROGRAMS
-        return json.loads(path.read_text())[0]["batching"] if path.exists() else self.batching
+        if not path.exists() and not (self.storage / FILE).exists():
+            return None
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise SweepError(
+                f"{path}, which says how the sweep's programs are laid out, is missing or damaged "
+                f"({error}): without it the sweep cannot go on as it began"
+            ) from None
 
     def _spec(self, batching: Any) -> Spec:
         return Spec(
@@ -523,6 +551,11 @@ class Sweep:
 
     def _divide(self, shards: int | None) -> Layout:
         variants = len(self.space.variants())
+        if shards is None and (self.storage / MANIFEST).exists():
+            # As it began: another number of workers must not change the numbers.
+            known = read_manifest(self.storage)
+            same = known.get("population") == self.population
+            shards = known.get("shards") if same else None
         if self.population % variants:
             raise ValueError(
                 f"population must be a multiple of the {variants} combinations of choices, got "
@@ -563,7 +596,10 @@ def read_manifest(storage: Path) -> dict[str, Any]:
     """
     path = storage / MANIFEST
     try:
-        return json.loads(path.read_text())
+        manifest = json.loads(path.read_text())
+        if not isinstance(manifest, dict):
+            raise ValueError("not a table")
+        return manifest
     except FileNotFoundError:
         raise SweepError(f"there is no sweep in {str(storage)!r}: no {MANIFEST}") from None
     except ValueError as error:

@@ -68,3 +68,9 @@ def fails_in_its_first_step():
 def ends_its_process():
     """A problem in which a process ends as if it were killed for memory."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def reads_a_missing_file():
+    """A problem whose data are not where it looks."""
+    with open("/nonexistent/data.npz") as file:
+        return file.read()

@@ -187,6 +187,17 @@ def test_sigkill_while_workers_start_and_compile(cluster, tmp_path, reference):
     assert_same_tables(result, reference)
 
 
+def test_sigkill_after_the_last_generation(cluster, tmp_path):
+    made = on_ray(tmp_path, generations=2)
+
+    def strike(generation, table):
+        del table
+        if generation == 2:
+            kill(workers(made)[0])
+
+    assert made.run(strike).generations == 2
+
+
 def test_a_worker_that_hangs_is_replaced(cluster, tmp_path, reference):
     """SIGSTOP, twice; its process is ended too."""
     made = on_ray(tmp_path, deadline=4)
@@ -287,6 +298,7 @@ def test_sigkill_of_a_node(tmp_path, reference):
 FAILING = {
     "import": ({"problem": "tests.sweep_problems:does_not_exist"}, "has no 'does_not_exist'"),
     "module": ({"problem": "tests.breaks_on_import:problem"}, "broken on purpose"),
+    "file": ({"problem": "tests.sweep_problems:reads_a_missing_file"}, "compile.*FileNotFound"),
     "first step": ({"problem": "tests.sweep_problems:fails_in_its_first_step"}, "on purpose"),
     "memory": ({"problem": "tests.sweep_problems:ends_its_process"}, "in a row were lost"),
     "resources": ({"resources": {"num_gpus": 64}}, r"num_gpus.*no node of the cluster"),

@@ -1,6 +1,7 @@
 """Sweeps in one process: what they compute, what they refuse, and what they survive."""
 
 import dataclasses
+import gc
 import itertools
 import json
 import os
@@ -481,6 +482,9 @@ def test_a_second_driver_is_refused(tmp_path):
         ({"resources": {"GPU": 1}}, "write num_gpus"),
         ({"resources": {"num_gpus": -1}}, "num_gpus"),
         ({"processes": 2}, "processes"),
+        ({"placement": "NEAR"}, "placement must be one of"),
+        ({"env": 3}, "env must be a dictionary"),
+        ({"resources": [1]}, "resources must be a dictionary"),
         ({"space": dataclasses.replace(SPACE, choices={"a": list(range(5))})}, "multiple of the 5"),
     ],
 )
@@ -520,6 +524,69 @@ def test_lr_hyper_is_asked_for(tmp_path):
     made = gradhpo.FOOptimizer(sweep_problems.optimizer().inner_optimizer)
     with pytest.raises(ValueError, match="lr_hyper"):
         sweep(tmp_path, optimizer=made).run()
+
+
+@pytest.mark.parametrize("name", ["trial", "val_loss", "generation", "hyperparams.x", "a|b"])
+def test_metrics_may_not_take_the_tables_own_names(tmp_path, name):
+    made = dataclasses.replace(
+        sweep_problems.problem(), metrics=lambda w, lam, data: {name: w.sum()}
+    )
+    with pytest.raises(ValueError, match="must return scalars, under names"):
+        sweep(tmp_path, problem=made).run()
+
+
+def test_another_number_of_workers_goes_on_with_the_same_shards(tmp_path):
+    first = sweep(tmp_path, shards=None, workers=1, generations=1)
+    first.run()
+    second = sweep(tmp_path, shards=None, workers=3, generations=2)
+    assert second.layout == first.layout
+    assert second.run().generations == 2
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("programs.json", None, "missing or damaged"),
+        ("programs.json", "[{", "missing or damaged"),
+        ("manifest.json", "[]", "manifest.json is damaged: not a table"),
+        ("manifest.json", None, "not empty and holds no sweep"),
+    ],
+)
+def test_damaged_descriptions_stop_with_their_name(tmp_path, file, content, message):
+    sweep(tmp_path, generations=1).run()
+    (tmp_path / file).unlink()
+    if content is not None:
+        (tmp_path / file).write_text(content)
+    with pytest.raises(SweepError, match=message):
+        sweep(tmp_path).run()
+
+
+@pytest.mark.parametrize("content", ["{", None])
+def test_damaged_incarnations_cost_nothing(tmp_path, reference, content):
+    sweep(tmp_path, generations=4).run()
+    path = tmp_path / "incarnations.json"
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    assert_same_tables(sweep(tmp_path).run(), reference)
+
+
+def test_an_error_of_the_problem_is_not_taken_for_the_storages(tmp_path):
+    def opens_a_file():
+        return (tmp_path / "no such file").read_text()
+
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        sweep(tmp_path / "run", problem=opens_a_file).run()
+
+
+def test_a_host_that_is_done_is_forgotten(tmp_path):
+    def count():
+        gc.collect()
+        return sum(isinstance(x, executors.ShardHost) for x in gc.get_objects())
+
+    before = count()
+    sweep(tmp_path, generations=1).run()
+    assert count() == before
 
 
 def test_it_runs_in_another_thread(tmp_path, reference):
