@@ -226,6 +226,7 @@ def draw(results: dict[str, SweepResult], output: Path) -> str:
 
 
 def main(
+    method: Annotated[list[str] | None, typer.Option(help="Of them only this; repeat it.")] = None,
     noise: Annotated[float, typer.Option(min=0, max=1, help="Share of labels replaced.")] = 0.3,
     trials: Annotated[int, typer.Option(min=2, help="Of each method, all workers together.")] = 8,
     workers: Annotated[int, typer.Option(min=1, help="Ray actors.")] = 2,
@@ -244,9 +245,13 @@ def main(
         raise typer.BadParameter(f"protocol must be one of {', '.join(PROTOCOLS)}")
     if trials % workers:
         raise typer.BadParameter(f"trials must be a multiple of {workers} workers, got {trials}")
+    if unknown := set(method or []) - set(METHODS.values()):
+        accepted = ", ".join(METHODS.values())
+        raise typer.BadParameter(f"method must be one of {accepted}, got {sorted(unknown)[0]}")
+    chosen = {name: m for name, m in METHODS.items() if not method or m in method}
     report.say(f"Data hyper-cleaning: {PROTOCOLS[protocol].describe(noise, trials)}.")
     settings = (protocol, noise, trials, workers, seed, storage, executor)
-    sweeps = {name: sweep(method, *settings) for name, method in METHODS.items()}
+    sweeps = {name: sweep(m, *settings) for name, m in chosen.items()}
     results: dict[str, SweepResult] = {}
     ray = executor != "local" and importlib.util.find_spec("ray") is not None
     with local_ray(workers) if ray else contextlib.nullcontext():
@@ -263,11 +268,13 @@ def main(
         ],
         [row(n, r, OUTER_STEPS_IN_A_GENERATION * T) for n, r in results.items()],
     )
-    still = bool((results["PBT alone (First-Order)"].best.hyperparams["weights"] == 0).all())
-    report.say(
-        "λ is not in the validation loss, so First-Order must leave every weight alone, and shows "
-        f"what the sweep does without hypergradients: weights unmoved: {'yes' if still else 'NO'}."
-    )
+    if (alone := results.get("PBT alone (First-Order)")) is not None:
+        still = bool((alone.best.hyperparams["weights"] == 0).all())
+        report.say(
+            "λ is not in the validation loss, so First-Order must leave every weight alone, and "
+            "shows what the sweep does without hypergradients: weights unmoved: "
+            f"{'yes' if still else 'NO'}."
+        )
     best = draw(results, output)
     report.say(f"{best} finds the corrupted labels best.")
 

@@ -1,8 +1,8 @@
 """The README's code runs, and the examples run on a small budget."""
 
-import dataclasses
 import importlib.util
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -33,27 +33,39 @@ def test_code_in_the_readme_runs(block):
 
 
 @pytest.mark.slow
-def test_hyperclean_digits(tmp_path, monkeypatch):
-    import typer
-
-    example = load("hyperclean_digits")
-    small = dataclasses.replace(example.SMALL, train=80, validation=40, outer_steps=4)
-    monkeypatch.setattr(example, "SMALL", small)
-    app = typer.Typer()
-    app.command()(example.main)
+def test_hyperclean_digits(tmp_path):
+    """Two methods of the demo, each a sweep, on a Ray that it starts and stops; then resumed."""
     figure = tmp_path / "figure.png"
-    result = CliRunner().invoke(app, ["--seeds", "2", "--noise", "0.5", "--output", str(figure)])
-    assert result.exit_code == 0, result.output
-    for method in ("without HPO", "First-Order", "One-Step", "T1-T2", "Greedy", "HyperDistill"):
-        assert method in result.output
-    assert re.search(r"equal to the\s+bit: yes", result.output)
+    command = [sys.executable, "examples/hyperclean_digits.py", "--protocol", "tiny"]
+    command += ["--method", "first-order", "--method", "greedy", "--trials", "4"]
+    command += ["--storage", str(tmp_path / "sweeps"), "--output", str(figure)]
+
+    def demo(*more):
+        done = subprocess.run(
+            [*command, *more], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout, done.stderr
+
+    output, _ = demo()
+    assert len(re.findall(r"│ +1 \+ 1 │", output)) == 2  # one compile, one load
+    assert re.search(r"weights\s+unmoved:\s+yes", output)
     assert figure.stat().st_size > 20_000
+    again, shown = demo("--resume", "--executor", "local")
+    assert shown.count("2 generations are done") == 2
+    numbers = [
+        re.findall(r"Greedy \(0.9\).*?│(.*?)│(.*?)│(.*?)│(.*?)│", text) for text in (output, again)
+    ]
+    assert numbers[0] == numbers[1] != []
 
 
-def test_detection_is_perfect_where_weights_separate():
-    example = load("hyperclean_digits")
-    corrupted = np.asarray([[True, False, False], [False, True, True]])
-    assert example.detection(1.0 - corrupted, corrupted).tolist() == [1.0, 1.0]
+def test_the_area_under_the_curve_is_the_known_one():
+    from sklearn.metrics import roc_auc_score
+
+    rng = np.random.default_rng(0)
+    positive, score = rng.random(50) < 0.3, rng.integers(0, 10, 50).astype(np.float32)
+    area = load("hyperclean_digits").area_under_curve(np.asarray(positive), np.asarray(score))
+    np.testing.assert_allclose(area, roc_auc_score(positive, score), rtol=1e-6)
 
 
 def run_example(name, *arguments):
