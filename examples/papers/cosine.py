@@ -145,7 +145,7 @@ def main(
             for i, name in enumerate(compared())
         ]
         report.table(f"{reading}: mean over the run", ["method", "cosine", "second order"], rows)
-    report.say("Published, read off Fig. 3: a larger γ has a higher cosine than γ = 0.")
+    report.say("Published (Fig. 3, as summarized): a larger γ has a higher cosine than γ = 0.")
     draw(found[str(readings[0])], output)
 
 
