@@ -122,7 +122,10 @@ def status(storage: Storage) -> None:
     events = storage / EVENTS
     lines = events.read_text().splitlines() if events.exists() else []
     for line in [line for line in lines if '"prepared"' not in line][-10:]:
-        facts = json.loads(line)
+        try:
+            facts = json.loads(line)
+        except ValueError:
+            continue  # its writer was killed
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts.pop("time")))
         event = facts.pop("event")
         print(f"  {when} {event}: {', '.join(f'{k}={v}' for k, v in facts.items())}")

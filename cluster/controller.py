@@ -182,8 +182,7 @@ class Controller:
     def _prune(self, entry: Entry) -> None:
         """Remove checkpoints but for those of two generations, and the best trial's."""
         keep = {saved.file for e in self._journal.last for saved in e["checkpoints"]}
-        if entry["best"] is not None:
-            keep.add(entry["best"]["checkpoint"].file)
+        keep |= {e["best"]["checkpoint"].file for e in self._journal.last if e["best"]}
         oldest = entry["generation"] - 1
         for folder in sorted((self._storage / "checkpoints").iterdir()):
             if folder.name.isdecimal() and int(folder.name) < oldest:
@@ -368,18 +367,25 @@ def _decision_columns(decision: Decision) -> Columns:
 
 
 def _table(columns: Columns, part: slice, generation: int, rules: Rules) -> Table:
+
+    def column(name: str) -> np.ndarray:
+        """Return a copy that cannot be written: a scheduler must not change the sweep's table."""
+        copied = columns[name][part].copy()
+        copied.setflags(write=False)
+        return copied
+
     settings = {
-        name: columns[name if name == LR_HYPER else f"hyperparams.{name}"][part]
+        name: column(name if name == LR_HYPER else f"hyperparams.{name}")
         for name in rules.space.settings()
     }
     own = {"trial", "born", PARENT, LR_HYPER}
     return Table(
         generation=generation,
         score=columns[rules.metric][part] * rules.sign,
-        trial=columns["trial"][part],
+        trial=column("trial"),
         age=generation - columns["born"][part] + 1,
         values=settings,
-        metrics={name: column[part] for name, column in columns.items() if name not in own},
+        metrics={name: column(name) for name in columns if name not in own},
     )
 
 

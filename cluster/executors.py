@@ -12,6 +12,7 @@ import re
 import signal
 import socket
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -74,10 +75,10 @@ class LocalExecutor(Executor):
         rows: dict[int, dict[int, Any]] = {}
         for order in orders:
             rows[order.shard] = {}
-            for source, items in _by_source(order).items():
+            for source, items in order.by_source().items():
                 about = (variants[source], order.generation - 1, items[0].checkpoint)
-                taken = self._host.export(source, *about, [item.source_slot for item in items])
-                rows[order.shard] |= {item.slot: r for item, r in zip(items, taken, strict=True)}
+                taken = [item.source_slot for item in items]
+                rows[order.shard][source] = self._host.export(source, *about, taken)
         try:
             return [self._host.run(o, self._incarnation, rows[o.shard]) for o in orders]
         except StorageFailed as error:
@@ -118,8 +119,8 @@ class Job:
     variant: int
     arguments: tuple[Any, ...]
     shard: int | None = None
-    slots: list[int] = dataclasses.field(default_factory=list[int])
-    """Of a run: which slots' rows are in `exported`."""
+    sources: list[int] = dataclasses.field(default_factory=list[int])
+    """Of a run: the shards whose rows are in `exported`."""
     exported: list[Any] = dataclasses.field(default_factory=list[Any])
 
 
@@ -138,7 +139,7 @@ class RaySettings:
     wait: float
     placement: str
     most_losses: int = 5
-    """Workers lost in a row, with nothing finished in between, that end the sweep."""
+    """How often in a row workers may be lost on the same job, or while they start."""
 
 
 class RayExecutor(Executor):
@@ -164,7 +165,8 @@ class RayExecutor(Executor):
         self._blobs: dict[int, Any] = {}
         self._layouts: dict[int, Any] = {}
         self._slowest = 0.0
-        self._losses = 0
+        self._losses: dict[Any, int] = {}
+        """By what was lost: how often in a row."""
         self._own_cluster = False
         self._ray = ray = self._connect()
         try:
@@ -192,17 +194,17 @@ class RayExecutor(Executor):
         self._balance([order.shard for order in orders])
         variants = {order.shard: order.variant for order in orders}
         runs = {o.shard: Job("run", o.variant, (o,), o.shard) for o in orders}
-        exports: dict[Job, tuple[Job, list[int]]] = {}
+        exports: dict[Job, Job] = {}
         for order in orders:
-            for source, items in _by_source(order).items():
+            for source, items in order.by_source().items():
                 about = (source, variants[source], order.generation - 1, items[0].checkpoint)
                 taken = [item.source_slot for item in items]
                 job = Job("export", variants[source], (*about, taken), source)
-                exports[job] = runs[order.shard], [item.slot for item in items]
+                exports[job] = runs[order.shard]
         for job, rows in self._drive(list(exports)):
-            target, slots = exports[job]
-            target.slots += slots
-            target.exported.append(rows)
+            assert job.shard is not None
+            exports[job].sources.append(job.shard)
+            exports[job].exported.append(rows)
         return sorted((value for _, value in self._drive(list(runs.values()))), key=_shard_of)
 
     def close(self) -> None:
@@ -210,6 +212,9 @@ class RayExecutor(Executor):
         for gang in self._gangs:
             self._kill(gang)
         self._gangs = []
+        if self._settings.wait > 0:
+            with contextlib.suppress(Exception):
+                self._request(0)
         if self._own_cluster:
             self._ray.shutdown()
             self._own_cluster = False
@@ -245,20 +250,29 @@ class RayExecutor(Executor):
         return ray
 
     def _check_resources(self) -> None:
-        """Raise if no node could ever hold a worker's process."""
+        """Raise if the cluster could never hold a worker, all of its processes."""
+        if self._settings.wait > 0:  # an autoscaler shall know what is wanted
+            self._request(self._settings.workers * self._settings.processes)
         deadline = time.monotonic() + self._settings.wait
         while True:
             nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-            if any(_fits(node, self._demand()) for node in nodes):
+            if sum(_fits(node, self._demand()) for node in nodes) >= self._settings.processes:
                 return
             if time.monotonic() >= deadline:
                 break
             time.sleep(0.5)
         has = [{k: v for k, v in n.items() if _is_resource(k)} for n in nodes]
+        several = f" {self._settings.processes} times" if self._settings.processes > 1 else ""
         raise SweepError(
-            f"resources={dict(self._settings.resources)}: no node of the cluster has as much; its "
-            f"nodes have {has}. Ask for less, or give wait= seconds if nodes are still to come"
+            f"resources={dict(self._settings.resources)}: no node of the cluster has as "
+            f"much{several}; its nodes have {has}. Ask for less, or give wait= seconds if nodes "
+            "are still to come"
         )
+
+    def _request(self, processes: int) -> None:
+        from ray.autoscaler.sdk import request_resources
+
+        request_resources(bundles=[self._demand()] * processes)
 
     def _demand(self) -> dict[str, float]:
         names = {"num_cpus": "CPU", "num_gpus": "GPU"}
@@ -274,7 +288,9 @@ class RayExecutor(Executor):
         """Take in workers that have started, and start those that are missing."""
         for gang in [gang for gang in self._gangs if gang.starting]:
             self._take_in(gang)
-        wanted = min(self._settings.workers, max(1, self._capacity()))
+        wanted = self._settings.workers
+        if self._settings.wait == 0:  # nothing will grow: more would wait for ever
+            wanted = min(wanted, max(1, self._capacity()))
         while len(self._gangs) < wanted:
             self._gangs.append(self._launch())
 
@@ -317,14 +333,18 @@ class RayExecutor(Executor):
         done, _ = ray.wait(gang.starting, num_returns=len(gang.starting), timeout=timeout)
         if len(done) < len(gang.starting):
             if time.monotonic() - gang.started > self._settings.start_deadline:
-                self._lose(gang, f"did not start in {self._settings.start_deadline:g} s")
+                reason = f"did not start in {self._settings.start_deadline:g} s"
+                self._count_loss("start", "while they started", reason)
+                self._lose(gang, reason)
             return
         try:
             values = ray.get(gang.starting)
         except Exception as error:
             if not _is_loss(error):
                 raise _sweep_error("a worker could not start", error) from error
-            self._lose(gang, f"died while it started ({type(error).__name__})")
+            reason = f"died while it started ({type(error).__name__})"
+            self._count_loss("start", "while they started", reason)
+            self._lose(gang, reason)
             return
         if isinstance(values[0], str):  # the address at which a gang meets
             size = len(gang.actors)
@@ -334,6 +354,7 @@ class RayExecutor(Executor):
             ]
             return
         gang.starting, gang.about = [], values
+        self._losses.pop("start", None)
         for about in values:
             self._notify("worker ready", incarnation=gang.incarnation, **about)
 
@@ -361,19 +382,24 @@ class RayExecutor(Executor):
 
     def _lose(self, gang: Gang, reason: str) -> None:
         """Give a worker up, and start another."""
-        self._losses += 1
         who = [f"{about['host']}:{about['pid']}" for about in gang.about]
         self._notify("worker lost", reason=reason, incarnation=gang.incarnation, process=who)
         self._gangs.remove(gang)
         self._kill(gang)
         for about in gang.about:
             _end_process(about)
-        if self._losses > self._settings.most_losses:
-            raise SweepError(
-                f"{self._losses} workers in a row were lost with nothing finished in between; the "
-                f"last one {reason}. A process that is killed for memory looks like this"
-            )
         self._refresh()
+
+    def _count_loss(self, what: Any, text: str, reason: str) -> None:
+        """Count a loss, and end the sweep if the same thing is lost again and again."""
+        self._losses[what] = count = self._losses.get(what, 0) + 1
+        if count > self._settings.most_losses:
+            hint = "A process that is killed for memory, or crashes, looks like this"
+            if "answer" in reason:
+                hint = "If it only needs longer, give deadline= more seconds"
+            raise SweepError(
+                f"{count} workers in a row were lost {text}; the last one {reason}. {hint}"
+            )
 
     def _kill(self, gang: Gang) -> None:
         for actor in gang.actors:
@@ -433,8 +459,9 @@ class RayExecutor(Executor):
                 try:
                     value = self._value(gang, ref, job)
                 except _RowsGone:
-                    job.slots, job.exported = [], []  # read them from the checkpoint
+                    job.sources, job.exported = [], []  # read them from the checkpoint
                     del gang.flying[ref]
+                    gang.others.pop(ref, None)
                     waiting.append(job)
                     continue
                 except _Lost as error:
@@ -450,7 +477,8 @@ class RayExecutor(Executor):
         gang.flying.pop(ref)
         gang.others.pop(ref, None)
         took = time.monotonic() - gang.progress
-        gang.progress, self._losses = time.monotonic(), 0
+        gang.progress = time.monotonic()
+        self._losses.pop((job.kind, job.variant, job.shard), None)
         if job.kind == "prepare":
             gang.variants.add(job.variant)
             self._notify("prepared", prepared=value)
@@ -483,7 +511,7 @@ class RayExecutor(Executor):
             gang.progress = time.monotonic()
         arguments = job.arguments
         if job.kind == "run":
-            arguments = (*arguments, gang.incarnation, job.slots, *job.exported)
+            arguments = (*arguments, gang.incarnation, job.sources, *job.exported)
         calls = [getattr(actor, job.kind) for actor in gang.actors]
         if job.kind == "export":
             pairs = [call.options(num_returns=2).remote(*arguments) for call in calls]
@@ -535,6 +563,11 @@ class RayExecutor(Executor):
     def _give_up(self, gang: Gang, reason: str) -> list[Job]:
         """Lose a worker; return the jobs that it leaves."""
         left = list(gang.flying.values())
+        job = left[0]  # they are done in order: it died of this one, or during it
+        where = "the step was compiled or loaded"
+        if job.kind != "prepare":
+            where = f"shard {job.shard} ran"
+        self._count_loss((job.kind, job.variant, job.shard), f"while {where}", reason)
         gang.flying, gang.others = {}, {}
         self._lose(gang, reason)
         orphans = [shard for shard, owner in self._owner.items() if owner is gang]
@@ -617,12 +650,20 @@ def local_ray(cpus: float) -> Generator[None]:
 def _start_local_ray(cpus: float) -> bool:
     """Start Ray on this machine unless this process has one; return whether it was started."""
     # Before the first import of Ray: addresses of this machine only, nothing reported.
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    told = os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
+    from ray._private import ray_constants  # pyright: ignore[reportPrivateImportUsage]
 
     if ray.is_initialized():
         return False
+    if told == "0" and ray_constants.ENABLE_RAY_CLUSTER:
+        warnings.warn(
+            "Ray was imported before gradhpo could tell it to stay on this machine, and listens "
+            "on its network's address: set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 first",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     count = max(len(os.sched_getaffinity(0)), math.ceil(cpus))
     ray.init(address="local", num_cpus=count, include_dashboard=False, **QUIET)
     return True
@@ -640,14 +681,6 @@ def _end_process(about: Mapping[str, Any]) -> None:
     with contextlib.suppress(OSError):
         if b"ray::" in Path(f"/proc/{about['pid']}/cmdline").read_bytes():
             os.kill(about["pid"], signal.SIGKILL)
-
-
-def _by_source(order: Order) -> dict[int, list[Any]]:
-    """Return an order's imports by the shard that they come from."""
-    grouped: dict[int, list[Any]] = {}
-    for item in order.imports:
-        grouped.setdefault(item.source_shard, []).append(item)
-    return grouped
 
 
 def _shard_of(result: Result) -> int:

@@ -30,14 +30,14 @@ def load(reference: str) -> Any:
     """Import and return what a reference names.
 
     Raises:
-      ImportError: if the module cannot be found; what it raises itself goes through.
-      AttributeError: if it has no such name.
+      ImportError: if the module cannot be found, or has no such name; what it raises itself goes
+        through.
     """
     module_name, _, name = reference.rpartition(":")
     made: Any = _module(module_name)
     for part in name.split("."):
         if not hasattr(made, part):
-            raise AttributeError(f"{module_name!r} has no {part!r}, named by {reference!r}")
+            raise ImportError(f"{module_name!r} has no {part!r}, named by {reference!r}")
         made = getattr(made, part)
     return made
 

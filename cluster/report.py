@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import time
 from typing import Any
@@ -37,23 +38,24 @@ class Display:
         sign: int,
     ) -> None:
         self._silent = show is False
-        self._lines = not self._silent and not sys.stderr.isatty()
+        drawn = sys.stderr.isatty() and (show or importlib.util.find_spec("tqdm") is not None)
+        self._lines = not self._silent and not drawn
         self._total, self._steps, self._metric, self._sign = generations, steps, metric, sign
         self._first, self._done = done, done
         self._since = self._printed = time.monotonic()
-        bar = show if not self._lines else False
-        self._bar = Bar(bar, generations, "generation", done)
+        self._show = False if self._lines or self._silent else show
+        self._bar = Bar(False, generations, "generation")
 
     def __enter__(self) -> Display:
-        self._bar.__enter__()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._bar.__exit__(*exc)
 
     def begin(self) -> None:
-        """Count time from now: what came before was starting up."""
+        """Draw the bar, and count time from now: what came before was starting up."""
         self._since = self._printed = time.monotonic()
+        self._bar = Bar(self._show, self._total, "generation", self._first)
 
     def generation(self, entry: Entry, columns: dict[str, np.ndarray]) -> None:
         """Show a generation that is done."""

@@ -106,6 +106,7 @@ class SweepResult:
       storage: the sweep's folder.
       spec: what its workers were told.
       layout: its shards.
+      layouts: each variant's `batching`.
       sign: 1 if its metric is minimized, -1 if maximized.
       metric: its name.
       data: what the problem's function gets as `data`.
@@ -120,12 +121,14 @@ class SweepResult:
         storage: Path,
         spec: Spec,
         layout: Layout,
+        layouts: list[Any],
         metric: str,
         sign: int,
         data: Any = None,
         report: Report | None = None,
     ) -> None:
-        self._storage, self._spec, self._layout = storage, spec, layout
+        self._storage, self._spec = storage, spec
+        self._layout, self._layouts = layout, layouts
         self._metric, self._sign, self._data = metric, sign, data
         self.report = report
         self._entries = list(Journal(storage).entries())
@@ -252,12 +255,9 @@ class SweepResult:
         """
         import jax
 
-        found = self._best()
-        variant = Variant(
-            self._spec,
-            self._spec.space.variants()[self._variant_of_slot(found["slot"])],
-            self._data,
-        )
+        number = self._variant_of_slot(self._best()["slot"])
+        spec = dataclasses.replace(self._spec, batching=self._layouts[number])
+        variant = Variant(spec, spec.space.variants()[number], self._data)
         variant.prepare(None)
         n, state = self._spec.slots, variant.zeros()
         everywhere = np.ones(n, bool)
@@ -277,7 +277,8 @@ class SweepResult:
                 start=None,
             )
             state, _ = variant.turn(state, order)
-        return jax.tree.map(np.asarray, variant.unflatten(variant.take(state, 0)))
+        row = {name: leaf[0] for name, leaf in variant.take(state, [0]).items()}
+        return jax.tree.map(np.asarray, variant.unflatten(row))
 
     @functools.cached_property
     def data(self) -> PyTree:

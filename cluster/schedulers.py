@@ -114,7 +114,9 @@ class SuccessiveHalving:
     Args:
       reduction: at least 2, the factor between rungs.
       grace: generations that every trial gets.
-      longest: generations after which a trial is complete; None for the whole sweep.
+      longest: generations after which a trial is complete; by default the highest rung that one
+        trial of a full population reaches, `grace·reduction^⌊log(slots)/log(reduction)⌋`. Without
+        an end the survivors would in time hold every slot.
 
     Raises:
       ValueError: for an argument out of range.
@@ -134,9 +136,11 @@ class SuccessiveHalving:
         """Decide."""
         del space, rng
         parents = np.arange(len(table.score))
-        stopped = table.diverged()
-        if self.longest is not None:
-            stopped |= table.age >= self.longest
+        longest, slots = self.longest, len(parents)
+        if longest is None:
+            rungs = int(np.log(slots) / np.log(self.reduction) + 1e-9)
+            longest = self.grace * self.reduction**rungs
+        stopped = table.diverged() | (table.age >= longest)
         order = table.ranking()
         rung = self.grace
         while rung <= table.age.max():

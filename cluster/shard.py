@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,10 @@ RESERVED = (
 """Names of a table's own columns."""
 Arrays = dict[str, Any]
 """Arrays of a state by path, `.params['w']`, each with a leading slot axis."""
+Rows = dict[str, np.ndarray]
+"""The same of some slots, on the host."""
+MOVED_AT_ONCE = 8
+"""Slots that one call of a program copies out of a state, or into it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +95,13 @@ class Order:
     start: Saved | None
     """The shard's checkpoint of the generation before; None for the first."""
     imports: tuple[Import, ...] = ()
+
+    def by_source(self) -> dict[int, list[Import]]:
+        """Return the imports by the shard that they come from."""
+        grouped: dict[int, list[Import]] = {}
+        for item in self.imports:
+            grouped.setdefault(item.source_shard, []).append(item)
+        return grouped
 
 
 class Result(NamedTuple):
@@ -167,10 +178,10 @@ class Variant:
         start = compiled.counts()
         self.programs["data"] = get("data", self._make_data, np.uint32(spec.seed))
         self.data = self.population.place_shared(self.programs["data"](np.uint32(spec.seed)))
-        state, slot = self.zeros(), np.int32(0)
+        state, some = self.zeros(), self._padded([], 0)
         for name, function, args in (
-            ("take", _take, (state, slot)),
-            ("put", self._put, (state, slot, self._zero_row())),
+            ("take", _take, (state, some)),
+            ("put", self._put, (state, some, self._zero_rows())),
             ("select", self._select, (state, np.zeros(spec.slots, np.int32))),
         ):
             self.programs[name] = get(name, function, *args)
@@ -213,14 +224,25 @@ class Variant:
         )
         return state, {name: to_host(column) for name, column in columns.items()}
 
-    def take(self, state: Arrays, slot: int) -> dict[str, np.ndarray]:
-        """Return one slot's arrays."""
-        row = self.programs["take"](state, np.int32(slot))
-        return {name: to_host(leaf) for name, leaf in row.items()}
+    def take(self, state: Arrays, slots: Sequence[int]) -> Rows:
+        """Return the arrays of some slots, stacked in their order."""
+        parts: list[Rows] = []
+        for some in self._batches(slots):
+            taken = self.programs["take"](state, self._padded(some, 0))
+            parts.append({name: to_host(leaf)[: len(some)] for name, leaf in taken.items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in state}
 
-    def put(self, state: Arrays, slot: int, row: Mapping[str, np.ndarray]) -> Arrays:
-        """Return the state with one slot's arrays replaced."""
-        return self.programs["put"](state, np.int32(slot), dict(row))
+    def put(self, state: Arrays, slots: Sequence[int], rows: Rows) -> Arrays:
+        """Return the state with the arrays of some slots replaced by stacked ones."""
+        done = 0
+        for some in self._batches(slots):
+            padded = self._zero_rows()
+            for name, leaf in padded.items():
+                leaf[: len(some)] = rows[name][done : done + len(some)]
+            beyond = self.spec.slots  # an index that is dropped
+            state = self.programs["put"](state, self._padded(some, beyond), padded)
+            done += len(some)
+        return state
 
     def select(self, state: Arrays, parents: np.ndarray) -> Arrays:
         """Return the state whose slot i is a copy of slot `parents[i]`."""
@@ -291,8 +313,9 @@ class Variant:
         columns[DIVERGED] = diverged
         return self._where_slots_lie(self._pack(whole)), columns
 
-    def _put(self, state: Arrays, slot: jax.Array, row: Arrays) -> Arrays:
-        return self._where_slots_lie({n: x.at[slot].set(row[n]) for n, x in state.items()})
+    def _put(self, state: Arrays, slots: jax.Array, rows: Arrays) -> Arrays:
+        moved = {n: x.at[slots].set(rows[n], mode="drop") for n, x in state.items()}
+        return self._where_slots_lie(moved)
 
     def _select(self, state: Arrays, parents: jax.Array) -> Arrays:
         return self._where_slots_lie({name: leaf[parents] for name, leaf in state.items()})
@@ -336,8 +359,22 @@ class Variant:
     def _shapes(self) -> Arrays:
         return jax.eval_shape(self._pack, self._template)
 
-    def _zero_row(self) -> dict[str, np.ndarray]:
-        return {n: np.zeros(s.shape[1:], s.dtype) for n, s in self._shapes().items()}
+    def _zero_rows(self) -> Rows:
+        return {
+            n: np.zeros((self._at_once, *s.shape[1:]), s.dtype) for n, s in self._shapes().items()
+        }
+
+    @property
+    def _at_once(self) -> int:
+        return min(MOVED_AT_ONCE, self.spec.slots)
+
+    def _batches(self, slots: Sequence[int]) -> list[Sequence[int]]:
+        return [slots[i : i + self._at_once] for i in range(0, len(slots), self._at_once)]
+
+    def _padded(self, slots: Sequence[int], padding: int) -> np.ndarray:
+        padded = np.full(self._at_once, padding, np.int32)
+        padded[: len(slots)] = slots
+        return padded
 
     def _scalars(self, generation: int) -> Arrays:
         period = self.optimizer.calibration_period * self.optimizer.T
@@ -407,13 +444,14 @@ class ShardHost:
         self._variants[variant] = made
         return prepared
 
-    def run(self, order: Order, incarnation: int, rows: Mapping[int, Any] | None = None) -> Result:
+    def run(self, order: Order, incarnation: int, rows: Mapping[int, Rows] | None = None) -> Result:
         """Execute an order, and commit its checkpoint.
 
         Args:
           order: the generation.
           incarnation: of the worker that this host belongs to.
-          rows: by slot, the arrays of imports; what is missing is read from its checkpoint.
+          rows: by shard that imports come from, their arrays, stacked in the order of the imports;
+            what is missing is read from that shard's checkpoint.
 
         Raises:
           DamagedFile: if a checkpoint is damaged.
@@ -424,11 +462,13 @@ class ShardHost:
         state = self._state(order.shard, order.variant, order.generation - 1, order.start)
         if (order.parents != np.arange(len(order.parents))).any():
             state = variant.select(state, order.parents)
-        for item in order.imports:
-            row = (rows or {}).get(item.slot)
-            if row is None:
-                row = self._row_on_disk(item)
-            state = variant.put(state, item.slot, row)
+        for source, items in order.by_source().items():
+            found = (rows or {}).get(source)
+            if found is None:
+                arrays = checkpoints.load(self.storage, items[0].checkpoint)[0]
+                taken = [item.source_slot for item in items]
+                found = {name: array[taken] for name, array in arrays.items()}
+            state = variant.put(state, [item.slot for item in items], found)
         state, columns = variant.turn(state, order)
         arrays = {name: to_host(leaf) for name, leaf in state.items()}
         saved = Saved("", "")
@@ -440,10 +480,10 @@ class ShardHost:
 
     def export(
         self, shard: int, variant: int, generation: int, checkpoint: Saved, slots: list[int]
-    ) -> list[dict[str, np.ndarray]]:
-        """Return the arrays of some slots, as they were after a generation."""
+    ) -> Rows:
+        """Return the arrays of some slots, stacked, as they were after a generation."""
         state = self._state(shard, variant, generation, checkpoint)
-        return [self._variants[variant].take(state, slot) for slot in slots]
+        return self._variants[variant].take(state, slots)
 
     def xla_compiles(self) -> int:
         """Return how many programs XLA compiled in this process since the host was made."""
@@ -458,10 +498,10 @@ class ShardHost:
         return self._variants[variant].unflatten({name: x[slot] for name, x in arrays.items()})
 
     def _commit(self, order: Order, incarnation: int, arrays: Mapping[str, np.ndarray]) -> Saved:
-        check_owner(self.storage, order.shard, incarnation)
         stem = f"checkpoints/{order.generation:06d}/shard-{order.shard:04d}-i{incarnation}"
         about = {"shard": order.shard, "generation": order.generation, "variant": order.variant}
         try:
+            check_owner(self.storage, order.shard, incarnation)
             return checkpoints.save(self.storage, stem, arrays, about)
         except OSError as error:
             raise StorageFailed(error.errno, error.strerror, error.filename) from error
@@ -484,10 +524,6 @@ class ShardHost:
         self._states.move_to_end(shard)
         while len(self._states) > self.spec.states:
             self._states.popitem(last=False)
-
-    def _row_on_disk(self, item: Import) -> dict[str, np.ndarray]:
-        arrays = checkpoints.load(self.storage, item.checkpoint)[0]
-        return {name: array[item.source_slot] for name, array in arrays.items()}
 
 
 _XLA_COMPILES = [0]
@@ -578,8 +614,8 @@ def _where(mask: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(choose, new, old)
 
 
-def _take(state: Arrays, slot: jax.Array) -> Arrays:
-    return {name: leaf[slot] for name, leaf in state.items()}
+def _take(state: Arrays, slots: jax.Array) -> Arrays:
+    return {name: leaf[slots] for name, leaf in state.items()}
 
 
 def _plain(leaf: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import time
 import tomllib
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import jax
 import numpy as np
@@ -145,10 +145,18 @@ class Sweep:
         if not callable(self.scheduler) or isinstance(self.scheduler, type):
             accepted = "PBT(…), SuccessiveHalving(…), RandomSearch(…) or a function"
             raise TypeError(f"scheduler must be {accepted}, got {scheduler!r}")
-        if mode not in ("min", "max"):
-            raise ValueError(f'mode must be "min" or "max", got {mode!r}')
-        if executor not in ("auto", "local", "ray"):
-            raise ValueError(f'executor must be "auto", "local" or "ray", got {executor!r}')
+        if processes != 1 and batching == "auto":
+            raise ValueError(
+                'processes above 1 need a batching other than "auto", which every process would '
+                "measure on its own"
+            )
+        for name, value, accepted in (
+            ("mode", mode, ("min", "max")),
+            ("executor", executor, ("auto", "local", "ray")),
+            ("placement", placement, PLACEMENTS),
+        ):
+            if value not in accepted:
+                raise ValueError(f"{name} must be one of {accepted}, got {value!r}")
         if executor == "ray" and not executors.has_ray():
             raise ImportError('executor="ray" needs Ray: pip install gradhpo[cluster]')
         self._check_mesh(mesh)
@@ -159,8 +167,6 @@ class Sweep:
             raise TypeError(f"storage must be the path of a folder, got {storage!r}")
         if address is not None and not isinstance(address, str):
             raise TypeError(f"address must be a string, got {address!r}")
-        if placement not in PLACEMENTS:
-            raise ValueError(f"placement must be one of {PLACEMENTS}, got {placement!r}")
         if progress not in (None, True, False):
             raise TypeError(f"progress must be None, True or False, got {progress!r}")
         if isinstance(data, str):
@@ -170,6 +176,7 @@ class Sweep:
         self.mesh = None if mesh is None else dict(mesh)
         self.storage, self._data, self._progress = Path(storage).absolute(), data, progress
         self.executor: str = executor
+        self._folders = _sys_path()
         self.layout = self._divide(shards)
         self._ray = RaySettings(
             workers=min(self.workers, self.layout.shards),
@@ -215,7 +222,10 @@ class Sweep:
         """
         storage = Path(storage)
         manifest = read_manifest(storage)
-        if objects := [name for name in ("problem", "optimizer") if "object" in manifest[name]]:
+        objects = [name for name in ("problem", "optimizer") if "object" in manifest[name]]
+        if not _importable(manifest["scheduler"]):
+            objects.append("scheduler")
+        if objects:
             raise SweepError(
                 f"{storage} was made by a program, with {' and '.join(objects)} given as objects: "
                 "run that program again, and it goes on. (With references such as "
@@ -234,7 +244,9 @@ class Sweep:
             jax.config.update("jax_enable_x64", manifest["x64"])
         importing.extend_path(manifest["sys_path"])
         given = {name: value for name, value in settings.items() if value is not None}
-        return cls._from_settings(given | {"storage": str(storage)} | changes, str(storage))
+        made = cls._from_settings(given | {"storage": str(storage)} | changes, str(storage))
+        made._folders = tuple(dict.fromkeys([*manifest["sys_path"], *made._folders]))
+        return made
 
     def run(
         self, callback: Callable[[int, dict[str, np.ndarray]], Any] | None = None
@@ -268,7 +280,7 @@ class Sweep:
 
     def result(self) -> SweepResult:
         """Return what is done so far, from the storage; nothing runs."""
-        return self._result(self._load_data(), self._resolved_batching(), None)
+        return self._result(self._load_data(), None)
 
     # --- running --------------------------------------------------------------------------------
 
@@ -280,7 +292,7 @@ class Sweep:
         steps = self.population * self.steps
         display = report.Display(self._progress, self.generations, done, steps, self.metric, sign)
         rules = Rules(self.scheduler, self.space, self.seed, self.metric, sign)
-        spec = self._spec(self._resolved_batching())
+        spec = self._spec()
         computed: list[int] = []
 
         def notify(event: str, **facts: Any) -> None:
@@ -298,11 +310,13 @@ class Sweep:
         with display:
             if done:
                 notify("resumed", generation=done)
-                display.say(f"{self.storage}: {done} generations are done; going on")
+                left = "going on" if done < self.generations else "generations= more extends it"
+                display.say(f"{self.storage}: {done} generations are done; {left}")
             for what in journal.damaged:
                 notify("journal damaged", what=what)
             if done >= self.generations:
-                return self._result(data, spec.batching, None)
+                return self._result(data, None)
+            display.say(f"{self.storage}: starting, and compiling the step")
             executor = executors.open_executor(
                 self.executor, spec, data, self.layout.shards, self._ray, notify
             )
@@ -321,16 +335,12 @@ class Sweep:
             if controller.stop and journal.generation + 1 < self.generations:
                 left = self.generations - journal.generation - 1
                 display.say(f"Stopped, {left} generations before the end. {self.how_to_resume()}")
-            return self._result(data, prepared[0].batching, made)
+            return self._result(data, made)
 
     def _prepare(self, executor: Executor, notify: Any) -> list[Prepared]:
         """Compile, and see that it is what an earlier run compiled."""
         path, known = self.storage / PROGRAMS, self._known_programs()
-        layouts: dict[int, Any] = {
-            v: self.batching if known is None else known[v]["batching"]
-            for v in range(self.layout.variants)
-        }
-        prepared = executor.prepare(layouts)
+        prepared = executor.prepare(dict(enumerate(self._layouts())))
         for made in prepared:
             if self.metric not in made.columns:
                 raise SweepError(
@@ -380,15 +390,16 @@ class Sweep:
             generations=generations,
         )
 
-    def _result(self, data: Any, batching: Any, made: Report | None) -> SweepResult:
+    def _result(self, data: Any, made: Report | None) -> SweepResult:
         sign = 1 if self.mode == "min" else -1
-        return SweepResult(
-            self.storage, self._spec(batching), self.layout, self.metric, sign, data, made
-        )
+        about = (self.layout, self._layouts(), self.metric, sign)
+        return SweepResult(self.storage, self._spec(), *about, data, made)
 
     def how_to_resume(self) -> str:
         """Return the sentence that says how to go on."""
-        if isinstance(self.problem, str) and isinstance(self.optimizer, str):
+        references = isinstance(self.problem, str) and isinstance(self.optimizer, str)
+        references &= self._data is None or isinstance(self._data, str)
+        if references and _importable(schedulers.describe(self.scheduler)):
             return f"To go on: gradhpo resume {_quoted(self.storage)}"
         return f"To go on, run this program again (storage {_quoted(self.storage)})"
 
@@ -425,7 +436,7 @@ class Sweep:
             "x64": bool(jax.config.jax_enable_x64),  # pyright: ignore
             "generations": self.generations,
             "batching": self.batching,
-            "sys_path": list(_sys_path()),
+            "sys_path": list(self._folders),
             "how": how,
         }
         return json.loads(json.dumps(made))
@@ -442,10 +453,13 @@ class Sweep:
                         f"{theirs.get(name)!r}, here {mine[name]!r}. Give another storage, or "
                         "the same settings to go on"
                     )
-            if mine["batching"] not in ("auto", theirs["batching"], self._resolved_batching()):
+            layouts = self._layouts()
+            if mine["batching"] not in ("auto", theirs["batching"]) and any(
+                layout != mine["batching"] for layout in layouts
+            ):
                 raise SweepError(
                     f"storage {str(self.storage)!r} holds another run: its batching is "
-                    f"{self._resolved_batching()!r}, here {mine['batching']!r}"
+                    f"{layouts[0]!r}, here {mine['batching']!r}"
                 )
             if mine["generations"] <= theirs["generations"]:
                 return
@@ -475,9 +489,12 @@ class Sweep:
                     f"{there[0]!r}): give a folder of its own"
                 )
 
-    def _resolved_batching(self) -> Any:
+    def _layouts(self) -> list[Any]:
+        """Return each variant's layout: what the storage says, or what was asked for."""
         known = self._known_programs()
-        return self.batching if known is None else known[0]["batching"]
+        if known is None:
+            return [self.batching] * self.layout.variants
+        return [program["batching"] for program in known]
 
     def _known_programs(self) -> list[Any] | None:
         """Return what an earlier run wrote of its programs; None before the first generation.
@@ -496,7 +513,7 @@ class Sweep:
                 f"({error}): without it the sweep cannot go on as it began"
             ) from None
 
-    def _spec(self, batching: Any) -> Spec:
+    def _spec(self) -> Spec:
         return Spec(
             problem=self.problem,
             optimizer=self.optimizer,
@@ -505,16 +522,16 @@ class Sweep:
             steps=self.steps,
             seed=self.seed,
             storage=str(self.storage),
-            batching=batching,
+            batching=self.batching,
             mesh=self.mesh,
-            sys_path=_sys_path(),
+            sys_path=self._folders,
             x64=bool(jax.config.jax_enable_x64),  # pyright: ignore
         )
 
     def _load_data(self) -> Any:
         if not isinstance(self._data, str):
             return self._data
-        importing.extend_path(_sys_path())
+        importing.extend_path(self._folders)
         return importing.load(self._data)()
 
     def _log(self, event: str, facts: Mapping[str, Any]) -> None:
@@ -523,8 +540,11 @@ class Sweep:
         if "prepared" in facts:
             made: Prepared = facts["prepared"]
             plain = {"compiles": made.compiles, "loads": made.loads, "warnings": made.warnings}
-        with contextlib.suppress(OSError), open(self.storage / EVENTS, "a") as file:
-            file.write(json.dumps({"time": round(time.time(), 3), "event": event, **plain}) + "\n")
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **plain})
+        with contextlib.suppress(OSError), open(self.storage / EVENTS, "a+b") as file:
+            # After a line that was cut short, on a new one.
+            start = b"" if not file.tell() or _last_byte(file) == b"\n" else b"\n"
+            file.write(start + line.encode() + b"\n")
 
     # --- arguments ------------------------------------------------------------------------------
 
@@ -636,6 +656,17 @@ def _sys_path() -> tuple[str, ...]:
     alone = path and getattr(program, "__spec__", None) is None
     own = [str(Path(path).absolute().parent)] if alone else []
     return tuple(dict.fromkeys([str(Path.cwd()), *own]))
+
+
+def _last_byte(file: BinaryIO) -> bytes:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1)
+
+
+def _importable(scheduler: Mapping[str, Any]) -> bool:
+    """Whether another program can find a scheduler by its description."""
+    reference = str(scheduler.get("function", ""))
+    return not reference.startswith("__main__:") and "<" not in reference
 
 
 def _named(thing: Any) -> dict[str, str]:

@@ -34,16 +34,18 @@ class Worker:
         """Return where the first process of a gang can coordinate the others."""
         import ray
 
+        host = ray.util.get_node_ip_address()
         with socket.socket() as free:
-            free.bind(("", 0))
-            return f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+            free.bind((host, 0))
+            return f"{host}:{free.getsockname()[1]}"
 
     def start(self, spec: Any, data: Any, gang: tuple[str, int, int] | None) -> dict[str, Any]:
         """Start JAX, as one process of a gang where there is one; return who this is."""
         if gang is not None:
             from gradhpo.parallel import initialize
 
-            initialize(*gang)
+            # The coordinator listens on the node's address in Ray, and on no other.
+            initialize(*gang, bind_address=gang[0])
         from gradhpo.cluster.shard import ShardHost
 
         self._host = ShardHost(spec, data)
@@ -53,10 +55,9 @@ class Worker:
         """See `ShardHost.prepare`."""
         return self._host.prepare(variant, batching, blobs)
 
-    def run(self, order: Any, incarnation: int, slots: list[int], *exported: Any) -> Any:
-        """See `ShardHost.run`; `exported` holds the rows of `slots`, in lists, one a source."""
-        rows = dict(zip(slots, (row for rows in exported for row in rows), strict=True))
-        return self._host.run(order, incarnation, rows)
+    def run(self, order: Any, incarnation: int, sources: list[int], *exported: Any) -> Any:
+        """See `ShardHost.run`; `exported` holds the rows from each of the shards `sources`."""
+        return self._host.run(order, incarnation, dict(zip(sources, exported, strict=True)))
 
     def export(
         self, shard: int, variant: int, generation: int, checkpoint: Saved, slots: list[int]

@@ -52,7 +52,11 @@ def axis_size(mesh: Mesh, axis: str) -> int:
 
 
 def initialize(
-    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    bind_address: str | None = None,
 ) -> None:
     """Join this process to a job of several, before any JAX computation.
 
@@ -63,6 +67,7 @@ def initialize(
       coordinator: `host:port` of process 0.
       num_processes: processes in the job.
       process_id: this process's number, from 0.
+      bind_address: `host:port` on which process 0 listens; by default all of its addresses.
 
     Raises:
       ValueError: if only some of the three are given, or the number is out of range.
@@ -77,7 +82,9 @@ def initialize(
         raise ValueError(f"initialize takes all of {list(given)} or none; missing {missing}")
     if process_id is not None and not 0 <= process_id < (num_processes or 0):
         raise ValueError(f"process_id must be in [0, {num_processes}), got {process_id}")
-    jax.distributed.initialize(coordinator, num_processes, process_id)
+    jax.distributed.initialize(
+        coordinator, num_processes, process_id, coordinator_bind_address=bind_address
+    )
 
 
 def global_batch(batch: PyTree, mesh: Mesh, axis: str = "data") -> PyTree:

@@ -74,3 +74,17 @@ def reads_a_missing_file():
     """A problem whose data are not where it looks."""
     with open("/nonexistent/data.npz") as file:
         return file.read()
+
+
+def crashes_in_its_first_step():
+    """A problem whose step ends its process, as a fault in native code would."""
+
+    def crash(x):
+        os.kill(os.getpid(), signal.SIGKILL)
+        return x
+
+    def batch(key, data):
+        train, val = problem().batch(key, data)
+        return jax.pure_callback(crash, train, train), val
+
+    return dataclasses.replace(problem(), batch=batch)

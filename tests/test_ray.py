@@ -301,6 +301,11 @@ FAILING = {
     "file": ({"problem": "tests.sweep_problems:reads_a_missing_file"}, "compile.*FileNotFound"),
     "first step": ({"problem": "tests.sweep_problems:fails_in_its_first_step"}, "on purpose"),
     "memory": ({"problem": "tests.sweep_problems:ends_its_process"}, "in a row were lost"),
+    "crash": ({"problem": "tests.sweep_problems:crashes_in_its_first_step"}, "while shard . ran"),
+    "gang": (
+        {"processes": 64, "resources": {"num_cpus": 2}},
+        "no node of the cluster has as much 64 times",
+    ),
     "resources": ({"resources": {"num_gpus": 64}}, r"num_gpus.*no node of the cluster"),
     "custom": ({"resources": {"unicorn": 1}}, "unicorn"),
 }

@@ -85,6 +85,18 @@ def test_successive_halving_keeps_the_best_of_those_that_reached_a_rung():
     assert parents[4] == NEW
 
 
+def test_successive_halving_never_runs_out_of_new_trials():
+    scheduler, rng = SuccessiveHalving(), np.random.default_rng(0)
+    age, scores, fresh = np.ones(27, int), rng.random(27), []
+    for _ in range(60):
+        started = decide(scheduler, scores, age).parents == NEW
+        fresh.append(started.sum())
+        age = np.where(started, 1, age + 1)
+        scores = np.where(started, rng.random(27), scores)
+    assert age.max() <= 27
+    assert np.mean(fresh[30:]) > 4
+
+
 def test_random_search_completes_trials():
     assert decide(RandomSearch(), [1.0, 2.0], [50, 3]).parents.tolist() == [0, 1]
     assert decide(RandomSearch(5), [1.0, 2.0], [5, 3]).parents.tolist() == [NEW, 1]

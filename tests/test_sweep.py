@@ -400,7 +400,7 @@ def test_a_worker_that_was_given_up_cannot_commit(tmp_path):
     """The order was sent before its shard got a new owner, and executed after."""
     made = sweep(tmp_path, generations=1)
     made.run()
-    spec, numbers = made._spec("map"), Incarnations(tmp_path)
+    spec, numbers = made._spec(), Incarnations(tmp_path)
     old = executors.LocalExecutor(spec, None, numbers, 4)
     old.prepare({0: "map"})
     rules = Rules(made.scheduler, made.space, 0, "val_loss", 1)
@@ -482,6 +482,7 @@ def test_a_second_driver_is_refused(tmp_path):
         ({"resources": {"GPU": 1}}, "write num_gpus"),
         ({"resources": {"num_gpus": -1}}, "num_gpus"),
         ({"processes": 2}, "processes"),
+        ({"processes": 2, "executor": "ray", "batching": "auto"}, 'batching other than "auto"'),
         ({"placement": "NEAR"}, "placement must be one of"),
         ({"env": 3}, "env must be a dictionary"),
         ({"resources": [1]}, "resources must be a dictionary"),
@@ -577,6 +578,42 @@ def test_an_error_of_the_problem_is_not_taken_for_the_storages(tmp_path):
 
     with pytest.raises(FileNotFoundError, match="no such file"):
         sweep(tmp_path / "run", problem=opens_a_file).run()
+
+
+def test_a_scheduler_cannot_change_the_table(tmp_path):
+    def renumbers(table, space, rng):
+        table.trial[:] = 7
+
+    with pytest.raises(SweepError, match="read-only"):
+        sweep(tmp_path, scheduler=renumbers).run()
+
+
+def test_the_best_is_there_when_the_last_line_is_not(tmp_path):
+    """Generation by generation: a new best, and then its line is cut."""
+    for generations in range(2, GENERATIONS):
+        made = sweep(tmp_path, generations=generations)
+        made.run()
+        path = tmp_path / "journal.jsonl"
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-20])
+        assert np.isfinite(made.result().best.score)
+        path.write_bytes(whole)
+
+
+def test_a_replay_uses_the_winners_own_layout(tmp_path, monkeypatch):
+    def prepare(self, layouts):
+        return original(self, dict(zip(layouts, ["map", "vmap"], strict=True)))
+
+    original = executors.LocalExecutor.prepare
+    monkeypatch.setattr(executors.LocalExecutor, "prepare", prepare)
+    space = dataclasses.replace(SPACE, choices={"method": ["first-order", "one-step"]})
+    result = sweep(tmp_path, space=space, generations=4, batching="auto").run()
+    assert result.best.choices == {"method": "one-step"}
+    assert result._layouts == ["map", "vmap"]
+    for a, b in zip(
+        jax.tree.leaves(result.replay()), jax.tree.leaves(result.best.state), strict=True
+    ):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 def test_a_host_that_is_done_is_forgotten(tmp_path):
