@@ -108,15 +108,15 @@ class SuccessiveHalving:
     """Successive halving (Jamieson & Talwalkar 2016), in slots that are never empty.
 
     A trial that has run `grace·reduction^k` generations goes on if it is among the best
-    1/reduction of the trials that reached that age together; the others' slots, diverged trials'
+    1/reduction of the trials that reached that age together (of one left over, at random); the
+    others' slots, diverged trials'
     and those of trials that ran `longest` generations get new trials, so shapes never change.
 
     Args:
       reduction: at least 2, the factor between rungs.
       grace: generations that every trial gets.
       longest: generations after which a trial is complete; by default the highest rung that one
-        trial of a full population reaches, `grace·reduction^⌊log(slots)/log(reduction)⌋`. Without
-        an end the survivors would in time hold every slot.
+        trial of a full population reaches, `grace·reduction^⌊log(slots)/log(reduction)⌋`.
 
     Raises:
       ValueError: for an argument out of range.
@@ -134,7 +134,7 @@ class SuccessiveHalving:
 
     def __call__(self, table: Table, space: SearchSpace, rng: np.random.Generator) -> Decision:
         """Decide."""
-        del space, rng
+        del space
         parents = np.arange(len(table.score))
         longest, slots = self.longest, len(parents)
         if longest is None:
@@ -145,7 +145,10 @@ class SuccessiveHalving:
         rung = self.grace
         while rung <= table.age.max():
             reached = order[table.age[order] == rung]  # from the best to the worst
-            stopped[reached[-(-len(reached) // self.reduction) :]] = True
+            share = len(reached) / self.reduction
+            # A part of a trial goes on with that probability; rounded up, survivors of ever
+            # smaller cohorts would in time hold every slot.
+            stopped[reached[int(share + rng.random() * (share % 1 > 0)) :]] = True
             rung *= self.reduction
         parents[stopped] = NEW
         return Decision(parents)
