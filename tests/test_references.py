@@ -19,7 +19,6 @@ from gradhpo import (
     OnlineHypergradientOptimizer,
     UnrolledOptimizer,
 )
-from gradhpo.dependence import depends
 from tests import problems
 from tests.problems import Exact, as_jax, assert_close, assert_same_bits
 from tests.test_inner import (
@@ -491,25 +490,6 @@ def test_a_hyperparameter_that_the_training_gradient_shows_is_accepted():
     found = optimizer.compute_hypergradient(state, STACK[0], VAL, train, val)
     assert_close(found["val"], 6.0)
     assert_same_bits(found["nowhere"], np.zeros(2))
-
-
-def test_depends_sees_through_loops_branches_and_jit_and_stops_at_stop_gradient():
-    argument = {name: jnp.ones(2) for name in "abcde"}
-
-    @jax.jit
-    def function(x, other):
-        def body(carry, _):
-            first, second = carry
-            return (first + x["a"], second * other), None
-
-        looped, _ = jax.lax.scan(body, (x["b"], jnp.zeros(2)), length=3)
-        branched = jax.lax.cond(x["c"][0] > 0, lambda x: x["d"], lambda x: 2 * x["d"], x)
-        return looped[0] + branched + jax.lax.stop_gradient(x["e"])
-
-    found = depends(function, argument, jnp.ones(2))
-    assert dict(zip("abcde", found, strict=True)) == {
-        "a": True, "b": True, "c": False, "d": True, "e": False
-    }  # fmt: skip
 
 
 # --- Settings -----------------------------------------------------------------------------------
