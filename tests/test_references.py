@@ -492,6 +492,42 @@ def test_a_hyperparameter_that_the_training_gradient_shows_is_accepted():
     assert_same_bits(found["nowhere"], np.zeros(2))
 
 
+@pytest.mark.parametrize("K", [5, 10, 50])
+@pytest.mark.parametrize("seed", range(3))
+def test_implicit_at_a_minimum_with_flat_directions(seed, K):
+    """In float32 and with more weights than rows: the minimum-norm solution's derivative."""
+    rng = np.random.default_rng(seed)
+    x, y, v = (rng.normal(size=shape).astype(np.float32) for shape in ((5, 20), (5,), (8, 20)))
+    w = np.linalg.pinv(x) @ y  # of targets y exp(λ), at λ = 0; so dw/dλ is w
+    expected = 2 / 8 * (v @ w - 1) @ v @ w
+
+    def train(w, lam, batch):
+        return jnp.mean((x @ w - y * jnp.exp(lam)) ** 2)
+
+    def val(w, lam, batch):
+        return jnp.mean((v @ w - 1) ** 2)
+
+    with jax.enable_x64(False):
+        optimizer = ImplicitOptimizer(optax.sgd(1e-9), optax.sgd(0.0), K=K)
+        state = optimizer.init(jnp.asarray(w), jnp.zeros(()))
+        found = optimizer.compute_hypergradient(state, 0.0, 0.0, train, val)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("split", [lambda v: (v[0], v[1]), jnp.unstack, lambda v: jnp.split(v, 2)])
+def test_implicit_refuses_a_learning_rate_inside_a_vector(split):
+    def inner(lam):
+        return optax.sgd(jnp.exp(jnp.reshape(split(lam)[0], ())))
+
+    def train(w, lam, batch):
+        return jnp.sum((w - 1) ** 2) + jnp.exp(jnp.reshape(split(lam)[1], ())) * jnp.sum(w**2)
+
+    optimizer = ImplicitOptimizer(inner, unroll_steps=2)
+    state = optimizer.init(jnp.zeros(3), jnp.array([-3.0, -1.0]))
+    with pytest.raises(ValueError, match=r"hyperparams\[0\] acts on the weights through the inner"):
+        optimizer.compute_hypergradient(state, 0.0, 0.0, train, lambda w, lam, b: jnp.sum(w**2))
+
+
 # --- Settings -----------------------------------------------------------------------------------
 
 

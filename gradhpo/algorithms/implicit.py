@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from gradhpo.dependence import depends
+from gradhpo.dependence import depends_by_coordinate
 from gradhpo.errors import check_count, check_number
 from gradhpo.hypergradient import second_order, validation
 from gradhpo.inner import InnerStep
@@ -36,9 +37,11 @@ class ImplicitOptimizer(UnrollingMethod):
       inner_optimizer: an `optax.GradientTransformation`, or a function of λ that returns one.
       outer_optimizer: an `optax.GradientTransformation` for λ, in place of `lr_hyper`.
       unroll_steps: T, the inner steps in one step.
-      solver: of `H x = α`. "cg": conjugate gradients, which stop at a direction in which `H` is not
-        positive. "neumann": the series `x = η Σ_{k<K} (I - ηH)^k α`, which converges for η below 2
-        over the largest eigenvalue. At a minimum it equals K unrolled steps of SGD with rate η.
+      solver: of `H x = α`. "cg": conjugate gradients that make the residual `H x - α` least, also
+        known as conjugate residuals, which a singular `H` (more weights than examples) does not
+        disturb; they stop at a direction in which `H` is not positive. "neumann": the
+        series `x = η Σ_{k<K} (I - ηH)^k α`, which converges for η below 2 over the largest
+        eigenvalue. At a minimum it equals K unrolled steps of SGD with rate η.
       K: iterations of "cg" at most, or terms of "neumann".
       neumann_rate: η > 0, required by "neumann".
       update_fn: `(params, hyperparams, batch) -> params`, in place of `inner_optimizer`.
@@ -52,8 +55,10 @@ class ImplicitOptimizer(UnrollingMethod):
 
     References:
       Pedregosa, Hyperparameter Optimization with Approximate Gradient, ICML 2016 (conjugate
-      gradients). Lorraine et al., Optimizing Millions of Hyperparameters by Implicit
-      Differentiation, AISTATS 2020, Alg. 3 (Neumann).
+      gradients). Stiefel, Relaxationsmethoden bester Strategie zur Lösung linearer
+      Gleichungssysteme, Comment. Math. Helv. 29, 1955 (their residual form). Lorraine
+      et al., Optimizing Millions of Hyperparameters by Implicit Differentiation, AISTATS 2020,
+      Alg. 3 (Neumann).
     """
 
     inner_optimizer: Any = None
@@ -97,7 +102,7 @@ class ImplicitOptimizer(UnrollingMethod):
 
         hessian = jax.linearize(gradient, moved.params)[1]
         if self.neumann_rate is None:
-            x = _conjugate_gradients(hessian, val.alpha, self.K)
+            x = _conjugate_residuals(hessian, val.alpha, self.K)
         else:
             x = _neumann(hessian, val.alpha, self.K, self.neumann_rate)
 
@@ -118,29 +123,40 @@ def _neumann(hessian: Callable[[PyTree], PyTree], alpha: PyTree, K: int, eta: fl
     return optax.tree.scale(eta, total)
 
 
-def _conjugate_gradients(hessian: Callable[[PyTree], PyTree], alpha: PyTree, K: int) -> PyTree:
-    """Return `x ≈ H⁻¹α` after K iterations, or where the residual is rounding.
+def _conjugate_residuals(hessian: Callable[[PyTree], PyTree], alpha: PyTree, K: int) -> PyTree:
+    """Return `x` with `‖H x - α‖` least over the Krylov space of K products, or fewer.
+
+    Unlike conjugate gradients, which follow the part of α outside of H's range down a slope without
+    end, these leave it alone: `xᵀ ∂²L/∂w∂λ` does not see it. They stop where nothing is left of the
+    residual but rounding, or that part, or a direction in which H is not positive.
 
     A scan, because the types of `jax.scipy`'s loop say that its result varies over the devices of
     a `shard_map`.
     """
     rounding = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(alpha))
     square = optax.tree.vdot(alpha, alpha)
+    negligible = rounding**0.75  # of H's norm: what a product leaves of a vector H maps to 0
 
     def iteration(carry: Any, _: None) -> tuple[Any, None]:
-        x, residual, direction, rr = carry
-        image = hessian(direction)
-        curvature = jnp.asarray(optax.tree.vdot(direction, image))
-        done = (rr <= rounding**2 * square) | (curvature <= 0)
-        step = jnp.where(done, 0, rr / jnp.where(done, 1, curvature))
+        x, residual, direction, image, rho, largest, done = carry
+        of_residual = hessian(residual)
+        rr = optax.tree.vdot(residual, residual)
+        stretch = optax.tree.vdot(of_residual, of_residual)
+        new_rho = jnp.asarray(optax.tree.vdot(residual, of_residual))
+        largest = jnp.maximum(largest, stretch / jnp.where(rr > 0, rr, 1))
+        done |= (rr <= rounding**2 * square) | (stretch <= negligible**2 * largest * rr)
+        done |= new_rho <= 0
+        turn = jnp.where(done, 0, new_rho / jnp.where(rho > 0, rho, 1))
+        direction = _add_scale(residual, turn, direction)
+        image = _add_scale(of_residual, turn, image)
+        length = optax.tree.vdot(image, image)
+        step = jnp.where(done, 0, new_rho / jnp.where(length > 0, length, 1))
         x = _add_scale(x, step, direction)
         residual = _add_scale(residual, -step, image)
-        new_rr = optax.tree.vdot(residual, residual)
-        turned = _add_scale(residual, new_rr / jnp.where(done, 1, rr), direction)
-        direction = jax.tree.map(lambda a, b: jnp.where(done, a, b), direction, turned)
-        return (x, residual, direction, new_rr), None
+        return (x, residual, direction, image, new_rho, largest, done), None
 
-    start = (optax.tree.zeros_like(alpha), alpha, alpha, square)
+    nothing, zero = optax.tree.zeros_like(alpha), 0 * square
+    start = (nothing, alpha, nothing, nothing, zero, zero, square <= 0)
     return jax.lax.scan(iteration, start, length=K)[0][0]
 
 
@@ -149,7 +165,7 @@ def _add_scale(a: PyTree, factor: Any, b: PyTree) -> PyTree:
 
 
 def _refuse_unseen(inner: InnerStep, state: BilevelState, batch: PyTree) -> None:
-    """Raise if a leaf of λ enters the inner step's update, but not the training gradient."""
+    """Raise if a coordinate of λ enters the inner step's update, but not the training gradient."""
     w, s, lam = state.params, state.inner_opt_state, state.hyperparams
     loss, gradient = jax.eval_shape(inner.gradient, w, lam, batch)
 
@@ -158,16 +174,18 @@ def _refuse_unseen(inner: InnerStep, state: BilevelState, batch: PyTree) -> None
             return inner.update_fn(w, lam, batch)
         return inner.move(gradient, s, w, lam, loss)[0]
 
-    paths = [path for path, _ in tree_flatten_with_path(lam)[0]]
-    through = "update_fn" if inner.update_fn is not None else "inner_optimizer"
-    in_update = depends(update, lam, gradient, loss)
-    if not any(in_update):
+    in_update = depends_by_coordinate(update, lam, gradient, loss)
+    if not any(here.any() for here in in_update):
         return
-    in_gradient = depends(lambda lam: inner.gradient(w, lam, batch)[1], lam)
+    through = "update_fn" if inner.update_fn is not None else "inner_optimizer"
+    in_gradient = depends_by_coordinate(lambda lam: inner.gradient(w, lam, batch)[1], lam)
+    paths = [keystr(path) for path, _ in tree_flatten_with_path(lam)[0]]
     for path, moves, seen in zip(paths, in_update, in_gradient, strict=True):
-        if moves and not seen:
+        for index in np.argwhere(moves & ~seen)[:1].tolist():
+            whole = not seen.any() or not index
             raise ValueError(
-                f"hyperparams{keystr(path)} acts on the weights through the {through} only: at a "
-                "minimum of train_loss_fn its implicit gradient is zero. ImplicitOptimizer needs "
-                "it in the gradient of train_loss_fn; UnrolledOptimizer and OneStepOptimizer do not"
+                f"hyperparams{path}{'' if whole else index} acts on the weights through the "
+                f"{through} only: at a minimum of train_loss_fn its implicit gradient is zero. "
+                "ImplicitOptimizer needs it in the gradient of train_loss_fn; UnrolledOptimizer "
+                "and OneStepOptimizer do not"
             )
