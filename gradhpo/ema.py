@@ -11,6 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from gradhpo.hypergradient import at_least_float32
 from gradhpo.state import PyTree
 
 
@@ -35,13 +36,26 @@ def keep_fraction_backward(gamma: float, s: jax.Array) -> jax.Array:
     return _one_minus_power(gamma, count - 1) / _one_minus_power(gamma, count)
 
 
+def distilled_start(params: PyTree) -> PyTree:
+    """Return `w*` where an episode starts, in buffers of its own, and in float32 at least.
+
+    In bfloat16 an average would stall on its way: near the weights' own precision its steps round
+    to nothing.
+    """
+    return jax.tree.map(jnp.copy, at_least_float32(params))
+
+
 def distilled_point(w_star: PyTree, params: PyTree, keep: jax.Array) -> PyTree:
-    """Return `p w*_{t-1} + (1 - p) w_{t-1}`, computed so that p = 0 gives `w_{t-1}` to the bit."""
+    """Return `p w*_{t-1} + (1 - p) w_{t-1}`, computed so that p = 0 gives `w_{t-1}` to the bit.
+
+    In the precision of `w_star`.
+    """
 
     def mix(old: jax.Array, new: jax.Array) -> jax.Array:
         # At p = 0 the old value may be anything, even infinite, and must not leak in.
+        new = new.astype(old.dtype)
         mixed = new + keep * (old - new)
-        return jnp.where(keep == 0, new, mixed).astype(new.dtype)
+        return jnp.where(keep == 0, new, mixed).astype(old.dtype)
 
     return jax.tree.map(mix, w_star, params)
 

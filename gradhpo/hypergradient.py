@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from gradhpo.errors import scalar_loss
+from gradhpo.forward_mode import refuse_custom_vjp
 from gradhpo.state import LossFn, PyTree
 
 Mode: TypeAlias = Literal[
@@ -61,7 +62,10 @@ def second_order(
     if mode == "forward-over-reverse":
 
         def gradient(w: PyTree) -> tuple[PyTree, ...]:
-            return jax.grad(loss_fn, argnums)(w, hyperparams, batch)
+            # In both arguments, whatever is asked for: an operation with a VJP of its own has no
+            # forward mode, but what reverse mode makes of it has.
+            both = jax.grad(loss_fn, (0, 1))(w, hyperparams, batch)
+            return tuple(both[i] for i in argnums)
 
         first, along = jax.jvp(gradient, (params,), (u,))
         return along if loss_bar is None else optax.tree.add_scale(along, loss_bar, first)
@@ -70,6 +74,8 @@ def second_order(
         loss, along = jax.jvp(lambda w: loss_fn(w, hyperparams, batch), (params,), (u,))
         return along if loss_bar is None else along + loss_bar * loss
 
+    instead = 'mode="forward-over-reverse"'
+    refuse_custom_vjp(f"mode={mode!r}", instead, jax.grad(slope, argnums), params, hyperparams)
     return jax.grad(slope, argnums)(params, hyperparams)
 
 
@@ -119,19 +125,61 @@ def gradient_difference(
     return jax.tree.map(slope, plus, minus)
 
 
-def without_dead_weights(u: PyTree, gradient: PyTree) -> PyTree:
-    """Return `u` with 0 where the gradient is 0 and `u` is out of all proportion.
+def difference_in_two_parts(
+    gradient: Callable[[PyTree], PyTree],
+    params: PyTree,
+    u: PyTree,
+    train_gradient: PyTree,
+    eps: float | None,
+) -> PyTree:
+    """Return `gradient_difference` along `u`, with a difference of its own along its outsized part.
 
     Adam divides by 1e-8 for a weight that has never had a gradient, such as an embedding row that
-    no batch has used; its mixed derivative is 0, but it would take the whole step of a difference.
+    no batch has used: there `u` is out of all proportion, and would take the whole step of a
+    difference, so that nothing of the rest is left after rounding. Most often the mixed derivative
+    is 0 there, but not where λ = 0 switches a term of the loss off: what it is, the second
+    difference tells. It is taken only where there is such a weight, in any slot of a population.
     """
-    live = jax.tree.map(lambda u, g: jnp.max(jnp.where(g == 0, 0, jnp.abs(u))), u, gradient)
+    live, outsized = _in_two_parts(u, train_gradient)
+    rest = gradient_difference(gradient, params, live, eps)
+
+    def added() -> PyTree:
+        return optax.tree.add(rest, gradient_difference(gradient, params, outsized, eps))
+
+    there = jax.tree.reduce(jnp.logical_or, jax.tree.map(lambda d: jnp.any(d != 0), outsized))
+    return jax.lax.cond(_anywhere(there), added, lambda: rest)
+
+
+def _in_two_parts(u: PyTree, gradient: PyTree) -> tuple[PyTree, PyTree]:
+    """Return `u` with 0 where the gradient is 0 and `u` is out of all proportion, and the rest."""
+
+    def largest(u: jax.Array, g: jax.Array) -> jax.Array:
+        return jnp.max(jnp.where(g == 0, 0, jnp.abs(u)), initial=0)
+
+    live = jax.tree.map(largest, u, gradient)
     most = jax.tree.reduce(jnp.maximum, at_least_float32(live))
 
-    def mask(u: jax.Array, g: jax.Array) -> jax.Array:
-        return jnp.where((g == 0) & (most > 0) & (jnp.abs(u) > 1000 * most), 0, u)
+    def outsized(u: jax.Array, g: jax.Array) -> jax.Array:
+        return (g == 0) & (most > 0) & (jnp.abs(u) > 1000 * most)
 
-    return jax.tree.map(mask, u, gradient)
+    masks = jax.tree.map(outsized, u, gradient)
+    parts = jax.tree.map(lambda m, u: (jnp.where(m, 0, u), jnp.where(m, u, 0)), masks, u)
+    return jax.tree.transpose(jax.tree.structure(u), None, parts)
+
+
+@jax.custom_batching.custom_vmap
+def _anywhere(condition: jax.Array) -> jax.Array:
+    """Return the condition; under `vmap`, whether it holds in any slot.
+
+    A `cond` on it stays one then, instead of becoming a choice between two results both computed.
+    """
+    return condition
+
+
+@_anywhere.def_vmap
+def _in_any_slot(size: int, in_batched: list[bool], condition: jax.Array) -> tuple[Any, bool]:
+    del size, in_batched
+    return _anywhere(jnp.any(condition, axis=0)), False
 
 
 def _widest(gradient: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:

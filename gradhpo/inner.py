@@ -42,6 +42,9 @@ class InnerStep:
     update_fn: Callable[[Any, Any, Any], Any] | None
     train_loss_fn: LossFn
     mode: Mode = "reverse-over-reverse"
+    jointly: bool = False
+    """Whether the training gradient is taken in λ too, and that part dropped: an operation on λ
+    with a VJP of its own (`jax.custom_vjp`) can then be differentiated again, by forward mode."""
 
     def __call__(
         self, params: PyTree, opt_state: PyTree, hyperparams: PyTree, batch: PyTree
@@ -131,7 +134,9 @@ class InnerStep:
         self, params: PyTree, hyperparams: PyTree, batch: PyTree
     ) -> tuple[jax.Array, PyTree]:
         """Return the training loss and `G`, its gradient in the weights."""
-        return jax.value_and_grad(self.train_loss)(params, hyperparams, batch)
+        argnums = (0, 1) if self.jointly else (0,)
+        loss, gradients = jax.value_and_grad(self.train_loss, argnums)(params, hyperparams, batch)
+        return loss, gradients[0]
 
     @property
     def train_loss(self) -> LossFn:

@@ -251,3 +251,50 @@ def test_more_hyperparameters_than_a_chunk_through_the_optimizer():
     )
     alpha = 2 * (scale_each(weights, lam, batch) - batch)
     assert_close(found, -0.1 * alpha * np.exp(lam) * weights, rtol=1e-7, atol=1e-8)
+
+
+def switched_train(w, lam, batch):
+    """λ = 0 switches a term off: its weights have no gradient, and yet λ acts on them."""
+    return jnp.sum((w["on"] - 1) ** 2) + lam * jnp.sum(jnp.sin(w["off"]) + w["off"])
+
+
+def switched_val(w, lam, batch):
+    return jnp.sum((w["on"] - 0.3) ** 2) + jnp.sum((w["off"] - 2) ** 2) + jnp.sum(w["empty"])
+
+
+@pytest.mark.parametrize("slots", [None, 2])
+@pytest.mark.parametrize("lam", [0.0, 0.1])
+def test_a_term_switched_off_by_lambda_is_seen_behind_adam(lam, slots):
+    weights = {
+        "on": jnp.array([0.5, 0.2]),
+        "off": jnp.array([1.0, 2.1]),
+        "empty": jnp.zeros((0, 2)),
+    }
+    found = []
+    for kind in (OneStepOptimizer, T1T2Optimizer):
+        optimizer = kind(optax.adam(0.1), optax.sgd(0.0))
+        state = optimizer.init(weights, jnp.asarray(lam))
+        for _ in range(2):  # Adam's first step has almost no derivative
+            state = optimizer.step(state, 0.0, 0.0, switched_train, switched_val)
+
+        def estimate(state, optimizer=optimizer):
+            return optimizer.estimate(state, 0.0, 0.0, switched_train, switched_val).hypergradient
+
+        if slots:  # one of which has no outsized weight
+            state = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+            state = state.update(hyperparams=jnp.array([lam, 0.2]))
+            estimate = jax.vmap(estimate)
+        found.append(jax.jit(estimate)(state))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-2)
+
+
+def test_a_second_difference_stays_a_branch_under_vmap():
+    optimizer = T1T2Optimizer(optax.adam(0.1), optax.sgd(0.0))
+    weights = {"on": jnp.ones(2), "off": jnp.ones(2), "empty": jnp.zeros(0)}
+    state = jax.tree.map(lambda x: jnp.stack([x, x]), optimizer.init(weights, jnp.ones(())))
+
+    def estimate(state):
+        return optimizer.estimate(state, 0.0, 0.0, switched_train, switched_val).hypergradient
+
+    text = str(jax.make_jaxpr(jax.vmap(estimate))(state))
+    assert text.count("cond[") == 1

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from gradhpo import OnlineHypergradientOptimizer
+from gradhpo import OnlineHypergradientOptimizer, T1T2Optimizer
 from tests import problems
 from tests.problems import Exact, assert_close, assert_same_bits
 
@@ -219,3 +219,26 @@ def test_an_estimate_that_diverges_leaves_theta_as_it_was():
     arguments = (problems.TRAIN[:5], problems.VAL, *QUADRATIC)
     assert not np.isfinite(optimizer.estimate_theta(state, *arguments))
     assert float(optimizer.calibrate(state, *arguments).metadata["theta"]) == 0.5
+
+
+@pytest.mark.parametrize("kind", ["hyperdistill", "t1t2"])
+def test_the_average_of_bfloat16_weights_does_not_stall(kind):
+    """Weights that move for four steps and rest: w* follows them, in float32."""
+    kinds = {"hyperdistill": OnlineHypergradientOptimizer, "t1t2": T1T2Optimizer}
+
+    def move(w, lam, batch):
+        return (w.astype(jnp.float32) + batch).astype(w.dtype)
+
+    def loss(w, lam, batch):
+        return jnp.sum(w.astype(jnp.float32) ** 2) * (1 + lam)
+
+    gamma, expected = 0.99, 0.0
+    optimizer = kinds[kind](update_fn=move, gamma=gamma, outer_optimizer=optax.sgd(0.0))
+    state = optimizer.init(jnp.ones(1, jnp.bfloat16), jnp.zeros(()))
+    for t in range(1, 151):
+        p = (gamma - gamma**t) / (1 - gamma**t)
+        expected = p * expected + (1 - p) * float(state.params[0])
+        state = optimizer.step(state, jnp.float32(0.0625 if t < 5 else 0), 0.0, loss, loss)
+    assert state.metadata["w_star"].dtype == jnp.float32
+    np.testing.assert_allclose(state.metadata["w_star"], [expected], rtol=1e-5)
+    assert optimizer.reset(state, state.params).metadata["w_star"].dtype == jnp.float32

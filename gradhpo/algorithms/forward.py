@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
+import optax
 
-from gradhpo.errors import scalar_loss
-from gradhpo.hypergradient import over_coordinates
-from gradhpo.inner import Moved
+from gradhpo.forward_mode import refuse_custom_vjp
+from gradhpo.hypergradient import at_least_float32, over_coordinates, validation
 from gradhpo.optimizer import Estimate
 from gradhpo.state import BilevelState, LossFn, PyTree
 from gradhpo.unrolling import UnrollingMethod
@@ -20,7 +21,8 @@ from gradhpo.unrolling import UnrollingMethod
 class ForwardOptimizer(UnrollingMethod):
     """Forward mode: what `UnrolledOptimizer` computes, in memory that does not grow with T.
 
-    For every coordinate of λ, `Z_t = A_t Z_{t-1} + B_t` goes along with the weights. The
+    For every coordinate of λ, `Z_t = A_t Z_{t-1} + B_t` goes along with the weights; at the end the
+    validation loss's gradient `α_T`, by reverse mode, meets it. The
     coordinates are taken in chunks of bounded memory, and each chunk takes the T inner steps: the
     cost grows with dim(λ), so this is for few hyperparameters.
 
@@ -55,17 +57,21 @@ class ForwardOptimizer(UnrollingMethod):
         train_loss_fn: LossFn,
         val_loss_fn: LossFn,
     ) -> Estimate:
-        """Return the derivative of `L_val(w_T(λ), λ)` in each coordinate of λ."""
-        inner, val_loss = self.inner_step(train_loss_fn), scalar_loss("val_loss_fn", val_loss_fn)
+        """Return `g_FO + α_T·Z_T`, Z_T taken column by column."""
+        inner = dataclasses.replace(self.inner_step(train_loss_fn), jointly=True)
+        lam = state.hyperparams
+        moved = self.unroll(inner, state, lam, train_batch)
+        val = validation(val_loss_fn, moved.params, lam, val_batch)
 
-        def objective(lam: PyTree) -> tuple[jax.Array, Moved]:
-            moved = self.unroll(inner.differentiable, state, lam, train_batch)
-            return val_loss(moved.params, lam, val_batch), moved
+        def weights(lam: PyTree) -> PyTree:
+            return self.unroll(inner.differentiable, state, lam, train_batch).params
 
         def slope(here: PyTree) -> jax.Array:
-            unit = jax.tree.map(lambda mask, x: mask.astype(x.dtype), here, state.hyperparams)
-            return jax.jvp(objective, (state.hyperparams,), (unit,), has_aux=True)[1]
+            unit = jax.tree.map(lambda mask, x: mask.astype(x.dtype), here, lam)
+            z = at_least_float32(jax.jvp(weights, (lam,), (unit,))[1])
+            return optax.tree.vdot(at_least_float32(val.alpha), z)
 
-        loss, moved = objective(state.hyperparams)
-        g = over_coordinates(slope, state.hyperparams, state.params)
-        return Estimate(g, *moved, loss)
+        instead = "UnrolledOptimizer, which gives the same"
+        refuse_custom_vjp("ForwardOptimizer", instead, slope, lam)
+        alpha_z = over_coordinates(slope, lam, state.params)
+        return Estimate(optax.tree.add(val.direct, alpha_z), *moved, val.loss)

@@ -26,8 +26,8 @@ from gradhpo.state import BilevelState, LossFn, PyTree, as_array, prepare
 class OnlineHypergradientOptimizer(HypergradientMethod):
     """HyperDistill: hypergradients of a long horizon at the cost of one more VJP a step.
 
-    `metadata` holds `w_star` (w*_t), `theta` (θ, a scalar, 1 until estimated) and `phi` (the
-    initialization of the episode).
+    `metadata` holds `w_star` (w*_t, in float32 at least), `theta` (θ, a scalar, 1 until estimated)
+    and `phi` (the initialization of the episode).
 
     Args:
       inner_optimizer: an `optax.GradientTransformation`, or a function of λ that returns one.
@@ -102,8 +102,8 @@ class OnlineHypergradientOptimizer(HypergradientMethod):
         if not self.distill_data and (train_batch is not None or key is not None):
             raise ValueError("init takes train_batch and key only with distill_data=True")
         state = super().init(params, hyperparams)
-        first = [jax.tree.map(jnp.copy, state.params) for _ in range(2)]  # buffers of their own
-        memory = {"w_star": first[0], "theta": 1.0, "phi": first[1]}
+        phi = jax.tree.map(jnp.copy, state.params)  # in buffers of its own
+        memory = {"w_star": ema.distilled_start(state.params), "theta": 1.0, "phi": phi}
         if self.distill_data:
             stack_length("train_batch", train_batch)
             memory |= {"d_star": jax.tree.map(as_array, train_batch), "key": key}
@@ -112,7 +112,7 @@ class OnlineHypergradientOptimizer(HypergradientMethod):
     def reset(self, state: BilevelState, params: PyTree) -> BilevelState:
         """Return `state` at the beginning of an episode that starts from `params`."""
         state = super().reset(state, params)
-        return state.update(metadata={"w_star": params, "phi": params})
+        return state.update(metadata={"w_star": ema.distilled_start(params), "phi": params})
 
     def estimate(
         self,
@@ -128,12 +128,12 @@ class OnlineHypergradientOptimizer(HypergradientMethod):
         keep = ema.keep_fraction(self.gamma, t)
         memory = self._distill_batch(state, train_batch, keep)
         d_star = memory.get("d_star", train_batch)
-        w_star = ema.distilled_point(state.metadata["w_star"], w, keep) if self.gamma else w
+        w_star = ema.distilled_point(state.metadata["w_star"], w, keep)
         if self.gamma == 0:
             moved, pull = inner.pullback(w, s, lam, train_batch)  # w*_t = w_{t-1}
         else:
             moved = inner(w, s, lam, train_batch)
-            pull = inner.pullback(w_star, s, lam, d_star)[1]
+            pull = inner.pullback(optax.tree.cast_like(w_star, w), s, lam, d_star)[1]
         val = validation(val_loss_fn, moved.params, lam, val_batch)
         v = pull(val.alpha)
         second = optax.tree.scale(self._factor(v, state.metadata["theta"], t), v)
@@ -239,7 +239,8 @@ def _algorithm_4(
         keep = ema.keep_fraction_backward(gamma, s)  # eq. 17; 0 at s = 1
         w_star = ema.distilled_point(w_star, w_prev, keep)
         d_star = _mix_rows(d_star, batch, keep, key) if optimizer.distill_data else batch
-        v = at_least_float32(inner.pullback(w_star, s_prev, lam, d_star)[1](alpha_T))
+        at = optax.tree.cast_like(w_star, w_prev)
+        v = at_least_float32(inner.pullback(at, s_prev, lam, d_star)[1](alpha_T))
         length = norm(v)
         x = length * ema.geometric_sum(gamma, s)
         y = optax.tree.vdot(optax.tree.scale(_inverse(length), v), g_so)
@@ -247,7 +248,8 @@ def _algorithm_4(
 
     key = state.metadata["key"] if optimizer.distill_data else jax.random.key(0)
     first_batch = jax.tree.map(lambda x: x[-1], batches)
-    start = (alpha_T, at_least_float32(optax.tree.zeros_like(lam)), w_T, first_batch)
+    nothing = at_least_float32(optax.tree.zeros_like(lam))
+    start = (alpha_T, nothing, at_least_float32(w_T), first_batch)
     steps = (jnp.arange(1, T + 1), trajectory, batches, jax.random.split(key, T))
     _, (x, y) = jax.lax.scan(backward, start, steps, reverse=True)
     signal = jnp.vdot(x, x)

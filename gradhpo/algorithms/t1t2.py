@@ -12,16 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from gradhpo import ema
 from gradhpo.errors import check_count, check_number
 from gradhpo.hypergradient import (
     coordinate_differences,
-    gradient_difference,
+    difference_in_two_parts,
     validation,
-    without_dead_weights,
 )
 from gradhpo.inner import InnerStep, Moved
 from gradhpo.optimizer import Estimate, HypergradientMethod
@@ -32,8 +30,9 @@ from gradhpo.state import BilevelState, LossFn, PyTree
 class T1T2Optimizer(HypergradientMethod):
     """T1-T2: One-Step's estimate, with finite differences in place of second derivatives.
 
-    With an `inner_optimizer` it costs two more gradients, whatever the size of λ. With an
-    `update_fn` it shifts every coordinate of λ on its own: 2·dim(λ) evaluations of `update_fn`.
+    With an `inner_optimizer` it costs two more gradients, whatever the size of λ; and two again at
+    a step where a weight has no gradient and the optimizer divides by its size, as Adam does. With
+    an `update_fn` it shifts every coordinate of λ on its own: 2·dim(λ) evaluations of `update_fn`.
 
     Args:
       inner_optimizer: an `optax.GradientTransformation`, or a function of λ that returns one.
@@ -76,12 +75,14 @@ class T1T2Optimizer(HypergradientMethod):
         state = super().init(params, hyperparams)
         if self.gamma == 0:
             return state
-        return state.update(metadata={"w_star": jax.tree.map(jnp.copy, state.params)})
+        return state.update(metadata={"w_star": ema.distilled_start(state.params)})
 
     def reset(self, state: BilevelState, params: PyTree) -> BilevelState:
         """Return `state` at the beginning of an episode that starts from `params`."""
         state = super().reset(state, params)
-        return state.update(metadata={"w_star": params}) if self.gamma > 0 else state
+        if self.gamma == 0:
+            return state
+        return state.update(metadata={"w_star": ema.distilled_start(params)})
 
     def estimate(
         self,
@@ -104,7 +105,7 @@ class T1T2Optimizer(HypergradientMethod):
             return Estimate(optax.tree.add(val.direct, alpha_b(val.alpha)), *moved, val.loss)
         moved = inner(w, s, lam, train_batch)
         val = validation(val_loss_fn, moved.params, lam, val_batch)
-        at = memory.get("w_star", w)
+        at = optax.tree.cast_like(memory.get("w_star", w), w)
         if self.update_fn is None:
             alpha_b = self._moved_with_difference(inner, at, s, lam, train_batch)[1]
         else:
@@ -124,10 +125,10 @@ class T1T2Optimizer(HypergradientMethod):
         def alpha_b(alpha: PyTree) -> PyTree:
             # u = (∂w_t/∂G)ᵀα; `direct` is the optimizer's own dependence on λ.
             u, loss_bar, direct = pull(alpha)
-            u = without_dead_weights(u, gradient)
             if loss_bar is not None:
                 direct = optax.tree.add_scale(direct, loss_bar, grad_lambda(w))
-            return optax.tree.add(gradient_difference(grad_lambda, w, u, self.eps), direct)
+            mixed = difference_in_two_parts(grad_lambda, w, u, gradient, self.eps)
+            return optax.tree.add(mixed, direct)
 
         return Moved(params, opt_state, loss), alpha_b
 
