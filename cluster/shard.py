@@ -282,13 +282,16 @@ class Variant:
         keys = jax.vmap(
             lambda trial: jax.random.fold_in(jax.random.fold_in(root, trial), scalars["generation"])
         )(per_slot["trials"])
-        whole, fresh = self._unpack(state), per_slot["fresh"]
+        whole, fresh, changes = self._unpack(state), per_slot["fresh"], per_slot["changes"]
+        whole = whole.update(hyperparams=self._changed(whole.hyperparams, changes))
 
         def start(whole: BilevelState) -> BilevelState:
-            return _where(fresh, self.population.trace_init(keys, {}, data), whole)
+            # What was drawn comes first: an optimizer's state may be made from λ.
+            drawn = self._changed(self.population.trace_hyperparams(keys), changes)
+            first = self.population.trace_init(keys, {"hyperparams": drawn}, data)
+            return _where(fresh, first, whole)
 
         whole = jax.lax.cond(jnp.any(fresh), start, lambda same: same, whole)
-        whole = whole.update(hyperparams=self._changed(whole.hyperparams, per_slot["changes"]))
         if self.optimizer.calibration_period:
             due = fresh | scalars["calibrate"]
 

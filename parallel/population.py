@@ -23,7 +23,7 @@ from gradhpo.parallel.compiled import Compiled
 from gradhpo.parallel.data import DataParallel
 from gradhpo.parallel.mesh import put
 from gradhpo.problem import Problem, stream
-from gradhpo.state import METRICS, BilevelState, PyTree, prepare
+from gradhpo.state import METRICS, BilevelState, PyTree, as_array, prepare
 
 MOST_SLOTS = 2**20
 """On one device, that "fit" tries."""
@@ -245,6 +245,11 @@ class Population:
         first = jax.vmap(one, in_axes=(0, 0, data_axis))(keys, given, data)
         sharding = self.sharding
         return first if sharding is None else jax.lax.with_sharding_constraint(first, sharding)
+
+    def trace_hyperparams(self, keys: jax.Array) -> PyTree:
+        """Return every slot's first hyperparameters, as `Problem.init` makes them."""
+        made = jax.vmap(lambda key: self.problem.start(key)[1])(keys)
+        return jax.tree.map(as_array, made)
 
     def trace_run(self, steps: int) -> Callable[..., Any]:
         """Return the function of a generation, `(state, keys, lr_hyper, data) -> (state, metrics)`.
