@@ -162,10 +162,11 @@ def _run(made: Sweep, plot: Path | None) -> None:
     result = made.run()
     _print_best(result)
     if (report := result.report) is not None:
+        cached = f", {report.restores} times from JAX's cache" if report.restores else ""
         print(
             f"{report.generations} generations in {report.seconds:.1f} s after "
             f"{report.startup_seconds:.1f} s to start; the step was compiled {report.compiles} "
-            f"times and loaded {report.loads} times; {report.workers_lost} workers lost"
+            f"times and loaded {report.loads} times{cached}; {report.workers_lost} workers lost"
         )
     _draw(result, plot)
     if result.generations < made.generations:

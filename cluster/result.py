@@ -84,6 +84,8 @@ class Report:
     """How often the step was compiled: once for each variant."""
     loads: int
     """How often a worker loaded it."""
+    restores: int
+    """How often a worker got it from JAX's persistent compilation cache."""
     small_compiles: int
     """Of programs that copy slots and make data."""
     calibration_compiles: int

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
@@ -25,7 +23,8 @@ from gradhpo.cluster.checkpoints import DamagedFile, Saved
 from gradhpo.cluster.incarnations import check_owner
 from gradhpo.cluster.space import LR_HYPER, SearchSpace
 from gradhpo.optimizer import BilevelOptimizer
-from gradhpo.parallel import Population, compiled, data_parallel, make_mesh
+from gradhpo.parallel import Population, compilations, compiled, data_parallel, make_mesh
+from gradhpo.parallel.mesh import to_host
 from gradhpo.problem import Problem
 from gradhpo.state import METRICS, BilevelState, PyTree
 
@@ -124,10 +123,12 @@ class Prepared(NamedTuple):
     key: dict[str, Any]
     """The step key of the generation's program."""
     blobs: dict[str, bytes] | None
-    """All programs, serialized, if asked for and possible."""
+    """Those programs that can be, serialized, if asked for."""
     compiles: int
     """Of the generation's program."""
     loads: int
+    restores: int
+    """From JAX's persistent compilation cache: then others get the program from there too."""
     small_compiles: int
     """Of the other programs: data, copying a slot out and in, and the gather of slots."""
     calibration_compiles: int
@@ -167,7 +168,7 @@ class Variant:
         notes: list[str] = []
 
         def get(name: str, function: Any, *args: Any) -> Any:
-            if blobs is None:
+            if blobs is None or name not in blobs:
                 return compiled.compile(function, *args, layout=layout)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", compiled.CompileWarning)
@@ -177,7 +178,9 @@ class Variant:
 
         start = compiled.counts()
         self.programs["data"] = get("data", self._make_data, np.uint32(spec.seed))
-        self.data = self.population.place_shared(self.programs["data"](np.uint32(spec.seed)))
+        self.data = self.population.place_shared(
+            self.programs["data"].run(self._make_data, np.uint32(spec.seed))
+        )
         state, some = self.zeros(), self._padded([], 0)
         for name, function, args in (
             ("take", _take, (state, some)),
@@ -190,10 +193,10 @@ class Variant:
         end = compiled.counts()
         shared = None
         if blobs is None and jax.process_count() == 1:
-            try:
-                shared = {name: p.serialize() for name, p in self.programs.items()}
-            except ValueError as error:  # a program that calls back into Python
-                notes.append(f"{error}; every worker compiles it")
+            shared = {n: p.serialize() for n, p in self.programs.items() if p.shareable}
+            if self.programs["turn"].calls_python:
+                reason = "a program that calls back into Python cannot be serialized"
+                notes.append(f"{reason}; every worker compiles it")
         return Prepared(
             variant=-1,
             batching=self.population.batching,
@@ -201,6 +204,7 @@ class Variant:
             blobs=shared,
             compiles=end.compiles - small.compiles,
             loads=end.loads - small.loads,
+            restores=end.restores - small.restores,
             small_compiles=small.compiles - start.compiles,
             calibration_compiles=calibration,
             warnings=notes,
@@ -219,16 +223,20 @@ class Variant:
         if self._takes_rate:
             rates = np.asarray(order.lr_hyper, jnp.result_type(float))
         scalars = self._scalars(order.generation)
-        state, columns = self.programs["turn"](
-            state, place(per_slot), place(rates), scalars, self.data
+        state, columns = self.programs["turn"].run(
+            self._turn, state, place(per_slot), place(rates), scalars, self.data
         )
-        return state, {name: to_host(column) for name, column in columns.items()}
+        columns = {name: np.array(to_host(column)) for name, column in columns.items()}
+        for name, column in columns.items():
+            if name != DIVERGED and not name.startswith("hyperparams."):
+                column[columns[DIVERGED] > 0] = np.nan
+        return state, columns
 
     def take(self, state: Arrays, slots: Sequence[int]) -> Rows:
         """Return the arrays of some slots, stacked in their order."""
         parts: list[Rows] = []
         for some in self._batches(slots):
-            taken = self.programs["take"](state, self._padded(some, 0))
+            taken = self.programs["take"].run(_take, state, self._padded(some, 0))
             parts.append({name: to_host(leaf)[: len(some)] for name, leaf in taken.items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in state}
 
@@ -240,13 +248,13 @@ class Variant:
             for name, leaf in padded.items():
                 leaf[: len(some)] = rows[name][done : done + len(some)]
             beyond = self.spec.slots  # an index that is dropped
-            state = self.programs["put"](state, self._padded(some, beyond), padded)
+            state = self.programs["put"].run(self._put, state, self._padded(some, beyond), padded)
             done += len(some)
         return state
 
     def select(self, state: Arrays, parents: np.ndarray) -> Arrays:
         """Return the state whose slot i is a copy of slot `parents[i]`."""
-        return self.programs["select"](state, parents.astype(np.int32))
+        return self.programs["select"].run(self._select, state, parents.astype(np.int32))
 
     def zeros(self) -> Arrays:
         """Return the state before the first generation, in which every trial is new."""
@@ -282,13 +290,16 @@ class Variant:
         keys = jax.vmap(
             lambda trial: jax.random.fold_in(jax.random.fold_in(root, trial), scalars["generation"])
         )(per_slot["trials"])
-        whole, fresh = self._unpack(state), per_slot["fresh"]
+        whole, fresh, changes = self._unpack(state), per_slot["fresh"], per_slot["changes"]
+        whole = whole.update(hyperparams=self._changed(whole.hyperparams, changes))
 
         def start(whole: BilevelState) -> BilevelState:
-            return _where(fresh, self.population.trace_init(keys, {}, data), whole)
+            # What was drawn comes first: an optimizer's state may be made from λ.
+            drawn = self._changed(self.population.trace_hyperparams(keys), changes)
+            first = self.population.trace_init(keys, {"hyperparams": drawn}, data)
+            return _where(fresh, first, whole)
 
         whole = jax.lax.cond(jnp.any(fresh), start, lambda same: same, whole)
-        whole = whole.update(hyperparams=self._changed(whole.hyperparams, per_slot["changes"]))
         if self.optimizer.calibration_period:
             due = fresh | scalars["calibrate"]
 
@@ -297,7 +308,6 @@ class Variant:
 
             whole = jax.lax.cond(jnp.any(due), calibrate, lambda same: same, whole)
         whole, rows = self.population.trace_run(self.spec.steps)(whole, keys, rates, data)
-        diverged = whole.metadata[DIVERGED]
         columns = {name: rows[name][-1] for name in METRICS}
         for name, value in self.population.trace_measure(whole, data).items():
             taken = name in RESERVED or name.startswith("hyperparams.") or "|" in name
@@ -307,10 +317,10 @@ class Variant:
                     "in a sweep Problem.metrics must return scalars, under names without | other "
                     f"than {', '.join(RESERVED)} and hyperparams.…; got {got}"
                 )
-            columns[name] = jnp.where(diverged > 0, jnp.nan, value.astype(float))
+            columns[name] = value.astype(float)
         for name, leaf in self._leaves(whole.hyperparams).items():
             columns[f"hyperparams.{name}"] = leaf.reshape(leaf.shape[0], -1).mean(1)
-        columns[DIVERGED] = diverged
+        columns[DIVERGED] = whole.metadata[DIVERGED]
         return self._where_slots_lie(self._pack(whole)), columns
 
     def _put(self, state: Arrays, slots: jax.Array, rows: Arrays) -> Arrays:
@@ -431,8 +441,8 @@ class ShardHost:
         self.spec, self.storage, self._data = spec, Path(spec.storage), data
         self._variants: dict[int, Variant] = {}
         self._states: collections.OrderedDict[int, tuple[int, Arrays]] = collections.OrderedDict()
-        _count_compiles()
-        self._xla_before = _XLA_COMPILES[0]
+        compilations.watch()
+        self._before = compilations.of_this_process()
 
     def prepare(
         self, variant: int, batching: Any, blobs: Mapping[str, bytes] | None = None
@@ -487,7 +497,7 @@ class ShardHost:
 
     def xla_compiles(self) -> int:
         """Return how many programs XLA compiled in this process since the host was made."""
-        return _XLA_COMPILES[0] - self._xla_before
+        return compilations.of_this_process().since(self._before).compiled
 
     def restore(self, variant: int, checkpoint: Saved, slot: int) -> BilevelState:
         """Return one slot of a checkpoint as a `BilevelState` of NumPy arrays."""
@@ -524,21 +534,6 @@ class ShardHost:
         self._states.move_to_end(shard)
         while len(self._states) > self.spec.states:
             self._states.popitem(last=False)
-
-
-_XLA_COMPILES = [0]
-"""In this process, since the first `ShardHost`."""
-
-
-@functools.cache
-def _count_compiles() -> None:
-    """Count XLA's compilations from now on; one listener a process, since JAX keeps them."""
-
-    def listen(event: str, duration_secs: float, **kwargs: Any) -> None:
-        del duration_secs, kwargs
-        _XLA_COMPILES[0] += event == "/jax/core/compile/backend_compile_duration"
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
 
 
 def data_key(seed: Any) -> jax.Array:
@@ -583,15 +578,6 @@ def build(
 def dotted(path: Any) -> str:
     """Return a leaf's path with dots between its parts."""
     return keystr(path, simple=True, separator=".")
-
-
-def to_host(x: Any) -> np.ndarray:
-    """Return an array of the devices, all of it, as NumPy; in a job of several processes too."""
-    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-        from jax.experimental import multihost_utils
-
-        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-    return np.asarray(x)
 
 
 def _as_float32(change: Any, order: Order) -> Any:

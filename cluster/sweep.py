@@ -381,6 +381,7 @@ class Sweep:
         return Report(
             compiles=sum(p.compiles for p in every),
             loads=sum(p.loads for p in every),
+            restores=sum(p.restores for p in every),
             small_compiles=sum(p.small_compiles for p in every),
             calibration_compiles=sum(p.calibration_compiles for p in every),
             worker_compiles=compiles,
@@ -539,7 +540,8 @@ class Sweep:
         plain = {k: v for k, v in facts.items() if isinstance(v, str | int | float | list)}
         if "prepared" in facts:
             made: Prepared = facts["prepared"]
-            plain = {"compiles": made.compiles, "loads": made.loads, "warnings": made.warnings}
+            plain = {name: getattr(made, name) for name in ("compiles", "loads", "restores")}
+            plain["warnings"] = made.warnings
         line = json.dumps({"time": round(time.time(), 3), "event": event, **plain})
         with contextlib.suppress(OSError), open(self.storage / EVENTS, "a+b") as file:
             # After a line that was cut short, on a new one.

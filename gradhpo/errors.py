@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
@@ -107,11 +108,46 @@ def check_same_tree(
             raise TypeError(f"{name} has dtype {kinds} at leaf {path or 'root'}")
 
 
+@contextlib.contextmanager
+def tracing(name: str, **arguments: PyTree) -> Generator[None]:
+    """Note on an exception which of the user's functions raised it, and on what shapes."""
+    try:
+        yield
+    except Exception as error:
+        start = "while tracing "
+        if not any(note.startswith(start) for note in getattr(error, "__notes__", ())):
+            given = ", ".join(f"{key} {_shapes(tree)}" for key, tree in arguments.items())
+            error.add_note(f"{start}{name} with {given}")
+            if isinstance(error, jax.errors.TracerArrayConversionError):
+                error.add_note(
+                    "NumPy cannot take traced values: index jnp arrays, for example what "
+                    "Problem.data returns, and call jnp's functions"
+                )
+        raise
+
+
+def _shapes(tree: PyTree, most: int = 8) -> str:
+    """Return dtypes and shapes by path: `['w'] float32[3,4], ['b'] float32[4]`."""
+    leaves = tree_flatten_with_path(tree)[0]
+    parts = [f"{keystr(path)} {described(leaf)}".strip() for path, leaf in leaves[:most]]
+    more = [f"and {len(leaves) - most} more leaves"] if len(leaves) > most else []
+    return f"({', '.join([*parts, *more])})"
+
+
+def described(value: Any) -> str:
+    """Return an array's dtype and shape, `float32[3,4]`, and of anything else its type."""
+    if not hasattr(value, "dtype"):
+        return type(value).__name__
+    return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+
+
 def scalar_loss(name: str, loss_fn: LossFn) -> Callable[[Any, Any, Any], jax.Array]:
     """Return `loss_fn`, checked while it is traced to give one real floating-point scalar."""
+    known_as = f"{name} (Problem.{name.removesuffix('_fn')})"
 
     def loss(params: PyTree, hyperparams: PyTree, batch: PyTree) -> jax.Array:
-        value = loss_fn(params, hyperparams, batch)
+        with tracing(known_as, params=params, hyperparams=hyperparams, batch=batch):
+            value = loss_fn(params, hyperparams, batch)
         accepted = f"{name} must return one floating-point scalar"
         if not isinstance(value, jax.Array | np.ndarray | np.generic | float | int):
             raise TypeError(f"{accepted}, got {type(value).__name__}")

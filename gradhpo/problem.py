@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 
-from gradhpo.errors import check_exactly_one, check_hashable
+from gradhpo.errors import check_exactly_one, check_hashable, described, tracing
 from gradhpo.state import LossFn, PyTree
 
 Batches: TypeAlias = Iterable[tuple[Any, Any]]
@@ -65,16 +65,23 @@ class Problem:
 
     def start(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         """Return the weights and hyperparameters from which `solve` starts with this key."""
-        return _pair("init", "(params, hyperparams)", self.init(stream(key, "init")))
+        with tracing("Problem.init", key=key):
+            made = self.init(stream(key, "init"))
+        return _pair("init", "(params, hyperparams)", made)
 
     def start_data(self, key: jax.Array) -> PyTree:
         """Return the `data` that `solve` uses with this key; None where there is none."""
-        return None if self.data is None else self.data(stream(key, "data"))
+        if self.data is None:
+            return None
+        with tracing("Problem.data", key=key):
+            return self.data(stream(key, "data"))
 
     def draw(self, key: jax.Array, data: PyTree) -> tuple[PyTree, PyTree]:
         """Return a training and a validation batch from `batch`."""
         assert self.batch is not None
-        made = self.batch(key) if self.data is None else self.batch(key, data)
+        args = {"key": key} if self.data is None else {"key": key, "data": data}
+        with tracing("Problem.batch", **args):
+            made = self.batch(*args.values())
         return _pair("batch", "(train_batch, val_batch)", made)
 
     def draw_at(self, key: jax.Array, index: Any, data: PyTree) -> tuple[PyTree, PyTree]:
@@ -82,11 +89,21 @@ class Problem:
         return self.draw(jax.random.fold_in(stream(key, "batches"), index), data)
 
     def measure(self, params: PyTree, hyperparams: PyTree, data: PyTree) -> dict[str, Any]:
-        """Return `metrics`; empty where there are none."""
+        """Return `metrics`; empty where there are none.
+
+        Raises:
+          TypeError: if the function does not return arrays by name.
+        """
         if self.metrics is None:
             return {}
-        args = (params, hyperparams) if self.data is None else (params, hyperparams, data)
-        return self.metrics(*args)
+        args = {"params": params, "hyperparams": hyperparams}
+        args |= {} if self.data is None else {"data": data}
+        with tracing("Problem.metrics", **args):
+            made = self.metrics(*args.values())
+        if not isinstance(made, Mapping) or not all(isinstance(name, str) for name in made):
+            got = "names that are not strings" if isinstance(made, Mapping) else described(made)
+            raise TypeError(f"Problem.metrics must return a dict of arrays by name, got {got}")
+        return dict(made)
 
 
 def stream(key: jax.Array, purpose: str) -> jax.Array:

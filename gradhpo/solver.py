@@ -224,6 +224,8 @@ class _Run:
         if self.program.problem.data is not None:
             data = jax.eval_shape(self.program.data, self.key)
         first = jax.eval_shape(self.program.init, self.key, data, pair)
+        if self.program.problem.metrics is not None:
+            jax.eval_shape(self.program.evaluate, first.state, data)
         if not segment.calibrate:
             span = dict.fromkeys(("start", "n", "offset"), np.int32(0))
             args = (first, self.key, data, self.rates, span, segment.host)

@@ -18,7 +18,10 @@ LossFn: TypeAlias = Callable[[Any, Any, Any], jax.Array]
 
 
 METRICS = ("train_loss", "val_loss", "hypergrad_norm", "param_norm", "hyperparam_norm")
-"""The metrics that every step leaves in `metadata`: scalars, NaN before the first step."""
+"""The metrics that every step leaves in `metadata`: scalars, infinite before the first step.
+
+Not NaN: a state goes through compiled programs as it is, and `jax_debug_nans` would stop them.
+"""
 
 
 class DataBatch(NamedTuple):
@@ -112,7 +115,7 @@ def prepare(state: BilevelState) -> BilevelState:
         return state
     missing = [name for name in METRICS if name not in state.metadata]
     if missing:
-        state = state.update(metadata=dict.fromkeys(missing, float("nan")))
+        state = state.update(metadata=dict.fromkeys(missing, float("inf")))
     return canonical(state)
 
 

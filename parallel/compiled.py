@@ -22,9 +22,10 @@ import numpy as np
 from jax.experimental import serialize_executable
 from jax.sharding import NamedSharding
 
+from gradhpo.parallel import compilations
 from gradhpo.state import PyTree
 
-MAGIC = b"gradhpo executable 1\n"
+MAGIC = b"gradhpo executable 2\n"
 
 
 class CompileWarning(UserWarning):
@@ -74,7 +75,9 @@ class Counts:
     hits: int = 0
     """Programs found in this process, by their step key."""
     refusals: int = 0
-    """Bytes refused; each was followed by a compile or a hit."""
+    """Bytes refused; each was followed by a compile, a restore or a hit."""
+    restores: int = 0
+    """Programs that JAX's persistent compilation cache gave."""
 
 
 class Compiled:
@@ -86,32 +89,63 @@ class Compiled:
         executable: jax.stages.Compiled,
         payload: bytes | None = None,
         *,
-        shareable: bool = True,
+        calls_python: bool = False,
+        whole: bool = True,
     ) -> None:
         self.key = key
         self.executable = executable
-        self._shareable = shareable
+        self.whole = whole
+        """Whether XLA compiled it here. What JAX's persistent cache restores runs, but serializes
+        to bytes without its functions (CPU, 0.10.2), which load, and fail when they are called."""
+        self.calls_python = calls_python
         self._payload = payload
-        if payload is None and key.processor and shareable:
+        if payload is None and key.processor and self.shareable:
             # A program of the CPU that sorts cannot be serialized after its first run (0.10.2).
             self._payload = serialize_executable.serialize(executable)[0]
+
+    @property
+    def shareable(self) -> bool:
+        """Whether `serialize` gives bytes that another process can use."""
+        return self.whole and not self.calls_python
 
     def __call__(self, *args: PyTree) -> PyTree:
         """Run the program."""
         return self.executable(*args)
 
+    def run(self, function: Callable[..., Any], *args: PyTree) -> PyTree:
+        """Run the program of this function, as JAX's switches for debugging ask for.
+
+        An executable refuses `jax.disable_jit`, and fails on a NaN with an error of JAX's own
+        interior; the function is not kept, for it holds its owner's arrays.
+        """
+        config: Any = jax.config
+        if config.jax_disable_jit:
+            return function(*args)
+        try:
+            return self.executable(*args)
+        except Exception:
+            if not (config.jax_debug_nans or config.jax_debug_infs):
+                raise
+            return jax.jit(function)(*args)  # looks for the operation, and names it
+
     def serialize(self) -> bytes:
         """Return the program as bytes: its step key, a checksum, and XLA's own serialization.
+
+        Of a program that came from JAX's persistent compilation cache the bytes hold the step key
+        alone: who loads them is told so, and gets the program from that cache too, or compiles it.
 
         Raises:
           ValueError: if the program calls back into Python, which bytes cannot hold.
         """
-        if not self._shareable:
+        if self.calls_python:
             raise ValueError("a program that calls back into Python cannot be serialized")
         payload = self._payload
-        if payload is None:
+        if not self.whole:
+            payload = b""
+        elif payload is None:
             payload = serialize_executable.serialize(self.executable)[0]
         header = {
+            "whole": self.whole,
             "key": dataclasses.asdict(self.key),
             "sha256": hashlib.sha256(payload).hexdigest(),
             "size": len(payload),
@@ -177,7 +211,7 @@ def load(blob: bytes, function: Callable[..., Any], *args: PyTree, layout: str =
 
 
 def counts() -> Counts:
-    """Return how many programs this process compiled, loaded and found since it began."""
+    """Return how many programs this process compiled, loaded, restored and found."""
     with _LOCK:
         return _COUNTS[0]
 
@@ -197,7 +231,8 @@ _COUNTS = [Counts()]
 def _lower(
     function: Callable[..., Any], args: tuple[PyTree, ...], layout: str
 ) -> tuple[Any, StepKey]:
-    lowered = jax.jit(function).lower(*args)
+    with jax.disable_jit(False):  # or loops would be traced step by step
+        lowered = jax.jit(function).lower(*args)
     leaves = jax.tree_util.tree_flatten_with_path(args)[0]
     devices = _devices(args)
     kind = devices[0]
@@ -219,14 +254,18 @@ def _lower(
 
 
 def _find_or_compile(lowered: Any, key: StepKey, devices: list[Any]) -> Compiled:
-    if _calls_python(lowered):  # which the step key does not see
-        _count(compiles=1)
-        return Compiled(key, lowered.compile(), shareable=False)
-    if (known := _find(key, devices)) is not None:
+    calls_python = _calls_python(lowered)  # which the step key does not see
+    if not calls_python and (known := _find(key, devices)) is not None:
         return known
-    compiled = Compiled(key, lowered.compile())
-    _count(compiles=1)
-    return _keep(compiled, devices)
+    compilations.watch()
+    before = compilations.of_this_thread()
+    executable = lowered.compile()
+    made = compilations.of_this_thread().since(before)
+    _count(compiles=made.compiled, restores=made.restored)
+    # JAX may also have had it in this process, from wherever: then nothing was made now.
+    whole = made.compiled > 0
+    compiled = Compiled(key, executable, calls_python=calls_python, whole=whole)
+    return compiled if calls_python else _keep(compiled, devices)
 
 
 def _calls_python(lowered: Any) -> bool:
@@ -264,11 +303,14 @@ def _open(blob: bytes, key: StepKey) -> tuple[str | None, bytes]:
         lists = {name: tuple(fields[name]) for name in ("shapes", "flags")}
         restored: Any = fields | lists
         its = StepKey(**restored)
-        size, checksum = header["size"], header["sha256"]
+        whole, size, checksum = header["whole"], header["size"], header["sha256"]
     except (ValueError, KeyError, TypeError) as error:
         return f"the header of the program is damaged ({error})", b""
-    if len(payload) != size:
-        return f"the program is cut: {len(payload)} of {size} bytes", b""
+    if not whole or len(payload) != size:
+        cached = (
+            "it came from JAX's persistent compilation cache, and XLA cannot send such a program"
+        )
+        return cached if not whole else f"the program is cut: {len(payload)} of {size} bytes", b""
     if hashlib.sha256(payload).hexdigest() != checksum:
         return "the program is damaged: its checksum does not match", b""
     if (difference := key.difference(its)) is not None:

@@ -146,6 +146,15 @@ def pad_batch(batch: PyTree, devices: int) -> tuple[PyTree, np.ndarray]:
     return jax.tree.map(pad, batch), weights
 
 
+def to_host(x: Any) -> np.ndarray:
+    """Return an array of the devices, all of it, as NumPy; in a job of several processes too."""
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return np.asarray(x)
+
+
 def put(tree: PyTree, sharding: Any) -> PyTree:
     """Return arrays placed by `sharding`; in a job of several processes each places its part.
 

@@ -21,9 +21,9 @@ from gradhpo.parallel import compiled
 from gradhpo.parallel.batching import Batching, Layout
 from gradhpo.parallel.compiled import Compiled
 from gradhpo.parallel.data import DataParallel
-from gradhpo.parallel.mesh import put
+from gradhpo.parallel.mesh import put, to_host
 from gradhpo.problem import Problem, stream
-from gradhpo.state import METRICS, BilevelState, PyTree, prepare
+from gradhpo.state import METRICS, BilevelState, PyTree, as_array, prepare
 
 MOST_SLOTS = 2**20
 """On one device, that "fit" tries."""
@@ -143,7 +143,7 @@ class Population:
 
     def run(
         self, state: BilevelState, steps: int, keys: jax.Array, lr_hyper: Any = None
-    ) -> tuple[BilevelState, dict[str, jax.Array]]:
+    ) -> tuple[BilevelState, dict[str, np.ndarray]]:
         """Take a generation of steps in every slot.
 
         Args:
@@ -162,7 +162,12 @@ class Population:
         """
         check_count("steps", steps)
         args = self._arguments(state, keys, lr_hyper)
-        return self._program(steps, *args)(*args)
+        program = self._program(steps, *args)
+        state, rows = program.run(self.trace_run(steps), *args)
+        rows = {name: to_host(row) for name, row in rows.items()}
+        stopped = rows.pop("stopped")
+        # Here and not in the program, which would be stopped by `jax_debug_nans`.
+        return state, {n: np.where(stopped, row.dtype.type("nan"), row) for n, row in rows.items()}
 
     def calibrate(self, state: BilevelState, keys: jax.Array) -> BilevelState:
         """Let each slot's optimizer estimate its own settings (HyperDistill's θ), from `T` batches.
@@ -246,8 +251,15 @@ class Population:
         sharding = self.sharding
         return first if sharding is None else jax.lax.with_sharding_constraint(first, sharding)
 
+    def trace_hyperparams(self, keys: jax.Array) -> PyTree:
+        """Return every slot's first hyperparameters, as `Problem.init` makes them."""
+        made = jax.vmap(lambda key: self.problem.start(key)[1])(keys)
+        return jax.tree.map(as_array, made)
+
     def trace_run(self, steps: int) -> Callable[..., Any]:
-        """Return the function of a generation, `(state, keys, lr_hyper, data) -> (state, metrics)`.
+        """Return the function of a generation, `(state, keys, lr_hyper, data) -> (state, rows)`.
+
+        The rows are the metrics as they are, and under "stopped" where a slot has diverged.
 
         Raises:
           ValueError: if the layout is "auto" and not measured yet; see `resolve`.
@@ -341,7 +353,7 @@ class Population:
         key = _program_key(name, 0, "", args)
         if key not in self._programs:
             self._programs[key] = compiled.compile(function, *args)
-        return self._programs[key](*args)
+        return self._programs[key].run(function, *args)
 
     def _generation_program(self, steps: int, layout: Layout, *args: Any) -> Compiled:
         name = str(layout.name)
@@ -364,7 +376,8 @@ class Population:
             if layout.within == "map" or program.bytes_needed() <= limit:
                 programs[layout] = program
         first = next(iter(programs.values())).key
-        _FASTEST[first] = layouts.fastest(programs, *args)
+        with jax.disable_jit(False):
+            _FASTEST[first] = layouts.fastest(programs, *args)
         return _FASTEST[first]
 
     def _arguments(
@@ -454,7 +467,7 @@ def _guard(old: BilevelState, new: BilevelState) -> tuple[BilevelState, dict[str
     new = new.update(metadata={"trial_step": taken})
     kept = jax.tree.map(lambda a, b: jnp.where(stopped, a, b), old, new)
     since = jnp.where((since == 0) & bad, taken, since)
-    row = {name: jnp.where(stopped, jnp.nan, new.metadata[name]) for name in METRICS}
+    row = {"stopped": stopped, **{name: new.metadata[name] for name in METRICS}}
     return kept.update(metadata={"diverged_at": since}), row
 
 

@@ -13,8 +13,11 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from optax import contrib
 
 import gradhpo
 from gradhpo.cluster import (
@@ -25,6 +28,7 @@ from gradhpo.cluster import (
     SearchSpace,
     StorageInUse,
     SuccessiveHalving,
+    Sweep,
     SweepError,
     checkpoints,
     choice,
@@ -86,6 +90,52 @@ def test_who_copied_whom_is_known(reference):
     lineage = reference.best.lineage
     sources = {copy.trial: copy.source for copy in copies}
     assert all(sources[b] == a for a, b in itertools.pairwise(lineage))
+
+
+LEAST = 10.0
+
+
+def accumulating():
+    """A problem with nothing to tune, and Adagrad's first accumulator among its λ."""
+    return gradhpo.Problem(
+        init=lambda key: (jnp.zeros(3), {"kept": jnp.asarray(5.0), "sum": jnp.asarray(1.0)}),
+        train_loss=lambda w, lam, batch: jnp.sum((w - 1) ** 2),
+        val_loss=lambda w, lam, batch: jnp.sum((w - 2) ** 2),
+        batch=lambda key: (jnp.ones(()), jnp.ones(())),
+    )
+
+
+@pytest.mark.parametrize(
+    "outer",
+    [optax.adam(0.1), contrib.schedule_free_sgd(0.1), contrib.cocob(), contrib.madgrad(0.1)],
+    ids=["adam", "schedule_free", "cocob", "madgrad"],
+)
+def test_optimizers_start_at_the_hyperparameters_that_were_drawn(outer, tmp_path):
+    """In the first generation, and in a later one whose trials are all new."""
+
+    def inner(lam):
+        return optax.adagrad(0.1, initial_accumulator_value=lam["sum"])
+
+    space = SearchSpace(hyperparams={"kept": uniform(-1, 1), "sum": uniform(LEAST, 100)})
+    table = Sweep(
+        problem=accumulating(),
+        optimizer=gradhpo.FOOptimizer(inner, outer),  # the hypergradient is zero
+        space=space,
+        population=3,
+        generations=2,
+        steps_per_generation=1,
+        scheduler=RandomSearch(trial_generations=1),
+        storage=tmp_path,
+        executor="local",
+        batching="vmap",
+        progress=False,
+    ).run()
+    kept, first = table.table["hyperparams.kept"], table.table["hyperparams.sum"]
+    assert (np.abs(kept) <= 1).all()
+    assert (first >= LEAST).all()
+    assert len(np.unique(kept)) == len(np.unique(first)) == 6
+    w = 0.1 * 2 / np.sqrt(first + 4)  # one step of Adagrad at the gradient -2
+    np.testing.assert_allclose(table.table["val_loss"], 3 * (w - 2) ** 2, rtol=1e-5)
 
 
 def test_the_winner_can_be_computed_again_alone(reference):
