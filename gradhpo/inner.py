@@ -158,7 +158,7 @@ class InnerStep:
         """
 
         def move(gradient: PyTree, loss: Any, hyperparams: PyTree) -> tuple[PyTree, Any]:
-            moved = with_finite_derivatives(self.move)(
+            moved = with_finite_derivatives(self.move, clamp_roots=True)(
                 gradient, opt_state, params, hyperparams, loss
             )
             return moved[0], moved
@@ -198,7 +198,7 @@ class InnerStep:
             new = jax.tree.map(as_array, new)
             return Moved(new, opt_state, self.train_loss(params, hyperparams, batch))
         loss, gradient = self.gradient(params, hyperparams, batch)
-        move = with_finite_derivatives(self.move) if differentiable else self.move
+        move = with_finite_derivatives(self.move, clamp_roots=True) if differentiable else self.move
         new_params, new_state = move(gradient, opt_state, params, hyperparams, loss)
         return Moved(new_params, new_state, loss)
 
@@ -227,7 +227,7 @@ def _mixed_forward(
 def _mixed_backward(inner: InnerStep, kept: Any, cotangents: Moved) -> Any:
     *point, batch = kept
     _, _, params, hyperparams, _ = point
-    _, pull = jax.vjp(with_finite_derivatives(inner.move), *point)
+    _, pull = jax.vjp(with_finite_derivatives(inner.move, clamp_roots=True), *point)
     u, state_bar, *direct, loss_bar = pull((cotangents.params, cotangents.opt_state))
     loss_bar = loss_bar if inner.uses_loss(*point) else None
     arguments = (params, hyperparams, batch, u, loss_bar)
