@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from gradhpo.state import PyTree
@@ -46,3 +47,34 @@ def depends(function: Callable[..., PyTree], argument: PyTree, *rest: Any) -> li
         found.append(False)
         jax.eval_shape(lambda leaf, *rest, i=i: tangent(i, leaf, *rest), leaf, *rest)
     return found
+
+
+def dependents(function: Callable[..., PyTree], argument: PyTree, *rest: Any) -> list[bool]:
+    """Return for each leaf of `function(argument, *rest)` whether it depends on `argument`.
+
+    As `depends`, seen from the other end, and in one trace. Counts, flags and keys do not depend.
+    """
+    found: list[bool] = []
+
+    @jax.custom_jvp
+    def probe(outputs: list[Any]) -> list[Any]:
+        return outputs
+
+    def record(primals: Any, tangents: Any) -> Any:
+        found.extend(not isinstance(t, SymbolicZero) for t in tangents[0])
+        return primals[0], tangents[0]
+
+    probe.defjvp(record, symbolic_zeros=True)
+    floating: list[bool] = []
+
+    def along(argument: PyTree, *rest: Any) -> PyTree:
+        leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(function(argument, *rest))]
+        floating.extend(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves)
+        return probe([leaf for leaf, moves in zip(leaves, floating, strict=True) if moves])
+
+    def tangent(argument: PyTree, *rest: Any) -> Any:
+        return jax.jvp(lambda argument: along(argument, *rest), (argument,), (argument,))
+
+    jax.eval_shape(tangent, argument, *rest)
+    answers = iter(found or [False] * sum(floating))  # not recorded where nothing depends
+    return [moves and next(answers) for moves in floating]
