@@ -82,6 +82,17 @@ def depends_by_coordinate(
     return [np.vectorize(lambda i: bool(found >> i & 1), otypes=[bool])(here) for here in ids]
 
 
+def dependents(function: Callable[..., PyTree], argument: PyTree, *rest: Any) -> list[bool]:
+    """Return for each leaf of `function(argument, *rest)` whether it depends on `argument`.
+
+    As `depends`, seen from the other end: through derivatives, so counts, flags and keys do not.
+    """
+    jaxpr = jax.make_jaxpr(function)(argument, *rest).jaxpr
+    mine = len(jax.tree.leaves(argument))
+    sources: list[Sources] = [1] * mine + [0] * (len(jaxpr.invars) - mine)
+    return [_union([found]) > 0 for found in _Flow(derivative=True).through(jaxpr, sources)]
+
+
 class _Flow:
     """Follows sources through a jaxpr: of derivatives, or of values."""
 

@@ -1,69 +1,54 @@
-"""Differentiate an optimizer's update where its square roots and denominators are at zero.
+"""Differentiate an optimizer's update where its roots, powers and denominators are at zero.
 
 Adam divides by `sqrt(v)`. A dead ReLU unit, or an embedding row absent from the batch, has v = 0,
 where the derivative of the root is infinite; times the zero it meets next, that is NaN. The root
 there is `|gradient|` up to a constant, whose subgradient at 0 is 0: the limit that is used here.
 Clipping by the norm of a zero gradient divides by 0 in the branch that is not taken; likewise.
+Adafactor has `v ** -0.5` at v = 1e-30, whose derivative is finite, but not in float32 if it is
+written `-0.5 * v ** -1.5`: here it is `-0.5 * v ** -0.5 / v`, one factor after the other.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Jaxpr, Literal, primitives
 
-
-@jax.custom_jvp
-def sqrt(x: jax.Array) -> jax.Array:
-    """Return the square root of `x`, with derivative 0 at 0; and 0 where `x` is negative.
-
-    Rectified Adam has such a root in the branch that it does not take, and its NaN would meet the
-    derivative that comes back.
-    """
-    return jnp.sqrt(jnp.maximum(x, 0))
+Slope = Callable[..., jax.Array]
+"""`(tangent of one input, output, *inputs) -> tangent of the output`."""
 
 
-@sqrt.defjvp
-def _sqrt_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    (x,), (dx,) = primals, tangents
-    root = sqrt(x)
-    return root, 0.5 / jnp.where(x <= 0, jnp.inf, root) * dx
+def with_finite_derivatives(
+    function: Callable[..., Any], *, clamp_roots: bool = False
+) -> Callable[..., Any]:
+    """Return `function` with the derivatives of roots, powers and `/` at 0 taken as 0.
 
+    The function is traced, and its operations replayed with other derivatives in place of JAX's,
+    in branches, scans and jitted functions too; `while` loops and custom derivatives are left as
+    they are. Values are unchanged.
 
-@jax.custom_jvp
-def div(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Return `x / y`, with derivative 0 where `y` is 0 and the quotient not finite."""
-    return jax.lax.div(x, y)
-
-
-@div.defjvp
-def _div_jvp(primals: Any, tangents: Any) -> Any:
-    (x, y), (dx, dy) = primals, tangents
-    slope = 1 / jnp.where(y == 0, jnp.inf, y)
-    return div(x, y), slope * (dx - (x * slope) * dy)
-
-
-def with_finite_derivatives(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `function` with derivatives of `sqrt` and `/` at 0 taken as 0; values are unchanged.
-
-    (But for the root of a negative number, which is 0 instead of NaN.)
-
-    The function is traced, and its operations replayed with the other root and quotient in place
-    of JAX's, in branches and scans too; `while` loops and custom derivatives are left as they are.
+    Args:
+      function: of arrays and pytrees of arrays.
+      clamp_roots: whether the root of a negative number is 0 instead of NaN. Rectified Adam has
+        such a root in the branch that it does not take, and its NaN would meet the derivative
+        that comes back.
     """
 
     def replayed(*args: Any) -> Any:
         closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
-        outputs = _replay(closed.jaxpr, closed.consts, jax.tree.leaves(args))
+        outputs = _replay(closed.jaxpr, closed.consts, jax.tree.leaves(args), clamp_roots)
         return jax.tree.unflatten(jax.tree.structure(shape), outputs)
 
     return replayed
 
 
-def _replay(jaxpr: Jaxpr, consts: list[Any], args: list[Any]) -> list[Any]:
+def _replay(jaxpr: Jaxpr, consts: list[Any], args: list[Any], clamp_roots: bool) -> list[Any]:
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
 
     def read(atom: Any) -> Any:
@@ -71,15 +56,10 @@ def _replay(jaxpr: Jaxpr, consts: list[Any], args: list[Any]) -> list[Any]:
 
     for eqn in jaxpr.eqns:
         inputs = [read(atom) for atom in eqn.invars]
-        if eqn.primitive is primitives.sqrt_p:
-            outputs = [sqrt(*inputs)]
-        elif eqn.primitive is primitives.div_p and jnp.issubdtype(inputs[0].dtype, jnp.floating):
-            outputs = [div(*inputs)]
-        elif eqn.primitive is primitives.jit_p:
-            inner = eqn.params["jaxpr"]
-            outputs = _replay(inner.jaxpr, inner.consts, inputs)
+        if slopes := _slopes(eqn):
+            outputs = [_bind_with_slopes(eqn, inputs, slopes, clamp_roots)]
         else:
-            made = eqn.primitive.get_bind_params(_safe_bodies(eqn))
+            made = eqn.primitive.get_bind_params(_safe_bodies(eqn, clamp_roots))
             # Up to jax 0.9 a pair (functions, parameters), the parameters alone since.
             subfuns, params = made if isinstance(made, tuple) else ((), made)
             outputs = eqn.primitive.bind(*subfuns, *inputs, **params)
@@ -88,17 +68,100 @@ def _replay(jaxpr: Jaxpr, consts: list[Any], args: list[Any]) -> list[Any]:
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _safe_bodies(eqn: Any) -> dict[str, Any]:
-    """Return an operation's parameters, with the roots in its branches or loop body replaced."""
+def _safe_bodies(eqn: Any, clamp_roots: bool) -> dict[str, Any]:
+    """Return an operation's parameters, with its branches or its body replayed."""
     params = dict(eqn.params)
+
+    def safe(closed: Any) -> Any:
+        def body(*args: Any) -> list[Any]:
+            return _replay(closed.jaxpr, closed.consts, list(args), clamp_roots)
+
+        return jax.make_jaxpr(body)(*closed.in_avals)
+
     if eqn.primitive is primitives.cond_p:
-        params["branches"] = tuple(_safe(branch) for branch in params["branches"])
-    elif eqn.primitive is primitives.scan_p:
-        params["jaxpr"] = _safe(params["jaxpr"])
+        params["branches"] = tuple(safe(branch) for branch in params["branches"])
+    elif eqn.primitive is primitives.scan_p or eqn.primitive is primitives.jit_p:
+        params["jaxpr"] = safe(params["jaxpr"])
     return params
 
 
-def _safe(closed: Any) -> Any:
-    return jax.make_jaxpr(lambda *args: _replay(closed.jaxpr, closed.consts, list(args)))(
-        *closed.in_avals
-    )
+def _bind_with_slopes(
+    eqn: Any, inputs: list[Any], slopes: tuple[Slope, ...], clamp_roots: bool
+) -> jax.Array:
+    @jax.custom_jvp
+    def operation(*inputs: jax.Array) -> jax.Array:
+        if clamp_roots and eqn.primitive is primitives.sqrt_p:
+            inputs = (jnp.maximum(*inputs, 0),)
+        return eqn.primitive.bind(*inputs, **eqn.params)
+
+    def jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+        output = operation(*primals)
+        terms = [
+            slope(tangent, output, *primals)
+            for slope, tangent in zip(slopes, tangents, strict=True)
+            if not isinstance(tangent, SymbolicZero)
+        ]
+        return output, functools.reduce(operator.add, terms) if terms else jnp.zeros_like(output)
+
+    operation.defjvp(jvp, symbolic_zeros=True)
+    return operation(*inputs)
+
+
+def _slopes(eqn: Any) -> tuple[Slope, ...]:
+    """Return the derivatives that replace an operation's own; none where those are finite."""
+    if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
+        return ()
+    if eqn.primitive is primitives.integer_pow_p:
+        exponent = eqn.params["y"]
+        return (_power_slope(exponent),) if exponent < 0 else ()
+    return _SLOPES.get(eqn.primitive, ())
+
+
+def _is_zero(x: jax.Array) -> jax.Array:
+    """Whether `1 / x` is not finite."""
+    return jnp.abs(x) <= 1 / jnp.finfo(x.dtype).max
+
+
+def _sqrt_slope(dx: jax.Array, root: jax.Array, x: jax.Array) -> jax.Array:
+    del x
+    return 0.5 / jnp.where(root == 0, jnp.inf, root) * dx
+
+
+def _power_slope(exponent: float) -> Slope:
+    def slope(dx: jax.Array, power: jax.Array, x: jax.Array) -> jax.Array:
+        return _base_slope(dx, power, x, exponent)
+
+    return slope
+
+
+def _base_slope(dx: jax.Array, power: jax.Array, x: jax.Array, exponent: Any) -> jax.Array:
+    """Return `p xᵖ/x dx`, and at x = 0 the derivative where it is finite: 1 for p = 1, or 0."""
+    zero = _is_zero(x)
+    exponent = jnp.asarray(exponent, x.dtype)
+    factor = jnp.where(zero, (exponent == 1).astype(x.dtype), exponent * power)
+    return dx / jnp.where(zero, 1, x) * factor
+
+
+def _exponent_slope(dy: jax.Array, power: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    zero = x == 0
+    return jnp.where(zero, 0, jnp.log(jnp.where(zero, 1, x)) * jnp.where(zero, 1, power)) * dy
+
+
+def _numerator_slope(dx: jax.Array, quotient: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    del quotient, x
+    return dx / jnp.where(_is_zero(y), jnp.inf, y)
+
+
+def _denominator_slope(dy: jax.Array, quotient: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    del quotient  # not finite where y = 0
+    slope = 1 / jnp.where(_is_zero(y), jnp.inf, y)
+    return -(slope * dy) * (x * slope)
+
+
+_SLOPES: dict[Any, tuple[Slope, ...]] = {
+    primitives.sqrt_p: (_sqrt_slope,),
+    primitives.rsqrt_p: (_power_slope(-1 / 2),),
+    primitives.cbrt_p: (_power_slope(1 / 3),),
+    primitives.pow_p: (_base_slope, _exponent_slope),
+    primitives.div_p: (_numerator_slope, _denominator_slope),
+}

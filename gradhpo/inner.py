@@ -15,7 +15,9 @@ from gradhpo.dependence import depends
 from gradhpo.errors import check_same_tree, scalar_loss
 from gradhpo.finite_derivatives import with_finite_derivatives
 from gradhpo.hypergradient import Mode, second_order
+from gradhpo.injected import follow
 from gradhpo.state import LossFn, PyTree, as_array
+from gradhpo.updates import updated
 
 
 class Moved(NamedTuple):
@@ -96,8 +98,8 @@ class InnerStep:
     ) -> Moved:
         """Take the step as a function to differentiate, in the weights, the state and λ.
 
-        The training loss it returns is not to be differentiated, and in a mixed mode nothing is by
-        forward mode.
+        The training loss it returns is not to be differentiated. In a mixed mode the step has a
+        reverse rule of its own, so `jax.vjp` and `jax.grad` work on it, and `jax.jvp` does not.
         """
         if self.mode == "reverse-over-reverse":
             return self._step(params, opt_state, hyperparams, batch, differentiable=True)
@@ -147,11 +149,12 @@ class InnerStep:
         self, gradient: PyTree, opt_state: PyTree, params: PyTree, hyperparams: PyTree, loss: Any
     ) -> tuple[PyTree, PyTree]:
         """Apply the optimizer to the gradient `G`: `w_t, s_t = Ψ(G, s_{t-1}, w_{t-1}, λ)`."""
-        optimizer = optax.with_extra_args_support(self.optimizer(hyperparams))
-        updates, new_state = optimizer.update(
-            gradient, opt_state, params, value=loss, grad=gradient
-        )
-        return optax.apply_updates(params, updates), _keep_types(new_state, opt_state)
+        state = opt_state
+        if not is_optax(self.inner_optimizer):
+            state = follow(state, self.init_of(params), hyperparams)
+        optimizer = self.optimizer(hyperparams)
+        new, new_state = updated("inner_optimizer", optimizer, gradient, state, params, loss)
+        return new, _keep_types(new_state, opt_state)
 
     def pullback_move(
         self, gradient: PyTree, opt_state: PyTree, params: PyTree, hyperparams: PyTree, loss: Any
@@ -163,7 +166,7 @@ class InnerStep:
         """
 
         def move(gradient: PyTree, loss: Any, hyperparams: PyTree) -> tuple[PyTree, Any]:
-            moved = with_finite_derivatives(self.move)(
+            moved = with_finite_derivatives(self.move, clamp_roots=True)(
                 gradient, opt_state, params, hyperparams, loss
             )
             return moved[0], moved
@@ -189,6 +192,10 @@ class InnerStep:
         """Return the optax optimizer at these hyperparameters."""
         return optimizer_at(self.inner_optimizer, hyperparams)
 
+    def init_of(self, params: PyTree) -> Callable[[PyTree], PyTree]:
+        """Return `λ ↦ s_0`, the optimizer's first state for these weights."""
+        return lambda hyperparams: self.optimizer(hyperparams).init(params)
+
     def _step(
         self,
         params: PyTree,
@@ -198,12 +205,16 @@ class InnerStep:
         differentiable: bool,
     ) -> Moved:
         if self.update_fn is not None:
-            new = self.update_fn(params, hyperparams, batch)
+            update = self.update_fn
+            if differentiable:
+                # A user's own model is in there: the root of a negative number stays NaN.
+                update = with_finite_derivatives(update)
+            new = update(params, hyperparams, batch)
             check_same_tree("update_fn", new, "params", params)
             new = jax.tree.map(as_array, new)
             return Moved(new, opt_state, self.train_loss(params, hyperparams, batch))
         loss, gradient = self.gradient(params, hyperparams, batch)
-        move = with_finite_derivatives(self.move) if differentiable else self.move
+        move = with_finite_derivatives(self.move, clamp_roots=True) if differentiable else self.move
         new_params, new_state = move(gradient, opt_state, params, hyperparams, loss)
         return Moved(new_params, new_state, loss)
 
@@ -232,7 +243,7 @@ def _mixed_forward(
 def _mixed_backward(inner: InnerStep, kept: Any, cotangents: Moved) -> Any:
     *point, batch = kept
     _, _, params, hyperparams, _ = point
-    _, pull = jax.vjp(with_finite_derivatives(inner.move), *point)
+    _, pull = jax.vjp(with_finite_derivatives(inner.move, clamp_roots=True), *point)
     u, state_bar, *direct, loss_bar = pull((cotangents.params, cotangents.opt_state))
     loss_bar = loss_bar if inner.uses_loss(*point) else None
     arguments = (params, hyperparams, batch, u, loss_bar)
@@ -248,16 +259,35 @@ def optimizer_at(inner_optimizer: Any, hyperparams: PyTree) -> Any:
     """Return `inner_optimizer`, called with λ where it is a function of λ.
 
     Raises:
-      TypeError: if it is neither an optax optimizer nor a function that returns one.
+      TypeError: if it is neither an optax optimizer nor a function that returns one, or the
+        function needs the numbers of λ while they are being differentiated.
     """
-    is_optimizer = is_optax(inner_optimizer)
-    optimizer = inner_optimizer if is_optimizer else inner_optimizer(hyperparams)
+    if is_optax(inner_optimizer):
+        return inner_optimizer
+    try:
+        optimizer = inner_optimizer(hyperparams)
+    except _NUMBER_NEEDED as error:
+        raise TypeError(
+            "inner_optimizer, a function of the hyperparameters, needs a hyperparameter's number, "
+            "for an `if`, a `float()`, an `int()` or NumPy, and λ has none while it is traced to "
+            "be differentiated. optax's warm-up schedules test their peak so: give them the peak "
+            "1, and scale it by λ:\n"
+            "    shape = optax.warmup_cosine_decay_schedule(0, 1.0, warmup_steps, decay_steps)\n"
+            "    inner_optimizer = lambda l: optax.adamw(lambda count: jnp.exp(l) * shape(count))"
+        ) from error
     if not is_optax(optimizer):
         raise TypeError(
             "inner_optimizer must be an optax.GradientTransformation, or a function of the "
             f"hyperparameters that returns one; the function returned {type(optimizer).__name__}"
         )
     return optimizer
+
+
+_NUMBER_NEEDED = (
+    jax.errors.ConcretizationTypeError,  # and TracerBoolConversionError
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
 
 
 def is_optax(value: Any) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from gradhpo import episodes
+from gradhpo.dependence import dependents
 from gradhpo.errors import (
     check_exactly_one,
     check_floating,
@@ -21,8 +22,10 @@ from gradhpo.errors import (
     check_same_tree,
 )
 from gradhpo.hypergradient import MODES, Mode, norm, validation
+from gradhpo.injected import check_initial_state
 from gradhpo.inner import InnerStep, is_optax, optimizer_at
 from gradhpo.state import BilevelState, LossFn, PyTree, as_array, prepare
+from gradhpo.updates import updated
 
 
 class Estimate(NamedTuple):
@@ -82,7 +85,9 @@ class BilevelOptimizer(abc.ABC):
 
         Raises:
           TypeError: if a leaf is not a floating array; it is named by its path.
-          ValueError: if a tree has no leaves.
+          ValueError: if a tree has no leaves; or if the inner optimizer's `init` reads a leaf of λ
+            that moves by its hypergradient, which cannot see it (but `optax.inject_hyperparams`
+            is followed).
         """
 
     @abc.abstractmethod
@@ -165,7 +170,7 @@ class BilevelOptimizer(abc.ABC):
         done = self.estimate(state, train_batch, val_batch, train_loss_fn, val_loss_fn)
         chex.assert_rank([done.train_loss, done.val_loss], 0)
         check_same_tree("hypergradient", done.hypergradient, "hyperparams", state.hyperparams)
-        hyperparams, outer_opt_state = self._outer_update(done.hypergradient, state, lr_hyper)
+        hyperparams, outer_opt_state = self._outer_update(done, state, lr_hyper)
         metrics = {
             "train_loss": done.train_loss,
             "val_loss": done.val_loss,
@@ -263,19 +268,20 @@ class BilevelOptimizer(abc.ABC):
         check_exactly_one(owner, outer_optimizer=self.outer_optimizer, lr_hyper=lr_hyper)
 
     def _outer_update(
-        self, hypergradient: PyTree, state: BilevelState, lr_hyper: Any
+        self, done: Estimate, state: BilevelState, lr_hyper: Any
     ) -> tuple[PyTree, PyTree]:
+        g, lam, outer_state = done.hypergradient, state.hyperparams, state.outer_opt_state
         if self.outer_optimizer is None:
-            updates = jax.tree.map(lambda g: -lr_hyper * g, hypergradient)
-            return optax.apply_updates(state.hyperparams, updates), state.outer_opt_state
-        updates, outer_opt_state = self.outer_optimizer.update(
-            hypergradient, state.outer_opt_state, state.hyperparams
-        )
-        return optax.apply_updates(state.hyperparams, updates), outer_opt_state
+            return optax.apply_updates(lam, jax.tree.map(lambda g: -lr_hyper * g, g)), outer_state
+        optimizer = self.outer_optimizer
+        return updated("outer_optimizer", optimizer, g, outer_state, lam, done.val_loss)
 
 
 class HypergradientMethod(BilevelOptimizer):
     """An optimizer that states its `estimate`, and nothing else."""
+
+    differentiates_inner: bool = True
+    """Whether the hypergradient goes through the inner step."""
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -312,14 +318,35 @@ class HypergradientMethod(BilevelOptimizer):
         check_floating("params", params)
         check_floating("hyperparams", hyperparams)
         params, hyperparams = jax.tree.map(as_array, (params, hyperparams))
-        inner, outer = self.inner_optimizer, self.outer_optimizer
-        state = BilevelState.create(
-            params,
-            hyperparams,
-            optimizer_at(inner, hyperparams).init(params) if inner is not None else None,
-            outer.init(hyperparams) if outer is not None else None,
-        )
-        return prepare(state)
+        outer = self.outer_optimizer
+        outer_state = None if outer is None else outer.init(hyperparams)
+        inner_state = self._first_inner_state(params, hyperparams, outer_state)
+        return prepare(BilevelState.create(params, hyperparams, inner_state, outer_state))
+
+    def _first_inner_state(self, params: PyTree, lam: PyTree, outer_state: PyTree) -> PyTree:
+        inner, nothing = self.inner_optimizer, jnp.zeros(())
+        if inner is None:
+            return None
+
+        def init_of(lam: PyTree) -> PyTree:
+            return optimizer_at(inner, lam).init(params)
+
+        def move(state: PyTree, lam: PyTree) -> tuple[PyTree, PyTree]:
+            optimizer = optimizer_at(inner, lam)
+            return updated("inner_optimizer", optimizer, params, state, params, nothing)
+
+        def outer_move(g: PyTree) -> PyTree:
+            outer = self.outer_optimizer
+            return updated("outer_optimizer", outer, g, outer_state, lam, nothing)[0]
+
+        def used() -> list[bool]:
+            if self.outer_optimizer is None:
+                return [True] * len(jax.tree.leaves(lam))
+            return dependents(outer_move, lam)
+
+        if self.differentiates_inner and not is_optax(inner):
+            check_initial_state(init_of, move, lam, used)
+        return init_of(lam)
 
     def compute_hypergradient(
         self,

@@ -7,7 +7,7 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from gradhpo.dependence import FOLLOWED, depends, depends_by_coordinate
+from gradhpo.dependence import FOLLOWED, dependents, depends, depends_by_coordinate
 
 UNRAVEL = ravel_pytree({"rate": jnp.zeros(()), "decay": jnp.zeros((2, 1))})[1]
 
@@ -107,3 +107,11 @@ def test_a_custom_derivative_passes():
     cube = jax.custom_vjp(lambda x: x**3)
     cube.defvjp(lambda x: (x**3, x), lambda x, g: (3 * x * x * g,))
     assert depends_by_coordinate(lambda x: cube(x)[1], jnp.ones(3))[0].any()
+
+
+def test_dependents_are_the_outputs_behind_an_argument():
+    def function(x, other):
+        return {"both": x["a"] * x["b"], "count": jnp.int32(x["a"] > 0), "other": 2 * other}
+
+    argument = {"a": jnp.ones(()), "b": jnp.ones(3)}
+    assert dependents(function, argument, jnp.ones(2)) == [True, False, False]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from gradhpo.hypergradient import Mode, validation
+from gradhpo.inner import Moved
 from gradhpo.optimizer import Estimate
 from gradhpo.state import BilevelState, LossFn, PyTree
 from gradhpo.unrolling import UnrollingMethod
@@ -21,9 +22,10 @@ class DrMADOptimizer(UnrollingMethod):
     """DrMAD: unrolled differentiation that forgets the trajectory, so memory is independent of T.
 
     The backward pass of `UnrolledOptimizer`, with the derivatives of step t taken at
-    `ŵ_{t-1} = (1 - (t-1)/T) w_0 + ((t-1)/T) w_T`. The inner optimizer's state is on a line of its
-    own, from `s_0` to `s_T`, and the cotangents of both go backward: exact where the Jacobians do
-    not depend on the point, or the trajectory is that line.
+    `ŵ_{t-1} = (1 - (t-1)/T) w_0 + ((t-1)/T) w_T`. The inner optimizer's arrays are on a line of
+    their own, from `s_0` to `s_T`; its counts, flags, keys and single numbers, which may go in
+    circles, are recorded, T of each. The cotangents of both go backward: exact where the Jacobians
+    do not depend on the point, or the trajectory is that line.
 
     Args:
       inner_optimizer: an `optax.GradientTransformation`, or a function of λ that returns one.
@@ -64,28 +66,47 @@ class DrMADOptimizer(UnrollingMethod):
     ) -> Estimate:
         """Return `g_FO` plus the second-order term along the line."""
         inner, lam, T = self.inner_step(train_loss_fn), state.hyperparams, self.unroll_steps
-        moved = self.unroll(inner, state, lam, train_batch)
-        val = validation(val_loss_fn, moved.params, lam, val_batch)
-        first, last = (state.params, state.inner_opt_state), (moved.params, moved.opt_state)
         batch_at = self.batch_at(train_batch)
 
-        def backward(carry: tuple[PyTree, PyTree], t: jax.Array) -> tuple[Any, None]:
-            cotangents, g_so = carry
-            w_hat, s_hat = jax.tree.map(lambda a, b: _between(a, b, t, T), first, last)
+        def forward(carry: tuple[PyTree, PyTree], t: jax.Array) -> tuple[Any, Any]:
+            w, s, loss = inner(*carry, lam, batch_at(t))
+            return (w, s), (_recorded(carry[1]), loss)
+
+        first = (state.params, state.inner_opt_state)
+        last, (records, losses) = jax.lax.scan(forward, first, jnp.arange(T))
+        moved = Moved(*last, losses[-1])
+        val = validation(val_loss_fn, moved.params, lam, val_batch)
+
+        def backward(carry: tuple[PyTree, PyTree], step: Any) -> tuple[Any, None]:
+            (cotangents, g_so), (t, record) = carry, step
+            w_hat, line = jax.tree.map(lambda a, b: _between(a, b, t / T), first, last)
+            s_hat = jax.tree.map(
+                lambda kept, a: a if kept is None else kept, record, line, is_leaf=_is_none
+            )
             pull = inner.pullback_all(w_hat, s_hat, lam, batch_at(t))
             *cotangents, alpha_b = pull(*cotangents)
             return (tuple(cotangents), optax.tree.add(g_so, alpha_b)), None  # g_SO ← g_SO + α·B̂_t
 
         nothing = optax.tree.zeros_like(inner.differentiable_state(moved.opt_state))
         start = ((val.alpha, nothing), val.direct)
-        (_, g), _ = jax.lax.scan(backward, start, jnp.arange(T), reverse=True)
+        (_, g), _ = jax.lax.scan(backward, start, (jnp.arange(T), records), reverse=True)
         return Estimate(g, *moved, val.loss)
 
 
-def _between(first: jax.Array, last: jax.Array, t: jax.Array, T: int) -> jax.Array:
-    """Return the point t/T of the way; counts are rounded, and what is not a number stays."""
-    if jnp.issubdtype(first.dtype, jnp.floating):
-        return (first + (t / T) * (last - first)).astype(first.dtype)
-    if jnp.issubdtype(first.dtype, jnp.signedinteger):
-        return first + jnp.round((last - first) * (t / T)).astype(first.dtype)
-    return first
+def _between(first: jax.Array, last: jax.Array, way: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(first.dtype, jnp.floating):
+        return first  # is recorded
+    return (first + way * (last - first)).astype(first.dtype)
+
+
+def _recorded(opt_state: PyTree) -> PyTree:
+    """Return the leaves of an optimizer's state that are on no line, None in place of others."""
+
+    def record(leaf: jax.Array) -> jax.Array | None:
+        return None if leaf.ndim > 0 and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(record, opt_state)
+
+
+def _is_none(value: Any) -> bool:
+    return value is None

@@ -28,6 +28,8 @@ class FOOptimizer(StatelessMethod):
     outer_optimizer: Any = None
     update_fn: Callable[[Any, Any, Any], Any] | None = None
 
+    differentiates_inner = False
+
     def estimate(
         self,
         state: BilevelState,
