@@ -6,10 +6,11 @@ Nothing here knows of Ray: the worker's actor and the local executor both hold a
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from gradhpo.cluster import checkpoints, importing
 from gradhpo.cluster.checkpoints import DamagedFile, Saved
 from gradhpo.cluster.incarnations import check_owner
 from gradhpo.cluster.space import LR_HYPER, SearchSpace
+from gradhpo.errors import UnreachedWarning
 from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.parallel import Population, compilations, compiled, data_parallel, make_mesh
 from gradhpo.parallel.mesh import to_host
@@ -135,6 +137,8 @@ class Prepared(NamedTuple):
     """Programs that `batching="auto"` compared, and what it needed to."""
     warnings: list[str]
     columns: list[str]
+    unreached: tuple[str, ...] = ()
+    """What was told of hyperparameters that get no hypergradient."""
 
 
 class Variant:
@@ -449,10 +453,11 @@ class ShardHost:
     ) -> Prepared:
         """Get a variant's programs, in this layout; from `blobs` where there are any."""
         arguments = self.spec.space.variants()[variant]
-        made = Variant(dataclasses.replace(self.spec, batching=batching), arguments, self._data)
-        prepared = made.prepare(blobs)._replace(variant=variant)
+        with _kept(UnreachedWarning) as unreached:
+            made = Variant(dataclasses.replace(self.spec, batching=batching), arguments, self._data)
+            prepared = made.prepare(blobs)
         self._variants[variant] = made
-        return prepared
+        return prepared._replace(variant=variant, unreached=tuple(unreached))
 
     def run(self, order: Order, incarnation: int, rows: Mapping[int, Rows] | None = None) -> Result:
         """Execute an order, and commit its checkpoint.
@@ -534,6 +539,20 @@ class ShardHost:
         self._states.move_to_end(shard)
         while len(self._states) > self.spec.states:
             self._states.popitem(last=False)
+
+
+@contextlib.contextmanager
+def _kept(category: type[Warning]) -> Generator[list[str]]:
+    """Collect the texts of one kind of warning; others are issued at the end."""
+    texts: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield texts
+    for w in caught:
+        if issubclass(w.category, category):
+            texts.append(str(w.message))
+        else:
+            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
 
 
 def data_key(seed: Any) -> jax.Array:

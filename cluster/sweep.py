@@ -27,7 +27,7 @@ from gradhpo.cluster.result import Report, SweepResult
 from gradhpo.cluster.schedulers import PBT, Scheduler
 from gradhpo.cluster.shard import Prepared, Spec
 from gradhpo.cluster.space import SearchSpace
-from gradhpo.errors import check_count, check_number
+from gradhpo.errors import UnreachedWarning, check_count, check_number, warn_user
 from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.problem import Problem
 
@@ -347,6 +347,8 @@ class Sweep:
                     f"metric={self.metric!r} is not in the table, which has "
                     f"{', '.join(made.columns)}"
                 )
+        for text in dict.fromkeys(text for made in prepared for text in made.unreached):
+            warn_user(text, UnreachedWarning)
         programs = [{"batching": p.batching, "key": p.key} for p in prepared]
         if known is None:
             checkpoints.write_json(path, programs)

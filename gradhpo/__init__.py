@@ -26,7 +26,7 @@ from gradhpo.compat import (
 )
 from gradhpo.diagnose import diagnose
 from gradhpo.diagnosis import Diagnosis
-from gradhpo.errors import DivergenceWarning
+from gradhpo.errors import DivergenceWarning, RecompileWarning, UnreachedWarning
 from gradhpo.optimizer import BilevelOptimizer, Estimate
 from gradhpo.problem import Problem
 from gradhpo.solver import Solution, solve
@@ -51,8 +51,10 @@ __all__ = [
     "OnlineHypergradientOptimizer",
     "Problem",
     "PyTree",
+    "RecompileWarning",
     "Solution",
     "T1T2Optimizer",
+    "UnreachedWarning",
     "UnrolledOptimizer",
     "__version__",
     "diagnose",

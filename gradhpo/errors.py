@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import numbers
+import warnings
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -17,6 +19,25 @@ from gradhpo.state import LossFn, PyTree
 
 class DivergenceWarning(RuntimeWarning):
     """A loss or a norm became NaN or infinite; the last finite state was kept."""
+
+
+class UnreachedWarning(UserWarning):
+    """A hyperparameter gets no hypergradient, whatever the numbers: nothing leads from it on."""
+
+
+class RecompileWarning(UserWarning):
+    """A step is compiled over and over, because its loss is a new function every time."""
+
+
+def warn_user(message: str, category: type[Warning]) -> None:
+    """Issue a warning at the innermost line that is neither this library's nor JAX's."""
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_USERS:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
+
+
+_NOT_USERS = {"gradhpo", "jax", "contextlib", "functools", "dataclasses"}
 
 
 def check_number(

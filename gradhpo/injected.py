@@ -7,7 +7,6 @@ as the step sizes of rprop, are constants to every hypergradient, and so λ must
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ import optax
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from gradhpo.dependence import dependents, depends
+from gradhpo.errors import warn_user
 from gradhpo.state import PyTree, as_array
 
 _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
@@ -63,12 +63,12 @@ def check_initial_state(
     paths = [keystr(path) for path, _ in tree_flatten_with_path(state)[0]]
     injected = _injected(state)
     if followed := [path for path, m, i in zip(paths, made, injected, strict=True) if m and i]:
-        warnings.warn(
+        warn_user(
             f"inner_optimizer keeps numbers that depend on the hyperparameters in its state, at "
             f"{', '.join(followed)} (optax.inject_hyperparams), where optax would leave them as "
             "they were at init. Every step reads them at its own hyperparameters instead, so they "
             "get gradients, and what is written into the state by hand has no effect",
-            stacklevel=4,
+            UserWarning,
         )
     hidden = [m and not i for m, i in zip(made, injected, strict=True)]
     if not _acts(move, state, hidden, hyperparams):

@@ -24,6 +24,7 @@ from gradhpo.errors import (
 from gradhpo.hypergradient import MODES, Mode, norm, validation
 from gradhpo.injected import check_initial_state
 from gradhpo.inner import InnerStep, is_optax, optimizer_at
+from gradhpo.reach import Ways, check_reach
 from gradhpo.state import BilevelState, LossFn, PyTree, as_array, prepare
 from gradhpo.updates import updated
 
@@ -282,6 +283,8 @@ class HypergradientMethod(BilevelOptimizer):
 
     differentiates_inner: bool = True
     """Whether the hypergradient goes through the inner step."""
+    by_values: bool = False
+    """Whether it is taken by differences in λ, for which no derivative is needed."""
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -323,6 +326,49 @@ class HypergradientMethod(BilevelOptimizer):
         inner_state = self._first_inner_state(params, hyperparams, outer_state)
         return prepare(BilevelState.create(params, hyperparams, inner_state, outer_state))
 
+    def advance(
+        self,
+        state: BilevelState,
+        train_batch: PyTree,
+        val_batch: PyTree,
+        train_loss_fn: LossFn,
+        val_loss_fn: LossFn,
+        lr_hyper: Any = None,
+    ) -> BilevelState:
+        """Take the step of `step` as a pure function, for use inside another traced program."""
+        losses = (train_loss_fn, val_loss_fn)
+        self.check_reach(state, train_batch, val_batch, *losses)
+        return super().advance(state, train_batch, val_batch, *losses, lr_hyper)
+
+    def check_reach(
+        self,
+        state: BilevelState,
+        train_batch: PyTree,
+        val_batch: PyTree,
+        train_loss_fn: LossFn,
+        val_loss_fn: LossFn,
+    ) -> None:
+        """Tell of hyperparameters that get no hypergradient here; see `gradhpo.reach`."""
+        ways = Ways(
+            type(self).__name__,
+            self.inner_step(train_loss_fn) if self.differentiates_inner else None,
+            self.by_values,
+            lambda: self._tuned(state.hyperparams, state.outer_opt_state),
+        )
+        one = jax.tree.map(lambda x: x[0], train_batch) if self.batch_axis else train_batch
+        check_reach(ways, state, one, val_batch, (train_loss_fn, val_loss_fn))
+
+    def _tuned(self, hyperparams: PyTree, outer_opt_state: PyTree) -> list[bool]:
+        """Return for each leaf of λ whether the outer update moves it by its hypergradient."""
+        if self.outer_optimizer is None:
+            return [True] * len(jax.tree.leaves(hyperparams))
+
+        def moved(g: PyTree) -> PyTree:
+            name, outer = "outer_optimizer", self.outer_optimizer
+            return updated(name, outer, g, outer_opt_state, hyperparams, jnp.zeros(()))[0]
+
+        return dependents(moved, hyperparams)
+
     def _first_inner_state(self, params: PyTree, lam: PyTree, outer_state: PyTree) -> PyTree:
         inner, nothing = self.inner_optimizer, jnp.zeros(())
         if inner is None:
@@ -335,17 +381,8 @@ class HypergradientMethod(BilevelOptimizer):
             optimizer = optimizer_at(inner, lam)
             return updated("inner_optimizer", optimizer, params, state, params, nothing)
 
-        def outer_move(g: PyTree) -> PyTree:
-            outer = self.outer_optimizer
-            return updated("outer_optimizer", outer, g, outer_state, lam, nothing)[0]
-
-        def used() -> list[bool]:
-            if self.outer_optimizer is None:
-                return [True] * len(jax.tree.leaves(lam))
-            return dependents(outer_move, lam)
-
         if self.differentiates_inner and not is_optax(inner):
-            check_initial_state(init_of, move, lam, used)
+            check_initial_state(init_of, move, lam, lambda: self._tuned(lam, outer_state))
         return init_of(lam)
 
     def compute_hypergradient(
@@ -435,5 +472,6 @@ def _hypergradient(
     train_loss_fn: LossFn,
     val_loss_fn: LossFn,
 ) -> PyTree:
-    done = optimizer.estimate(state, train_batch, val_batch, train_loss_fn, val_loss_fn)
-    return done.hypergradient
+    args = (state, train_batch, val_batch, train_loss_fn, val_loss_fn)
+    optimizer.check_reach(*args)
+    return optimizer.estimate(*args).hypergradient

@@ -1,4 +1,4 @@
-"""One update by an optax optimizer: with all that one may look at, and errors that say what to do."""
+"""One update by an optax optimizer: what it may look at, and errors that say what to do."""
 
 from __future__ import annotations
 

@@ -70,6 +70,11 @@ class T1T2Optimizer(HypergradientMethod):
             eps = check_number("eps", self.eps, 0, float("inf"), open_low=True)
             object.__setattr__(self, "eps", eps)
 
+    @property
+    def by_values(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether λ is shifted, coordinate by coordinate."""
+        return self.update_fn is not None
+
     def init(self, params: PyTree, hyperparams: PyTree) -> BilevelState:
         """Return the state before the first step; see `BilevelOptimizer.init`."""
         state = super().init(params, hyperparams)
