@@ -129,6 +129,8 @@ def diagnose(
     )
     walks = list(_walks(problem, key, T, samples))
     losses = (problem.train_loss, problem.val_loss)
+    # That of the exact hypergradient, of which First-Order's would say less.
+    exact.check_reach(state, walks[0][0], walks[0][1], *losses)
     notes: list[str] = []
     compared: dict[str, np.ndarray] = {}
     programs: dict[str, _Program] = {}

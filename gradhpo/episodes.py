@@ -21,7 +21,7 @@ from gradhpo.errors import (
     stack,
 )
 from gradhpo.progress import Bar
-from gradhpo.state import METRICS, BilevelState, LossFn, PyTree
+from gradhpo.state import METRICS, BilevelState, LossFn, PyTree, faults
 
 if TYPE_CHECKING:
     from gradhpo.optimizer import BilevelOptimizer
@@ -92,11 +92,6 @@ def run(
                 state = state.update(metadata={"val_loss": val_loss})
                 plan.callback(episode, state)
     return state.update(params=phi, metadata={"phi": phi} if "phi" in state.metadata else {})
-
-
-def faults(metadata: dict[str, Any]) -> jax.Array:
-    """Return which of `METRICS` are not finite, as booleans of shape `(5,)`."""
-    return ~jnp.isfinite(jnp.stack([metadata[name] for name in METRICS]))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -94,6 +94,8 @@ def check_floating(name: str, tree: PyTree) -> None:
     leaves = tree_flatten_with_path(tree)[0]
     if not leaves:
         raise ValueError(f"{name} has no arrays: got {tree!r}, a pytree without leaves")
+    if name == "params":
+        _refuse_statistics(name, tree)
     for path, leaf in leaves:
         try:
             dtype = jnp.result_type(leaf) if isinstance(leaf, float) else leaf.dtype
@@ -104,6 +106,30 @@ def check_floating(name: str, tree: PyTree) -> None:
             raise TypeError(
                 f"{name}{keystr(path)} must be a floating-point array, got {got}: it has no "
                 "gradient. Convert it, or keep it out of the tree (nnx.split, eqx.partition)"
+            )
+
+
+_STATISTICS = {"BatchStat", "Cache", "Intermediate"}
+"""Flax NNX's variables that a forward pass writes, and no gradient trains."""
+
+
+def _refuse_statistics(name: str, tree: PyTree) -> None:
+    """Raise if what a Flax NNX module remembers stands among the weights, as a gradient's target.
+
+    Training would decay a running variance like a weight, and never update it.
+    """
+
+    def kind(node: Any) -> str:
+        names = [c.__name__ for c in type(node).__mro__ if c.__module__.startswith("flax.nnx")]
+        return next((n for n in names if n in _STATISTICS), "")
+
+    for path, node in tree_flatten_with_path(tree, is_leaf=lambda node: bool(kind(node)))[0]:
+        if found := kind(node):
+            raise TypeError(
+                f"{name}{keystr(path)} is an nnx.{found}, which is not trained: its statistics "
+                "would move by gradient and weight decay. Split the module, "
+                "`graph, params, rest = nnx.split(module, nnx.Param, ...)`, train params, and in "
+                "the losses `nnx.merge(graph, params, rest, copy=True)`"
             )
 
 

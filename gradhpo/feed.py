@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gradhpo.errors import check_same_tree
@@ -119,6 +120,8 @@ class _Reader:
     def __init__(self, pairs: Iterator[Any]) -> None:
         self._pairs = pairs
         self._first: Any = None
+        self._kinds: Any = None
+        """For each leaf of a pair the kind of PRNG key that it is, "" for none."""
         self._count = 0
         self._peeked: list[Any] = []
 
@@ -141,7 +144,7 @@ class _Reader:
             np.stack(leaves, out=stack[: len(leaves)])
             return stack
 
-        return len(pairs), jax.device_put(jax.tree.map(fill, *pairs))
+        return len(pairs), jax.tree.map(_on_device, jax.tree.map(fill, *pairs), self._kinds)
 
     def _read(self, wanted: int) -> list[Any]:
         pairs: list[Any] = []
@@ -150,10 +153,26 @@ class _Reader:
                 accepted = "must give (train_batch, val_batch) pairs"
                 got = f"{type(given).__name__} at index {self._count}"
                 raise TypeError(f"Problem.batches {accepted}, got {got}")
-            pair = jax.tree.map(np.array, tuple(given))  # a copy: its owner may use it again
+            pair = jax.tree.map(_on_host, tuple(given))
             if self._first is None:
-                self._first = pair
+                self._first, self._kinds = pair, jax.tree.map(_kind_of_key, tuple(given))
             check_same_tree(f"Problem.batches: pair {self._count}", pair, "pair 0", self._first)
             self._count += 1
             pairs.append(pair)
         return pairs
+
+
+def _kind_of_key(leaf: Any) -> str:
+    """Return the implementation of a typed PRNG key, "" for anything else."""
+    typed = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return str(jax.random.key_impl(leaf)) if typed else ""
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+    """Return a copy, since its owner may use the buffer again; of a typed key, its numbers."""
+    return np.array(jax.random.key_data(leaf) if _kind_of_key(leaf) else leaf)
+
+
+def _on_device(stack: np.ndarray, kind_of_key: str) -> jax.Array:
+    array = jax.device_put(stack)
+    return jax.random.wrap_key_data(array, impl=kind_of_key) if kind_of_key else array

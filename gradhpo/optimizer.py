@@ -25,6 +25,7 @@ from gradhpo.hypergradient import MODES, Mode, norm, validation
 from gradhpo.injected import check_initial_state
 from gradhpo.inner import InnerStep, is_optax, optimizer_at
 from gradhpo.reach import Ways, check_reach
+from gradhpo.recompiles import note_compile
 from gradhpo.state import BilevelState, LossFn, PyTree, as_array, prepare
 from gradhpo.updates import updated
 
@@ -135,7 +136,8 @@ class BilevelOptimizer(abc.ABC):
         """Take one step of the weights and one of the hyperparameters.
 
         Compiled once for each optimizer, pair of losses and shapes: the compiled step is looked
-        up by the loss functions, so define them once, and not anew at every call.
+        up by the loss functions, so define them once, and not anew at every call. Nothing stops a
+        loop that diverges: look at `state.finite()` now and then, as `solve` and `run` do.
 
         Args:
           state: from `init` or an earlier step; it stays valid (nothing is donated).
@@ -153,6 +155,10 @@ class BilevelOptimizer(abc.ABC):
           ValueError: if neither or both of `outer_optimizer` and `lr_hyper` are given, or a loss
             is not scalar.
           TypeError: if a loss does not return a floating-point number.
+
+        Warns:
+          UnreachedWarning: if a hyperparameter gets no hypergradient, whatever the numbers.
+          RecompileWarning: if a loss is a new function at every call.
         """
         self.check_step(train_loss_fn, val_loss_fn, lr_hyper)
         state, lr_hyper = prepare(state), rate(lr_hyper)
@@ -460,6 +466,7 @@ def _step(
     val_loss_fn: LossFn,
     lr_hyper: Any,
 ) -> BilevelState:
+    note_compile(optimizer, train_loss_fn, val_loss_fn)
     return optimizer.advance(state, train_batch, val_batch, train_loss_fn, val_loss_fn, lr_hyper)
 
 
@@ -472,6 +479,7 @@ def _hypergradient(
     train_loss_fn: LossFn,
     val_loss_fn: LossFn,
 ) -> PyTree:
+    note_compile(optimizer, train_loss_fn, val_loss_fn)
     args = (state, train_batch, val_batch, train_loss_fn, val_loss_fn)
     optimizer.check_reach(*args)
     return optimizer.estimate(*args).hypergradient

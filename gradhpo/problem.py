@@ -19,7 +19,30 @@ Batches: TypeAlias = Iterable[tuple[Any, Any]]
 class Problem:
     """A bilevel problem: `min_λ L_val(w(λ), λ)` with weights trained on `L_train(w, λ)`.
 
-    Data comes from exactly one of `batch` and `batches`.
+    Data comes from exactly one of `batch` and `batches`. All functions but `batches` are traced:
+    they use `jax.numpy`, and what they do in Python they do once.
+
+    Args:
+      init: `key -> (params, hyperparams)`: the first weights and hyperparameters, two pytrees of
+        floating-point arrays. `key` is a typed PRNG key, as in all of these.
+      train_loss: `(params, hyperparams, batch) -> scalar`: what trains the weights.
+      val_loss: `(params, hyperparams, batch) -> scalar`: what the hyperparameters are tuned for;
+        it needs a gradient in the weights.
+      batch: `key -> (train_batch, val_batch)`, two pytrees of arrays for the two losses: drawn on
+        the device, inside the compiled run, with a key of their own at every step; with `data`,
+        `(key, data) -> (train_batch, val_batch)`. For all data at every step, ignore the key.
+      batches: host data: an iterable of `(train_batch, val_batch)`, each a pytree of NumPy arrays
+        (typed PRNG keys may be among them), all pairs of one shape; or a function
+        `rng -> iterable` of a `numpy.random.Generator`, which `solve` seeds by its key. Read a
+        pair a step, in order, and sent ahead; use `drop_last` where a loader's last batch is
+        smaller.
+      metrics: `(params, hyperparams) -> {name: array}`, or with `data`
+        `(params, hyperparams, data) -> {name: array}`: what else to follow, a test accuracy say.
+        Evaluated now and then, see `solve(eval_every=…)`; arrays of any shape (in a sweep,
+        scalars).
+      data: `key -> data`, a pytree of arrays made once for a run and handed to `batch` and
+        `metrics`, such as a random split or corrupted labels. They are arguments of the compiled
+        run, not constants in it, so large arrays belong here.
 
     Raises:
       ValueError: if neither or both of `batch` and `batches` are given.
@@ -27,27 +50,14 @@ class Problem:
     """
 
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]
-    """`key -> (params, hyperparams)`, traceable."""
     train_loss: LossFn
-    """`(params, hyperparams, batch) -> scalar`."""
     val_loss: LossFn
-    """`(params, hyperparams, batch) -> scalar`."""
     batch: Callable[..., tuple[PyTree, PyTree]] | None = None
-    """`key -> (train_batch, val_batch)`, traceable: drawn on the device, inside the compiled run;
-    `(key, data) -> …` where there is `data`. For all data at every step, ignore the key."""
     batches: Batches | Callable[[np.random.Generator], Batches] | None = dataclasses.field(
         default=None, compare=False
     )
-    """Host data: an iterable of `(train_batch, val_batch)` NumPy pairs, all of one shape, or a
-    function that makes one from a random generator (seeded by the key of `solve`)."""
     metrics: Callable[..., dict[str, Any]] | None = None
-    """`(params, hyperparams) -> {name: array}`, traceable: what else to follow, a test accuracy
-    say; `(params, hyperparams, data) -> …` where there is `data`. Evaluated now and then, see
-    `solve(eval_every=…)`."""
     data: Callable[[jax.Array], PyTree] | None = None
-    """`key -> data`, traceable: arrays made once for a run and handed to `batch` and `metrics`,
-    such as a random split or corrupted labels. They are arguments of the compiled run, not
-    constants in it, so large arrays belong here."""
 
     def __post_init__(self) -> None:
         for name in ("init", "train_loss", "val_loss"):

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gradhpo.episodes import faults, reptile
+from gradhpo.episodes import reptile
 from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.problem import Problem, stream
-from gradhpo.state import METRICS, BilevelState, LossFn, PyTree, prepare
+from gradhpo.state import METRICS, BilevelState, LossFn, PyTree, faults, prepare
 
 
 @jax.tree_util.register_dataclass

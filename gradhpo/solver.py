@@ -38,22 +38,33 @@ class Solution:
 
     With a batch of n keys, `state`, `phi` and `diverged_at` have a leading axis of length n, and
     `metrics` and `evals` have it after the axis of steps.
+
+    Attributes:
+      state: the `BilevelState` after the last step: `state.hyperparams` is the λ that was found,
+        `state.params` are its weights.
+      metrics: `{name: array}`, each `(steps,)`: "train_loss", "val_loss", "hypergrad_norm",
+        "param_norm", "hyperparam_norm" and what the method adds ("theta" of HyperDistill), of
+        every step; NaN from a divergence on.
+      evals: `{name: array}`: what `Problem.metrics` returned at each evaluation,
+        `(evaluations, …)`; empty without.
+      eval_steps: int `(evaluations,)`: how many steps had been taken at each evaluation.
+      steps: int: steps taken in all, those before a `resume` included.
+      phi: with `episode_length`, the initialization of the current episode, shaped like the
+        weights; None without.
+      diverged_at: int `()`: the step, counted from 1, at which a metric first was not finite; 0 for
+        never.
+      key_data: uint32: the numbers of the run's key or keys (`jax.random.key_data`), by which
+        `resume=` sees that it is the same run; None lets any key go on.
     """
 
     state: BilevelState
-    """The state after the last step."""
     metrics: dict[str, np.ndarray]
-    """The scalar metrics of each step, `(steps,)`; NaN from a divergence on."""
     evals: dict[str, np.ndarray]
-    """`Problem.metrics` at each evaluation, `(evaluations, …)`."""
     eval_steps: np.ndarray
-    """How many steps had been taken at each evaluation: int, `(evaluations,)`."""
     steps: int
-    """Steps taken in all, those before a `resume` included."""
     phi: PyTree
-    """The initialization of the current episode, with `episode_length`; None without."""
     diverged_at: np.ndarray
-    """The step, counted from 1, at which a metric first was not finite; 0 for never. Int, `()`."""
+    key_data: np.ndarray | None = None
 
 
 def solve(
@@ -85,7 +96,8 @@ def solve(
       lr_hyper: step size of plain gradient descent on λ, where the optimizer has no
         `outer_optimizer`: a number, or a traceable function of the step, counted from 0.
       episode_length: steps in an episode, after which the weights start anew from φ, moved by
-        Reptile; None for one long episode, in which nothing starts anew.
+        Reptile; None for one long episode, in which nothing starts anew. For HyperDistill it must
+        be the optimizer's `T`, the horizon for which θ is estimated.
       lr_reptile: Reptile step size, with `episode_length`.
       eval_every: steps between evaluations of `problem.metrics` and calls of `callback`; by
         default only after the last.
@@ -104,14 +116,25 @@ def solve(
 
     Raises:
       ValueError: for an argument out of range, neither or both of `outer_optimizer` and
-        `lr_hyper`, or host batches whose shapes differ.
+        `lr_hyper`, host batches whose shapes differ, a `resume` of another run, or if no
+        hyperparameter would ever move.
       TypeError: for an argument of the wrong kind.
+
+    Warns:
+      UnreachedWarning: if a hyperparameter gets no hypergradient, whatever the numbers.
+      DivergenceWarning: if a metric stops being finite.
     """
     check_count("steps", steps)
     key = _check_key(key)
     optimizer.check_step(problem.train_loss, problem.val_loss, lr_hyper)
     if episode_length is not None:
         check_count("episode_length", episode_length)
+        if optimizer.calibration_period and episode_length != optimizer.T:
+            raise ValueError(
+                f"episode_length must be the optimizer's T, the length of the episodes that "
+                f"{type(optimizer).__name__} estimates θ for; got episode_length={episode_length} "
+                f"and T={optimizer.T}"
+            )
     if eval_every is not None:
         check_count("eval_every", eval_every)
         if problem.metrics is None and callback is None:
@@ -287,6 +310,7 @@ class _Run:
             self.done,
             carry.phi,
             self._diverged,
+            np.asarray(jax.random.key_data(self.key)),
         )
 
     def _chunk(self, carry: Carry | None, segment: Segment, n: int) -> Any:
@@ -339,6 +363,13 @@ def _check_resume(resume: Any, key: jax.Array, episode_length: int | None) -> No
     shape = np.shape(resume.diverged_at)
     if shape != key.shape:
         raise ValueError(f"resume must be of a run with keys of shape {key.shape}, got {shape}")
+    if resume.key_data is not None:
+        had, has = np.asarray(resume.key_data), np.asarray(jax.random.key_data(key))
+        if not np.array_equal(had, has):
+            raise ValueError(
+                f"resume must be of a run with this key: its key has the numbers {had.tolist()}, "
+                f"and key has {has.tolist()}"
+            )
     if (resume.phi is None) != (episode_length is None):
         had, has = ("none", episode_length) if resume.phi is None else ("episodes", None)
         raise ValueError(f"resume had {had} for episode_length, and now it is {has}")

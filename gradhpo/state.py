@@ -95,6 +95,18 @@ class BilevelState:
         """Return `metadata[key]`, or `default` where there is none."""
         return self.metadata.get(key, default)
 
+    def finite(self) -> jax.Array:
+        """Return whether the last step's losses and norms are all finite: a bool, on the device.
+
+        A loop of one's own that asks now and then sees a divergence; False before the first step.
+        """
+        return ~faults(self.metadata).any()
+
+
+def faults(metadata: dict[str, Any]) -> jax.Array:
+    """Return which of `METRICS` are not finite, as booleans of shape `(5,)`."""
+    return ~jnp.isfinite(jnp.stack([metadata[name] for name in METRICS]))
+
 
 def canonical(state: BilevelState) -> BilevelState:
     """Return `state` with every leaf a strongly typed array and `step` an int32.

@@ -13,7 +13,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gradhpo.episodes import faults
 from gradhpo.errors import check_count
 from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.parallel import batching as layouts
@@ -23,7 +22,7 @@ from gradhpo.parallel.compiled import Compiled
 from gradhpo.parallel.data import DataParallel
 from gradhpo.parallel.mesh import put, to_host
 from gradhpo.problem import Problem, stream
-from gradhpo.state import METRICS, BilevelState, PyTree, as_array, prepare
+from gradhpo.state import METRICS, BilevelState, PyTree, as_array, faults, prepare
 
 MOST_SLOTS = 2**20
 """On one device, that "fit" tries."""

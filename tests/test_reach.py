@@ -1,0 +1,228 @@
+"""Hyperparameters that nothing leads from to the validation loss are told, by name and once."""
+
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import gradhpo
+from gradhpo import UnreachedWarning
+from gradhpo.cluster import RandomSearch, SearchSpace, Sweep, uniform
+from gradhpo.parallel import Population, data_parallel, make_mesh
+from tests.small import BATCH, OPTIMIZERS, OUTER, REFERENCES, run_arguments
+from tests.small import build as small
+
+METHODS = [*OPTIMIZERS, *REFERENCES]
+WEIGHTS = jnp.array([0.5, -0.4, 0.8])
+LAM = {"decay": jnp.asarray(-1.0), "nobody": jnp.ones(2)}
+
+
+def losses(how="used"):
+    """New losses: what was said of others does not count."""
+
+    def train(w, lam, batch):
+        x, y = batch
+        decay = jnp.exp(lam["decay"])
+        if how == "blocked":
+            decay = jax.lax.stop_gradient(decay)
+        return jnp.mean((x @ w - y) ** 2) + decay * jnp.sum(w**2)
+
+    def val(w, lam, batch):
+        x, y = batch
+        if how == "accuracy":
+            return jnp.mean((x @ w > 0) == (y > 0)).astype(float)
+        direct = 0.01 * lam["decay"] ** 2 if how == "used" else 0.0
+        return jnp.mean((x @ w - y) ** 2) + direct
+
+    return train, val
+
+
+def problem(how="used"):
+    return gradhpo.Problem(
+        lambda key: (WEIGHTS, LAM), *losses(how), batch=lambda key: (BATCH, BATCH)
+    )
+
+
+def step(optimizer, how):
+    return optimizer.step(optimizer.init(WEIGHTS, LAM), BATCH, BATCH, *losses(how))
+
+
+def run(optimizer, how, name):
+    state = optimizer.init(WEIGHTS, LAM)
+    data = (lambda: BATCH, lambda: BATCH)
+    return optimizer.run(state, 2, *run_arguments(name, 2), *data, *losses(how), progress=False)
+
+
+def population(optimizer, how):
+    trials = Population(problem(how), optimizer, 2, batching="vmap")
+    trials.run(trials.init(jax.random.key(0)), 2, jax.random.split(jax.random.key(0), 2))
+
+
+def sweep(optimizer, how, folder):
+    space = SearchSpace(hyperparams={"decay": uniform(-2, 0)})
+    Sweep(
+        problem=problem(how), optimizer=optimizer, space=space, population=2, generations=2,
+        steps_per_generation=1, scheduler=RandomSearch(), storage=folder, executor="local",
+        batching="vmap", progress=False,
+    ).run()  # fmt: skip
+
+
+def told(action):
+    """The texts of the warnings about hyperparameters."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        action()
+    return [(str(w.message), w.filename) for w in caught if w.category is UnreachedWarning]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_unused_leaf_is_told_once_by_every_method(name):
+    optimizer, _ = small(name, outer=True)
+    pair = losses()
+    state = optimizer.init(WEIGHTS, LAM)
+    texts = told(lambda: [optimizer.step(state, BATCH, BATCH, *pair) for _ in range(3)])
+    ((text, where),) = texts
+    assert where == __file__
+    assert "hyperparams['nobody'] gets no hypergradient" in text
+    assert "hyperparams['decay']" not in text
+
+
+@pytest.mark.parametrize("door", ["run", "solve", "population", "data_parallel", "diagnose"])
+def test_an_unused_leaf_is_told_once_at_every_door(door):
+    optimizer, key = gradhpo.OneStepOptimizer(optax.sgd(0.1), OUTER), jax.random.key(0)
+    divided = data_parallel(optimizer, make_mesh(data=2))
+    here = problem()
+    actions = {
+        "run": lambda: run(optimizer, "used", "one-step"),
+        "solve": lambda: gradhpo.solve(here, optimizer, 3, key, progress=False),
+        "population": lambda: population(optimizer, "used"),
+        "data_parallel": lambda: [gradhpo.solve(here, divided, n, key) for n in (2, 3)],
+        "diagnose": lambda: gradhpo.diagnose(
+            here, optimizer.init(WEIGHTS, LAM), key, inner_optimizer=optax.sgd(0.1), horizon=2,
+            methods=["first-order", "one-step", "greedy"], samples=1, rounds=0, progress=False,
+        ),
+    }  # fmt: skip
+    ((text, _),) = told(actions[door])
+    assert "hyperparams['nobody'] gets no hypergradient: neither the update" in text
+
+
+def test_an_unused_leaf_is_told_once_by_a_sweep(tmp_path):
+    optimizer = gradhpo.OneStepOptimizer(optax.sgd(0.1), OUTER)
+    ((text, where),) = told(lambda: sweep(optimizer, "used", tmp_path / "s"))
+    assert "hyperparams['nobody']" in text
+    assert where == __file__
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ("blocked", r"hyperparams\['decay'\].*no derivative goes through \(stop_gradient"),
+        ("accuracy", r"hyperparams\['decay'\].*val_loss_fn has no gradient in the weights"),
+    ],
+)
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"first-order"}))
+def test_nothing_that_moves_is_an_error(name, how, why):
+    optimizer, _ = small(name, outer=True)
+    with pytest.raises(ValueError, match=f"{why}.*No hyperparameter would ever move"):
+        step(optimizer, how)
+
+
+@pytest.mark.parametrize("door", ["run", "solve", "population", "sweep", "compute_hypergradient"])
+def test_nothing_that_moves_is_an_error_at_every_door(door, tmp_path):
+    optimizer, key = gradhpo.OneStepOptimizer(optax.sgd(0.1), OUTER), jax.random.key(0)
+    hypergradient = optimizer.compute_hypergradient
+    actions = {
+        "run": lambda: run(optimizer, "accuracy", "one-step"),
+        "solve": lambda: gradhpo.solve(problem("accuracy"), optimizer, 3, key, progress=False),
+        "population": lambda: population(optimizer, "accuracy"),
+        "sweep": lambda: sweep(optimizer, "accuracy", tmp_path / "s"),
+        "compute_hypergradient": lambda: hypergradient(
+            optimizer.init(WEIGHTS, LAM), BATCH, BATCH, *losses("accuracy")
+        ),
+    }
+    with pytest.raises(ValueError, match="No hyperparameter would ever move"):
+        actions[door]()
+
+
+def test_first_order_that_sees_nothing_is_only_warned_of():
+    optimizer = gradhpo.FOOptimizer(optax.sgd(0.1), OUTER)
+    ((text, _),) = told(lambda: step(optimizer, "unused"))
+    assert "hyperparams['decay']" in text
+    assert "this method differentiates val_loss_fn alone" in text
+
+
+def test_a_leaf_that_the_outer_optimizer_holds_fixed_is_not_told():
+    held = optax.multi_transform(
+        {"tuned": OUTER, "held": optax.set_to_zero()}, {"decay": "tuned", "nobody": "held"}
+    )
+    assert told(lambda: step(gradhpo.OneStepOptimizer(optax.sgd(0.1), held), "used")) == []
+    still = gradhpo.OneStepOptimizer(optax.sgd(0.1), optax.set_to_zero())
+    assert told(lambda: step(still, "blocked")) == []  # a sweep searches it
+
+
+def test_differences_in_lambda_see_what_has_no_derivative():
+    def update(w, lam, batch):
+        return w * (1 - 0.01 * jnp.exp(jax.lax.stop_gradient(lam["decay"])))
+
+    pair = losses("unused")
+
+    def both():
+        t1t2 = gradhpo.T1T2Optimizer(update_fn=update, outer_optimizer=OUTER)
+        return t1t2.step(t1t2.init(WEIGHTS, LAM), BATCH, BATCH, *pair)
+
+    ((text, _),) = told(both)
+    assert "decay" not in text
+    one_step = gradhpo.OneStepOptimizer(update_fn=update, outer_optimizer=OUTER)
+    with pytest.raises(ValueError, match="No hyperparameter would ever move"):
+        one_step.step(one_step.init(WEIGHTS, LAM), BATCH, BATCH, *pair)
+
+
+# --- Losses that are new at every call -----------------------------------------------------------
+
+
+def scaled(scale, w, lam, batch):
+    """For `functools.partial`, another of which is another function."""
+    x, y = batch
+    return scale * jnp.mean((x @ w - y) ** 2) + lam * jnp.sum(w**2)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: lambda w, lam, batch: scaled(1.0, w, lam, batch),
+    lambda: functools.partial(scaled, 1.0),
+])  # fmt: skip
+@pytest.mark.parametrize("method", ["step", "compute_hypergradient"])
+def test_a_loss_redefined_in_a_loop_is_told_at_the_third_compile(make, method):
+    optimizer, once = gradhpo.OneStepOptimizer(optax.sgd(0.1), OUTER), make()
+    state = optimizer.init(WEIGHTS, jnp.zeros(()))
+    for i in range(5):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            getattr(optimizer, method)(state, BATCH, BATCH, make(), once)
+        expected = [gradhpo.RecompileWarning] if i == 2 else []
+        assert [w.category for w in caught] == expected
+        for w in caught:
+            assert "train_loss_fn" in str(w.message)
+            assert __file__ in str(w.message)
+            assert w.filename == __file__
+
+
+def test_losses_defined_once_are_not_told_of_whatever_the_shapes():
+    optimizer, pair = gradhpo.OneStepOptimizer(optax.sgd(0.1), OUTER), losses("unused")
+    lam = {"decay": LAM["decay"]}
+    for rows in range(2, 8):
+        batch = jax.tree.map(lambda x, rows=rows: x[:rows], BATCH)
+        optimizer.step(optimizer.init(WEIGHTS, lam), batch, batch, *pair)
+
+
+def test_finite_tells_a_divergence_in_ones_own_loop():
+    optimizer, pair = gradhpo.OneStepOptimizer(optax.sgd(50.0), OUTER), losses("unused")
+    state = optimizer.init(WEIGHTS, {"decay": LAM["decay"]})
+    answers = []
+    for _ in range(80):
+        state = optimizer.step(state, BATCH, BATCH, *pair)
+        answers.append(bool(state.finite()))
+    assert answers[0]
+    assert not answers[-1]
