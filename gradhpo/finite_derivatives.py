@@ -91,7 +91,7 @@ def _bind_with_slopes(
     @jax.custom_jvp
     def operation(*inputs: jax.Array) -> jax.Array:
         if clamp_roots and eqn.primitive is primitives.sqrt_p:
-            inputs = (jnp.maximum(*inputs, 0),)
+            inputs = (jnp.maximum(inputs[0], 0),)
         return eqn.primitive.bind(*inputs, **eqn.params)
 
     def jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
