@@ -10,8 +10,6 @@ written `-0.5 * v ** -1.5`: here it is `-0.5 * v ** -0.5 / v`, one factor after 
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -20,8 +18,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Jaxpr, Literal, primitives
 
-Slope = Callable[..., jax.Array]
-"""`(tangent of one input, output, *inputs) -> tangent of the output`."""
+Tangent = Callable[..., jax.Array]
+"""`(output, tangents, *inputs) -> tangent of the output`; a tangent that is zero is None."""
 
 
 def with_finite_derivatives(
@@ -56,8 +54,8 @@ def _replay(jaxpr: Jaxpr, consts: list[Any], args: list[Any], clamp_roots: bool)
 
     for eqn in jaxpr.eqns:
         inputs = [read(atom) for atom in eqn.invars]
-        if slopes := _slopes(eqn):
-            outputs = [_bind_with_slopes(eqn, inputs, slopes, clamp_roots)]
+        if tangent := _tangent(eqn):
+            outputs = [_bind_with_tangent(eqn, inputs, tangent, clamp_roots)]
         else:
             made = eqn.primitive.get_bind_params(_safe_bodies(eqn, clamp_roots))
             # Up to jax 0.9 a pair (functions, parameters), the parameters alone since.
@@ -85,83 +83,88 @@ def _safe_bodies(eqn: Any, clamp_roots: bool) -> dict[str, Any]:
     return params
 
 
-def _bind_with_slopes(
-    eqn: Any, inputs: list[Any], slopes: tuple[Slope, ...], clamp_roots: bool
+def _bind_with_tangent(
+    eqn: Any, inputs: list[Any], tangent: Tangent, clamp_roots: bool
 ) -> jax.Array:
     @jax.custom_jvp
     def operation(*inputs: jax.Array) -> jax.Array:
         if clamp_roots and eqn.primitive is primitives.sqrt_p:
-            inputs = (jnp.maximum(*inputs, 0),)
+            inputs = (jnp.maximum(inputs[0], 0),)
         return eqn.primitive.bind(*inputs, **eqn.params)
 
     def jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
         output = operation(*primals)
-        terms = [
-            slope(tangent, output, *primals)
-            for slope, tangent in zip(slopes, tangents, strict=True)
-            if not isinstance(tangent, SymbolicZero)
-        ]
-        return output, functools.reduce(operator.add, terms) if terms else jnp.zeros_like(output)
+        along = [None if isinstance(t, SymbolicZero) else t for t in tangents]
+        if all(t is None for t in along):
+            return output, jnp.zeros_like(output)
+        return output, tangent(output, along, *primals)
 
     operation.defjvp(jvp, symbolic_zeros=True)
     return operation(*inputs)
 
 
-def _slopes(eqn: Any) -> tuple[Slope, ...]:
-    """Return the derivatives that replace an operation's own; none where those are finite."""
+def _tangent(eqn: Any) -> Tangent | None:
+    """Return the derivative that replaces an operation's own; None where that is finite."""
     if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
-        return ()
+        return None
     if eqn.primitive is primitives.integer_pow_p:
         exponent = eqn.params["y"]
-        return (_power_slope(exponent),) if exponent < 0 else ()
-    return _SLOPES.get(eqn.primitive, ())
+        return _power_tangent(exponent) if exponent < 0 else None
+    if eqn.primitive is primitives.div_p and isinstance(eqn.invars[1], Literal):
+        return None  # a mean, say
+    return _TANGENTS.get(eqn.primitive)
 
 
-def _is_zero(x: jax.Array) -> jax.Array:
-    """Whether `1 / x` is not finite."""
-    return jnp.abs(x) <= 1 / jnp.finfo(x.dtype).max
-
-
-def _sqrt_slope(dx: jax.Array, root: jax.Array, x: jax.Array) -> jax.Array:
+def _sqrt_tangent(root: jax.Array, tangents: list[Any], x: jax.Array) -> jax.Array:
     del x
-    return 0.5 / jnp.where(root == 0, jnp.inf, root) * dx
+    return 0.5 / jnp.where(root == 0, jnp.inf, root) * tangents[0]
 
 
-def _power_slope(exponent: float) -> Slope:
-    def slope(dx: jax.Array, power: jax.Array, x: jax.Array) -> jax.Array:
-        return _base_slope(dx, power, x, exponent)
+def _power_tangent(exponent: float) -> Tangent:
+    def tangent(power: jax.Array, tangents: list[Any], x: jax.Array) -> jax.Array:
+        return _along_base(power, tangents[0], x, exponent)
 
-    return slope
+    return tangent
 
 
-def _base_slope(dx: jax.Array, power: jax.Array, x: jax.Array, exponent: Any) -> jax.Array:
+def _pow_tangent(
+    power: jax.Array, tangents: list[Any], x: jax.Array, exponent: jax.Array
+) -> jax.Array:
+    dx, dexponent = tangents
+    if dx is None:
+        return _along_exponent(power, dexponent, x)
+    along_base = _along_base(power, dx, x, exponent)
+    return along_base if dexponent is None else along_base + _along_exponent(power, dexponent, x)
+
+
+def _along_base(power: jax.Array, dx: jax.Array, x: jax.Array, exponent: Any) -> jax.Array:
     """Return `p xᵖ/x dx`, and at x = 0 the derivative where it is finite: 1 for p = 1, or 0."""
-    zero = _is_zero(x)
+    zero = jnp.abs(x) <= 1 / jnp.finfo(x.dtype).max  # 1 / x is not finite
     exponent = jnp.asarray(exponent, x.dtype)
     factor = jnp.where(zero, (exponent == 1).astype(x.dtype), exponent * power)
     return dx / jnp.where(zero, 1, x) * factor
 
 
-def _exponent_slope(dy: jax.Array, power: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+def _along_exponent(power: jax.Array, dexponent: jax.Array, x: jax.Array) -> jax.Array:
     zero = x == 0
-    return jnp.where(zero, 0, jnp.log(jnp.where(zero, 1, x)) * jnp.where(zero, 1, power)) * dy
+    return jnp.where(zero, 0, jnp.log(jnp.where(zero, 1, x)) * power) * dexponent
 
 
-def _numerator_slope(dx: jax.Array, quotient: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-    del quotient, x
-    return dx / jnp.where(_is_zero(y), jnp.inf, y)
-
-
-def _denominator_slope(dy: jax.Array, quotient: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+def _div_tangent(quotient: jax.Array, tangents: list[Any], x: jax.Array, y: jax.Array) -> jax.Array:
     del quotient  # not finite where y = 0
-    slope = 1 / jnp.where(_is_zero(y), jnp.inf, y)
-    return -(slope * dy) * (x * slope)
+    dx, dy = tangents
+    nonzero = jnp.where(y == 0, jnp.inf, y)
+    if dy is None:
+        return dx / nonzero
+    slope = 1 / nonzero
+    fall = (x * slope) * dy
+    return slope * (-fall if dx is None else dx - fall)
 
 
-_SLOPES: dict[Any, tuple[Slope, ...]] = {
-    primitives.sqrt_p: (_sqrt_slope,),
-    primitives.rsqrt_p: (_power_slope(-1 / 2),),
-    primitives.cbrt_p: (_power_slope(1 / 3),),
-    primitives.pow_p: (_base_slope, _exponent_slope),
-    primitives.div_p: (_numerator_slope, _denominator_slope),
+_TANGENTS: dict[Any, Tangent] = {
+    primitives.sqrt_p: _sqrt_tangent,
+    primitives.rsqrt_p: _power_tangent(-1 / 2),
+    primitives.cbrt_p: _power_tangent(1 / 3),
+    primitives.pow_p: _pow_tangent,
+    primitives.div_p: _div_tangent,
 }

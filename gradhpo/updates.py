@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import optax
 
+from gradhpo.errors import check_same_tree
 from gradhpo.state import PyTree
 
 _FUNCTIONS = ("value_fn", "obj_fn", "grad_fn")
@@ -30,13 +31,15 @@ def updated(
 
     Raises:
       TypeError: if it needs a function that evaluates the loss.
-      ValueError: if the state is another optimizer's.
+      ValueError: if the state is another optimizer's, or the update is not shaped like `params`, as
+        that of an optimizer which takes a gradient for every example.
     """
     try:
         updates, new_state = _update(optimizer, gradient, state, params, loss)
     except Exception as error:
         _explain(name, optimizer, state, params, error)
         raise
+    check_same_tree(f"{name}'s update", updates, "what it moves", params, dtypes=False)
     return optax.apply_updates(params, updates), new_state
 
 
@@ -44,7 +47,8 @@ def _update(
     optimizer: Any, gradient: PyTree, state: PyTree, params: PyTree, loss: Any
 ) -> tuple[PyTree, PyTree]:
     if isinstance(optimizer, optax.MultiSteps):  # it takes more arguments, and does not say so
-        optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
+        update: Any = optimizer.update
+        optimizer = optax.GradientTransformationExtraArgs(optimizer.init, update)
     optimizer = optax.with_extra_args_support(optimizer)
     try:
         return optimizer.update(gradient, state, params, value=loss, grad=gradient)

@@ -74,7 +74,7 @@ class DrMADOptimizer(UnrollingMethod):
 
         first = (state.params, state.inner_opt_state)
         last, (records, losses) = jax.lax.scan(forward, first, jnp.arange(T))
-        moved = Moved(*last, losses[-1])
+        moved = Moved(last[0], last[1], losses[-1])
         val = validation(val_loss_fn, moved.params, lam, val_batch)
 
         def backward(carry: tuple[PyTree, PyTree], step: Any) -> tuple[Any, None]:
