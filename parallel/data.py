@@ -27,7 +27,7 @@ from gradhpo import episodes
 from gradhpo.algorithms import T1T2Optimizer
 from gradhpo.errors import check_same_tree, scalar_loss
 from gradhpo.optimizer import BilevelOptimizer
-from gradhpo.parallel.mesh import axis_size
+from gradhpo.parallel.mesh import axis_size, put
 from gradhpo.state import BilevelState, LossFn, PyTree, prepare
 
 Backend = Literal["shard_map", "auto", "pmap"]
@@ -123,7 +123,7 @@ class DataParallel(BilevelOptimizer):
         state = prepare(state)
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(state)):
             return self._constrain(state)
-        return jax.tree.map(_put, state, self._shardings(state))
+        return jax.tree.map(put, state, self._shardings(state))
 
     def compute_hypergradient(
         self,
@@ -288,19 +288,6 @@ def fully_sharded(mesh: Mesh, axis: str = "data") -> Rules:
         return P(*[None] * fits[0], axis) if fits else P()
 
     return rules
-
-
-def _put(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """Return an array on the mesh's devices, those of other processes included."""
-    if jax.process_count() == 1:
-        return jax.device_put(leaf, sharding)
-    if not leaf.is_fully_addressable:
-        return leaf  # of the whole job already
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        data = _put(jax.random.key_data(leaf), sharding)
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-    whole = np.asarray(leaf)
-    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: whole[index])
 
 
 def _collectives(axis: str, *, legacy: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:

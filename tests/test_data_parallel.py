@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import gradhpo
 from gradhpo.parallel import (
+    Population,
     data_parallel,
     fully_sharded,
     global_batch,
@@ -394,7 +395,14 @@ def test_two_processes_give_the_single_process_result(tmp_path, x64):
             process.kill()
     assert [process.returncode for process in running] == [0, 0], "\n".join(outputs)
     one = jax.tree.leaves(jax.device_get(walk(build("one-step"), 5)))
+    trials = Population(problem(), build("one-step"), 2, batching="vmap")
+    slots = trials.init(KEY)
+    for _ in range(2):
+        slots, _ = trials.run(slots, 3, jax.random.split(KEY, 2))
+    slots = jax.tree.leaves(jax.device_get(slots))
     for rank in range(2):
-        found = np.load(tmp_path / f"{rank}.npz")
-        many = [found[name] for name in found.files]
-        assert_close(many, one, rtol=1e-10, atol=1e-13)
+        mine = [leaf[rank : rank + 1] for leaf in slots]
+        for name, expected in ((rank, one), (f"slot{rank}", mine)):
+            found = np.load(tmp_path / f"{name}.npz")
+            many = [found[leaf] for leaf in found.files]
+            assert_close(many, expected, rtol=1e-10, atol=1e-13)
