@@ -15,19 +15,17 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.core import Tracer
-from jax.custom_derivatives import linear_call
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 
 from gradhpo import episodes
-from gradhpo.algorithms import T1T2Optimizer
 from gradhpo.errors import check_same_tree, scalar_loss
 from gradhpo.optimizer import BilevelOptimizer
-from gradhpo.parallel.mesh import axis_size
+from gradhpo.parallel.collectives import gather, same_on_all, spread
+from gradhpo.parallel.mesh import axis_size, put
 from gradhpo.state import BilevelState, LossFn, PyTree, prepare
 
 Backend = Literal["shard_map", "auto", "pmap"]
@@ -60,7 +58,8 @@ def data_parallel(
     - Randomness: a key in the batch is a leaf that is divided too, so give a key for each row.
       With "auto" nothing changes.
     - An optimizer of one's own sees its part of the batch: with "shard_map" and "pmap", only what
-      comes from the losses or the `update_fn` is of the whole batch.
+      comes from the losses or the `update_fn` is of the whole batch, and a step that would give
+      each device a state of its own is refused.
     - An `update_fn` has its gradient inside; the weights it returns on each part are averaged.
       That is exact for an update linear in the gradient; for others use `inner_optimizer`.
 
@@ -105,9 +104,6 @@ class DataParallel(BilevelOptimizer):
             raise ValueError(f'rules need backend="auto", got {self.backend!r}')
         if self.optimizer.remembers_batch and self.backend != "auto":
             raise ValueError('distill_data mixes rows of whole batches: use backend="auto"')
-        coordinates = isinstance(self.optimizer, T1T2Optimizer) and self.optimizer.update_fn
-        if coordinates and self.backend == "pmap":
-            raise ValueError('T1-T2 with an update_fn has no backend="pmap": use "shard_map"')
         if self.backend == "pmap" and self.mesh.size != axis_size(self.mesh, self.axis):
             raise ValueError(f'backend="pmap" needs a mesh with no axis but {self.axis!r}')
         for name in _SHARED:
@@ -123,7 +119,7 @@ class DataParallel(BilevelOptimizer):
         state = prepare(state)
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(state)):
             return self._constrain(state)
-        return jax.tree.map(_put, state, self._shardings(state))
+        return jax.tree.map(put, state, self._shardings(state))
 
     def compute_hypergradient(
         self,
@@ -179,35 +175,60 @@ class DataParallel(BilevelOptimizer):
         draw = (given["get_train_batch"], given["get_val_batch"])
         return episodes.run(self, prepare(self.place(state)), plan, *draw, *losses)
 
-    def on_part(self, losses: tuple[LossFn, LossFn]) -> tuple[BilevelOptimizer, LossFn, LossFn]:
-        """Return the optimizer and the losses as each device uses them on its part of a batch."""
-        n = axis_size(self.mesh, self.axis)
-        spread, gather = _collectives(self.axis, legacy=self.backend == "pmap")
-        share = 1 / n if self.reduction == "mean" else 1
+    def on_part(
+        self,
+        method: str,
+        state: BilevelState,
+        batches: tuple[PyTree, PyTree],
+        losses: tuple[LossFn, LossFn],
+        rate: tuple[Any, ...] = (),
+    ) -> Any:
+        """Call the wrapped optimizer's method on one device, with its part of whole batches.
 
-        def on_part(name: str, loss_fn: LossFn) -> LossFn:
-            checked = scalar_loss(name, loss_fn)
+        Raises:
+          ValueError: if what it returns is not the same on all devices.
+        """
+        local = self._local_optimizer()
+        names = ("train_loss_fn", "val_loss_fn")
+        means = [self._over_devices(*named) for named in zip(names, losses, strict=True)]
 
-            def loss(params: PyTree, hyperparams: PyTree, batch: PyTree) -> jax.Array:
-                params, hyperparams = spread(params), spread(hyperparams)
-                return gather(share * checked(params, hyperparams, batch))
+        def call(state: BilevelState, batches: tuple[PyTree, PyTree], rate: Any) -> Any:
+            return getattr(local, method)(state, *batches, *means, *rate)
 
-            return loss
+        return same_on_all(call, self.axis, (False, True, False))(state, batches, rate)
+
+    @property
+    def _share(self) -> float:
+        """What a device's loss counts for."""
+        return 1 / axis_size(self.mesh, self.axis) if self.reduction == "mean" else 1
+
+    def _over_devices(self, name: str, loss_fn: LossFn) -> LossFn:
+        """Return the loss of the whole batch, as each device computes it with its part."""
+        checked = scalar_loss(name, loss_fn)
+
+        def loss(params: PyTree, hyperparams: PyTree, batch: PyTree) -> jax.Array:
+            local = spread(params, self.axis), spread(hyperparams, self.axis)
+            return gather(self._share * checked(*local, batch), self.axis)
+
+        return loss
+
+    def _local_optimizer(self) -> BilevelOptimizer:
+        """Return the wrapped optimizer, an `update_fn` averaged over the devices."""
+        own = self.update_fn
+        if own is None:
+            return self.optimizer
 
         def update_fn(params: PyTree, hyperparams: PyTree, batch: PyTree) -> PyTree:
-            assert self.update_fn is not None
-            local, hyperparams = spread(params), spread(hyperparams)
-            moved = self.update_fn(local, hyperparams, batch)
+            local = spread(params, self.axis)
+            moved = own(local, spread(hyperparams, self.axis), batch)
             check_same_tree("update_fn", moved, "params", params)
-            change = optax.tree.scale(share, optax.tree.sub(moved, local))
-            return optax.tree.cast_like(optax.tree.add(params, gather(change)), params)
+            change = optax.tree.scale(self._share, optax.tree.sub(moved, local))
+            change = gather(change, self.axis)
+            return optax.tree.cast_like(optax.tree.add(params, change), params)
 
-        inner = self.optimizer
-        if self.update_fn is not None:
-            inner = copy.copy(inner)
-            object.__setattr__(inner, "update_fn", update_fn)
-        train_loss_fn, val_loss_fn = losses
-        return inner, on_part("train_loss_fn", train_loss_fn), on_part("val_loss_fn", val_loss_fn)
+        averaged = copy.copy(self.optimizer)
+        object.__setattr__(averaged, "update_fn", update_fn)
+        return averaged
 
     def part(
         self, train_batch: PyTree, val_batch: PyTree, batch_axis: int
@@ -249,10 +270,8 @@ class DataParallel(BilevelOptimizer):
             batches = place(train_batch, train_spec), place(val_batch, val_spec)
             return getattr(self.optimizer, method)(state, *batches, *losses, *rate)
 
-        inner, *local_losses = self.on_part(losses)
-
         def on_device(state: Any, train_batch: Any, val_batch: Any, rate: Any) -> Any:
-            return getattr(inner, method)(state, train_batch, val_batch, *local_losses, *rate)
+            return self.on_part(method, state, (train_batch, val_batch), losses, rate)
 
         if self.backend == "pmap":
             parts = _split_rows(train_batch, n, batch_axis), _split_rows(val_batch, n, 0)
@@ -262,7 +281,10 @@ class DataParallel(BilevelOptimizer):
             )
             return mapped(state, *parts, rate)
         specs = (P(), train_spec, val_spec, P())
-        mapped = jax.shard_map(on_device, mesh=self.mesh, in_specs=specs, out_specs=P())
+        # `on_part` has checked what the types of checked axes would, see `collectives`.
+        mapped = jax.shard_map(
+            on_device, mesh=self.mesh, in_specs=specs, out_specs=P(), check_vma=False
+        )
         return mapped(state, train_batch, val_batch, rate)
 
     def _constrain(self, state: BilevelState) -> BilevelState:
@@ -288,62 +310,6 @@ def fully_sharded(mesh: Mesh, axis: str = "data") -> Rules:
         return P(*[None] * fits[0], axis) if fits else P()
 
     return rules
-
-
-def _put(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """Return an array on the mesh's devices, those of other processes included."""
-    if jax.process_count() == 1:
-        return jax.device_put(leaf, sharding)
-    if not leaf.is_fully_addressable:
-        return leaf  # of the whole job already
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        data = _put(jax.random.key_data(leaf), sharding)
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-    whole = np.asarray(leaf)
-    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: whole[index])
-
-
-def _collectives(axis: str, *, legacy: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Return `spread`, which copies a value to all devices, and `gather`, the sum over them.
-
-    Each is the other's transpose. `shard_map` tracks which values vary over devices, and its own
-    `pcast` and `psum` are such a pair; under `pmap` the transpose of `psum` is `psum`, which counts
-    each device once too often, and the pair is made here.
-    """
-    if not legacy:
-
-        def vary(flat: jax.Array) -> jax.Array:
-            return jax.lax.pcast(flat, axis, to="varying")
-
-        return functools.partial(_as_vectors, vary), lambda tree: jax.lax.psum(tree, axis)
-
-    def copies(_: Any, x: Any) -> Any:
-        return x
-
-    def total(_: Any, x: Any) -> Any:
-        return jax.lax.psum(x, axis)
-
-    def linear(forward: Any, backward: Any) -> Callable[..., Any]:
-        return lambda tree: jax.tree.map(lambda x: linear_call(forward, backward, (), x), tree)
-
-    return linear(copies, total), linear(total, copies)
-
-
-def _as_vectors(function: Callable[[jax.Array], jax.Array], tree: PyTree) -> PyTree:
-    """Apply a linear function to a tree's leaves, joined into one vector for each dtype.
-
-    So its transpose, a sum over devices, is one reduction however many leaves there are. XLA
-    removes the joining where nothing happens to the vector.
-    """
-    leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, tree))
-    done: list[Any] = list(leaves)
-    for dtype in dict.fromkeys(leaf.dtype for leaf in leaves):
-        places = [i for i, leaf in enumerate(leaves) if leaf.dtype == dtype]
-        vector = function(jnp.concatenate([leaves[i].ravel() for i in places]))
-        ends = np.cumsum([leaves[i].size for i in places]).tolist()
-        for i, end in zip(places, ends, strict=True):
-            done[i] = vector[end - leaves[i].size : end].reshape(leaves[i].shape)
-    return structure.unflatten(done)
 
 
 def _check_rows(name: str, batch: PyTree, n: int, batch_axis: int) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -100,9 +101,6 @@ def global_batch(batch: PyTree, mesh: Mesh, axis: str = "data") -> PyTree:
     parts = axis_size(mesh, axis) // jax.process_count()
 
     def whole(rows: Any) -> jax.Array:
-        if isinstance(rows, jax.Array) and jnp.issubdtype(rows.dtype, jax.dtypes.prng_key):
-            data = whole(jax.random.key_data(rows))
-            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(rows))
         shape = np.shape(rows)
         if not shape or (parts and shape[0] % parts):
             raise ValueError(
@@ -111,7 +109,7 @@ def global_batch(batch: PyTree, mesh: Mesh, axis: str = "data") -> PyTree:
             )
         return jax.make_array_from_process_local_data(sharding, np.asarray(rows))
 
-    return jax.tree.map(whole, batch)
+    return jax.tree.map(functools.partial(_through_key_data, whole), batch)
 
 
 def pad_batch(batch: PyTree, devices: int) -> tuple[PyTree, np.ndarray]:
@@ -139,8 +137,7 @@ def pad_batch(batch: PyTree, devices: int) -> tuple[PyTree, np.ndarray]:
     last = np.minimum(np.arange(padded), rows - 1)
 
     def pad(leaf: Any) -> Any:
-        keys = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        return leaf[last] if keys else np.asarray(leaf)[last]
+        return leaf[last] if _is_key(leaf) else np.asarray(leaf)[last]
 
     weights = np.where(np.arange(padded) < rows, padded / rows, 0).astype(np.float32)
     return jax.tree.map(pad, batch), weights
@@ -163,10 +160,24 @@ def put(tree: PyTree, sharding: Any) -> PyTree:
     if sharding is None or sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
 
-    def place(x: Any) -> Any:
-        if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(sharding, x.ndim):
-            return x
+    def from_host(x: Any) -> jax.Array:
         host = np.asarray(x)
         return jax.make_array_from_callback(host.shape, sharding, lambda part: host[part])
 
+    def place(x: Any) -> jax.Array:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return jax.device_put(x, sharding)  # of the whole job already
+        return _through_key_data(from_host, x)
+
     return jax.tree.map(place, tree)
+
+
+def _through_key_data(function: Callable[[Any], jax.Array], x: Any) -> jax.Array:
+    """Return `function(x)`, of the numbers behind it where `x` is an array of PRNG keys."""
+    if not _is_key(x):
+        return function(x)
+    return jax.random.wrap_key_data(function(jax.random.key_data(x)), impl=jax.random.key_impl(x))
+
+
+def _is_key(x: Any) -> bool:
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

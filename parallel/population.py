@@ -175,8 +175,7 @@ class Population:
           state: its weights are where the estimate starts.
           keys: one key for each slot, from which the batches are drawn.
         """
-        optimizer = self._on_device()[0]
-        if not optimizer.calibration_period:
+        if not self.optimizer.calibration_period:
             return state
         state, keys, _, data = self._arguments(state, keys, None, check_rate=False)
         return self._call("calibrate", self.trace_calibrate, state, keys, data)
@@ -233,7 +232,7 @@ class Population:
 
     def trace_init(self, keys: jax.Array, given: dict[str, Any], data: PyTree) -> BilevelState:
         """Return every slot's first state; `given` may hold `params` and `hyperparams`."""
-        optimizer = self._on_device()[0]
+        optimizer = self.optimizer
 
         def one(key: jax.Array, given: dict[str, Any], data: PyTree) -> BilevelState:
             drawn = dict(zip(("params", "hyperparams"), self.problem.start(key), strict=True))
@@ -284,12 +283,14 @@ class Population:
         return self._over(self._calibrate_one, Layout("map"))(state, keys, None, data)
 
     def _generation(self, steps: int, layout: Layout) -> Callable[..., Any]:
-        optimizer, losses, part = self._on_device()
+        axis = self.optimizer.batch_axis
 
         def one(state: BilevelState, key: jax.Array, lr_hyper: Any, data: PyTree) -> Any:
+            rate = () if lr_hyper is None else (lr_hyper,)
+
             def body(state: BilevelState, i: jax.Array) -> Any:
-                train, val = part(*self.problem.draw_at(key, i, data), optimizer.batch_axis)
-                return _guard(state, optimizer.advance(state, train, val, *losses, lr_hyper))
+                batches = self.problem.draw_at(key, i, data)
+                return _guard(state, self._call_optimizer("advance", state, batches, axis, rate))
 
             return jax.lax.scan(body, state, jnp.arange(steps, dtype=jnp.int32))
 
@@ -305,11 +306,10 @@ class Population:
         self, state: BilevelState, key: jax.Array, lr_hyper: Any, data: PyTree
     ) -> BilevelState:
         del lr_hyper
-        optimizer, losses, part = self._on_device()
-        keys = jax.random.split(stream(key, "calibration"), optimizer.T)
+        keys = jax.random.split(stream(key, "calibration"), self.optimizer.T)
         trains, vals = jax.lax.map(lambda key: self.problem.draw(key, data), keys)
-        train, val = part(trains, jax.tree.map(lambda x: x[-1], vals), 1)
-        new = optimizer.calibrate(state, train, val, *losses)
+        batches = trains, jax.tree.map(lambda x: x[-1], vals)
+        new = self._call_optimizer("calibrate", state, batches, 1)
         frozen = state.metadata["diverged_at"] > 0
         return jax.tree.map(lambda a, b: jnp.where(frozen, a, b), state, new)
 
@@ -331,15 +331,25 @@ class Population:
             return slots
         trial = self.sharding.spec
         specs = (trial, trial, trial, trial if self._per_slot_data else P())
-        return jax.shard_map(slots, mesh=self.mesh, in_specs=specs, out_specs=trial)
+        # Unchecked, so that a user's loop may start from a constant; see `collectives`.
+        return jax.shard_map(
+            slots, mesh=self.mesh, in_specs=specs, out_specs=trial, check_vma=False
+        )
 
-    def _on_device(self) -> tuple[BilevelOptimizer, tuple[Any, Any], Callable[..., Any]]:
-        """Return the optimizer and the losses as a device calls them, and its part of batches."""
+    def _call_optimizer(
+        self,
+        method: str,
+        state: BilevelState,
+        batches: tuple[PyTree, PyTree],
+        batch_axis: int,
+        rate: tuple[Any, ...] = (),
+    ) -> BilevelState:
+        """Call the optimizer's method; a data-parallel one's on this device's part of batches."""
         losses = (self.problem.train_loss, self.problem.val_loss)
-        if not isinstance(self.optimizer, DataParallel):
-            return self.optimizer, losses, lambda train, val, _: (train, val)
-        inner, *local_losses = self.optimizer.on_part(losses)
-        return inner, (local_losses[0], local_losses[1]), self.optimizer.part
+        if isinstance(self.optimizer, DataParallel):
+            parts = self.optimizer.part(*batches, batch_axis)
+            return self.optimizer.on_part(method, state, parts, losses, rate)
+        return getattr(self.optimizer, method)(state, *batches, *losses, *rate)
 
     # --- programs -------------------------------------------------------------------------------
 

@@ -13,12 +13,14 @@ from jax.sharding import PartitionSpec as P
 
 import gradhpo
 from gradhpo.parallel import (
+    Population,
     data_parallel,
     fully_sharded,
     global_batch,
     make_mesh,
     pad_batch,
 )
+from tests import loops
 from tests.problems import assert_close
 from tests.small import OPTIMIZERS, REFERENCES, UNROLLING, CompileCounter
 
@@ -116,6 +118,41 @@ def test_other_backends_equal_one_device(name, backend, x64):
     assert_close(jax.device_get(many), jax.device_get(walk(optimizer, 5)), rtol=1e-10, atol=1e-13)
 
 
+def assert_loops_equal_one_device(model, name, backend="shard_map"):
+    """Compare a step on four devices and on one, of losses with a loop from a constant."""
+    optimizer = build(name, inner_optimizer=optax.sgd(0.1, momentum=0.9))
+    parallel = data_parallel(optimizer, make_mesh(data=4), backend=backend)
+    weights, predict = loops.MODELS[model]()
+    batches, losses = (loops.BATCH, loops.BATCH), loops.losses(predict)
+    one, many = (
+        jax.device_get(tuner.step(tuner.init(weights, loops.LAM), *batches, *losses))
+        for tuner in (optimizer, parallel)
+    )
+    assert_close(many, one, rtol=1e-10, atol=1e-13)
+    assert abs(one.hyperparams["scale"] - loops.LAM["scale"]) > 1e-3
+
+
+def slow(names, *which):
+    return [pytest.param(n, marks=pytest.mark.slow) if n in which else n for n in names]
+
+
+@pytest.mark.parametrize("model", slow(loops.MODELS, "ctc"))
+def test_loops_that_start_from_a_constant(model, x64):
+    assert_loops_equal_one_device(model, "one-step")
+
+
+@pytest.mark.parametrize(
+    "name", slow([*(OPTIMIZERS.keys() - {"one-step"}), *REFERENCES], *REFERENCES)
+)
+def test_loops_that_start_from_a_constant_in_every_method(name, x64):
+    assert_loops_equal_one_device("scan_from_zeros", name)
+
+
+@pytest.mark.parametrize("backend", ["auto", "pmap"])
+def test_loops_that_start_from_a_constant_in_other_backends(backend, x64):
+    assert_loops_equal_one_device("scan_from_zeros", "one-step", backend)
+
+
 def reductions(optimizer):
     """Return how many all-reduces the compiled step holds."""
     state = optimizer.init(*jax.tree.map(jnp.asarray, (PARAMS, LAM)))
@@ -163,10 +200,13 @@ def update_fn(params, lam, batch):
     return optax.tree.add_scale(params, -0.05, jax.grad(train_loss)(params, lam, batch))
 
 
-@pytest.mark.parametrize("name", [*OPTIMIZERS, "unrolled"])
-def test_an_update_function(name, x64):
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [(name, "shard_map") for name in [*OPTIMIZERS, "unrolled"]] + [("t1t2", "pmap")],
+)
+def test_an_update_function(name, backend, x64):
     optimizer = build(name, update_fn=update_fn)
-    many = walk(data_parallel(optimizer, make_mesh(data=4)), 4)
+    many = walk(data_parallel(optimizer, make_mesh(data=4), backend=backend), 4)
     one = walk(optimizer, 4)
     # T1-T2 differences an update coordinate by coordinate; rounding is divided by a small step.
     rtol = 1e-6 if name == "t1t2" else 1e-10
@@ -176,6 +216,50 @@ def test_an_update_function(name, x64):
 def test_an_optimizer_that_a_user_wrote(x64):
     many = walk(data_parallel(OwnOptimizer(), make_mesh(data=4)), 5)
     assert_close(jax.device_get(many), jax.device_get(walk(OwnOptimizer(), 5)), atol=1e-13)
+
+
+class PartOptimizer(OwnOptimizer):
+    """Scales its hypergradient by what it finds in its part of the batch, in a loop."""
+
+    def __init__(self, average):
+        super().__init__()
+        self.average = average
+
+    def compute_hypergradient(self, state, train_batch, *rest):
+        total = jax.lax.fori_loop(0, 2, lambda _, sum: sum + jnp.mean(train_batch["y"]), 0.0)
+        g = super().compute_hypergradient(state, train_batch, *rest)
+        return optax.tree.scale(self.average(total), g)
+
+
+@pytest.mark.parametrize("backend", ["shard_map", "pmap"])
+def test_an_optimizer_that_uses_its_part_of_the_batch(backend, x64):
+    def many(average):
+        return data_parallel(PartOptimizer(average), make_mesh(data=4), backend=backend)
+
+    with pytest.raises(
+        ValueError, match=r"leaf \.hyperparams.* differs between the devices of axis"
+    ):
+        walk(many(lambda x: x), 1)
+    averaged = walk(many(lambda x: jax.lax.pmean(x, "data")), 3)
+    one = walk(PartOptimizer(lambda x: x), 3)
+    assert_close(jax.device_get(averaged), jax.device_get(one), atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", ["shard_map", "pmap"])
+def test_statistics_of_the_whole_batch_inside_a_loss(backend, x64):
+    def centred(mean):
+        def loss(params, lam, batch):
+            error = errors(params, batch) - batch["y"] ** 2
+            weight = jax.nn.sigmoid(lam["logits"][batch["index"]])
+            return jnp.mean(weight * (error - mean(jnp.mean(error))) ** 2)
+
+        return loss, val_loss
+
+    optimizer = build("one-step")
+    parallel = data_parallel(optimizer, make_mesh(data=4), backend=backend)
+    many = walk(parallel, 3, centred(lambda x: jax.lax.pmean(x, "data")))
+    one = walk(optimizer, 3, centred(lambda x: x))
+    assert_close(jax.device_get(many), jax.device_get(one), rtol=1e-10, atol=1e-13)
 
 
 def test_compute_hypergradient_is_that_of_the_whole_batch(x64):
@@ -335,11 +419,6 @@ def test_bad_arguments(settings, message):
         data_parallel(build("one-step"), make_mesh(data=2), **settings)
 
 
-def test_what_pmap_cannot_do_is_refused():
-    with pytest.raises(ValueError, match=r'T1-T2 with an update_fn has no backend="pmap"'):
-        data_parallel(build("t1t2", update_fn=update_fn), make_mesh(data=2), backend="pmap")
-
-
 def test_padding_copies_a_row_so_that_its_derivatives_are_finite():
     padded, weights = pad_batch({"x": np.ones((7, 3)), "key": jax.random.split(KEY, 7)}, 4)
     assert padded["x"].shape == (8, 3)
@@ -394,7 +473,14 @@ def test_two_processes_give_the_single_process_result(tmp_path, x64):
             process.kill()
     assert [process.returncode for process in running] == [0, 0], "\n".join(outputs)
     one = jax.tree.leaves(jax.device_get(walk(build("one-step"), 5)))
+    trials = Population(problem(), build("one-step"), 2, batching="vmap")
+    slots = trials.init(KEY)
+    for _ in range(2):
+        slots, _ = trials.run(slots, 3, jax.random.split(KEY, 2))
+    slots = jax.tree.leaves(jax.device_get(slots))
     for rank in range(2):
-        found = np.load(tmp_path / f"{rank}.npz")
-        many = [found[name] for name in found.files]
-        assert_close(many, one, rtol=1e-10, atol=1e-13)
+        mine = [leaf[rank : rank + 1] for leaf in slots]
+        for name, expected in ((rank, one), (f"slot{rank}", mine)):
+            found = np.load(tmp_path / f"{name}.npz")
+            many = [found[leaf] for leaf in found.files]
+            assert_close(many, expected, rtol=1e-10, atol=1e-13)

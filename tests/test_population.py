@@ -10,9 +10,12 @@ import pytest
 
 import gradhpo
 from gradhpo.parallel import Population, compiled, data_parallel, make_mesh
+from tests import loops
 from tests.problems import assert_close, assert_same_bits
 from tests.small import (
+    INNER,
     OPTIMIZERS,
+    OUTER,
     REFERENCES,
     CompileCounter,
     X,
@@ -90,6 +93,47 @@ def test_layouts_agree(name, layout, x64):
         states.append(trials.run(trials.calibrate(state, KEYS), 3, KEYS, *rate))
     # One of the hyperparameters stays float32.
     assert_close(jax.device_get(states[1]), jax.device_get(states[0]), rtol=1e-5, atol=1e-7)
+
+
+PLATEAU = optax.chain(INNER, optax.contrib.reduce_on_plateau(patience=1))
+
+
+@pytest.mark.parametrize(
+    ("layout", "model", "inner"),
+    [
+        ("shard", "scan_from_zeros", INNER),
+        ("shard", "constant_branch", INNER),
+        ("shard", "running_total", PLATEAU),
+        ("trial-data", "scan_from_zeros", INNER),
+        ("trial-data", "poisson_noise", PLATEAU),
+    ],
+)
+def test_loops_that_start_from_a_constant(layout, model, inner, x64):
+    weights, predict = loops.MODELS[model]()
+    problem = gradhpo.Problem(
+        lambda key: (weights, loops.LAM | {"scale": jax.random.uniform(key)}),
+        *loops.losses(predict),
+        batch=lambda key, data: (data, data),
+        data=lambda key: jax.tree.map(jnp.asarray, loops.BATCH),
+    )
+    found = []
+    for laid_out in ("vmap", layout):
+        trials, rate = population("one-step", laid_out, problem, slots=4, inner_optimizer=inner)
+        found.append(jax.device_get(trials.run(trials.init(KEY), 3, KEYS[:4], *rate)))
+    assert_close(found[1], found[0], rtol=1e-10, atol=1e-13)
+
+
+def test_a_divided_population_refuses_what_differs_between_devices():
+    class Part(gradhpo.OneStepOptimizer):
+        def estimate(self, state, train_batch, *rest):
+            done = super().estimate(state, train_batch, *rest)
+            scaled = optax.tree.scale(jnp.mean(train_batch[1]), done.hypergradient)
+            return done._replace(hypergradient=scaled)
+
+    parallel = data_parallel(Part(INNER, OUTER), make_mesh(trial=2, data=2))
+    trials = Population(PROBLEM, parallel, 2, batching="shard")
+    with pytest.raises(ValueError, match=r"leaf \.hyperparams.* differs .* axis 'data'"):
+        trials.run(trials.init(KEY), 2, KEYS[:2])
 
 
 @pytest.mark.parametrize("layout", ["vmap", "map", "chunk", "shard", "trial-data"])

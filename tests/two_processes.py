@@ -14,7 +14,7 @@ jax.config.update("jax_enable_x64", True)
 
 import numpy as np
 
-from gradhpo.parallel import data_parallel, global_batch, initialize, make_mesh
+from gradhpo.parallel import Population, data_parallel, global_batch, initialize, make_mesh
 
 
 def main(address, rank, folder):
@@ -34,8 +34,19 @@ def main(address, rank, folder):
     for i in range(5):
         batches = (mine(shared.rows(i)), mine(shared.VAL))
         state = optimizer.step(state, *batches, shared.train_loss, shared.val_loss)
-    leaves = [np.asarray(leaf.addressable_shards[0].data) for leaf in jax.tree.leaves(state)]
-    np.savez(Path(folder) / f"{rank}.npz", *leaves)
+    save(Path(folder) / f"{rank}.npz", state)
+
+    mesh = make_mesh(trial=2)
+    divided = data_parallel(shared.build("one-step"), mesh)
+    trials = Population(shared.problem(), divided, 2, batching="shard")
+    state = trials.init(shared.KEY)
+    for _ in range(2):
+        state, _ = trials.run(state, 3, jax.random.split(shared.KEY, 2))
+    save(Path(folder) / f"slot{rank}.npz", state)
+
+
+def save(path, state):
+    np.savez(path, *[np.asarray(x.addressable_shards[0].data) for x in jax.tree.leaves(state)])
 
 
 if __name__ == "__main__":
