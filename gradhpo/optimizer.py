@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from gradhpo import episodes
+from gradhpo.compilation import jit
 from gradhpo.errors import (
     check_exactly_one,
     check_floating,
@@ -386,7 +387,7 @@ def _same_types(new: BilevelState, old: BilevelState) -> BilevelState:
     return jax.tree.map(lambda leaf, like: as_array(leaf, like.dtype), new, old)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+@functools.partial(jit, static_argnums=(0, 4, 5))
 def _step(
     optimizer: BilevelOptimizer,
     state: BilevelState,
@@ -399,7 +400,7 @@ def _step(
     return optimizer.advance(state, train_batch, val_batch, train_loss_fn, val_loss_fn, lr_hyper)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+@functools.partial(jit, static_argnums=(0, 4, 5))
 def _hypergradient(
     optimizer: HypergradientMethod,
     state: BilevelState,

@@ -22,6 +22,7 @@ import numpy as np
 from jax.experimental import serialize_executable
 from jax.sharding import NamedSharding
 
+from gradhpo.compilation import jit
 from gradhpo.state import PyTree
 
 MAGIC = b"gradhpo executable 1\n"
@@ -197,7 +198,7 @@ _COUNTS = [Counts()]
 def _lower(
     function: Callable[..., Any], args: tuple[PyTree, ...], layout: str
 ) -> tuple[Any, StepKey]:
-    lowered = jax.jit(function).lower(*args)
+    lowered = jit(function).lower(*args)
     leaves = jax.tree_util.tree_flatten_with_path(args)[0]
     devices = _devices(args)
     kind = devices[0]

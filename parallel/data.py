@@ -25,6 +25,7 @@ from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 
 from gradhpo import episodes
 from gradhpo.algorithms import T1T2Optimizer
+from gradhpo.compilation import jit
 from gradhpo.errors import check_same_tree, scalar_loss
 from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.parallel.mesh import axis_size
@@ -369,7 +370,7 @@ def _constrain_all(mesh: Mesh, batch: PyTree, spec: P) -> PyTree:
     return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, spec))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+@functools.partial(jit, static_argnums=(0, 4, 5))
 def _hypergradient(
     optimizer: DataParallel,
     state: BilevelState,
