@@ -153,6 +153,25 @@ class BilevelOptimizer(abc.ABC):
         state, lr_hyper = prepare(state), rate(lr_hyper)
         return _step(self, state, train_batch, val_batch, train_loss_fn, val_loss_fn, lr_hyper)
 
+    def lower_step(
+        self,
+        state: BilevelState,
+        train_batch: PyTree,
+        val_batch: PyTree,
+        train_loss_fn: LossFn,
+        val_loss_fn: LossFn,
+        lr_hyper: Any = None,
+    ) -> jax.stages.Lowered:
+        """Return the program of `step`, lowered: its text, and `compile()` for XLA's own figures.
+
+        The arguments are those of `step`; the compiled program takes the state, the two batches
+        and `lr_hyper`.
+        """
+        self.check_step(train_loss_fn, val_loss_fn, lr_hyper)
+        state, lr_hyper = prepare(state), rate(lr_hyper)
+        arguments = (state, train_batch, val_batch, train_loss_fn, val_loss_fn, lr_hyper)
+        return _step.lower(self, *arguments)
+
     def advance(
         self,
         state: BilevelState,
