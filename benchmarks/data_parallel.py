@@ -19,7 +19,6 @@ from measure import Report, paired_ratio
 from step_cost import optimizers
 
 import gradhpo
-from gradhpo import optimizer as core
 from gradhpo.parallel import data_parallel, make_mesh
 from gradhpo.state import prepare
 
@@ -51,9 +50,8 @@ def row(
         state = prepare(optimizer.init(*task.start()))
         return lambda: optimizer.step(state, *batches, *losses)
 
-    step: Any = core._step  # pyright: ignore[reportPrivateUsage]
     state = prepare(many.init(*task.start()))
-    compiled = step.lower(many, state, *batches, *losses, None).compile()
+    compiled = many.lower_step(state, *batches, *losses).compile()
     count, moved = collectives(compiled.as_text())
     ratio, low, high = paired_ratio(stepper(many), stepper(one), rounds)
     times = f"{ratio:.2f} ({low:.2f}-{high:.2f})"

@@ -16,7 +16,6 @@ import typer
 from measure import Report, cost, paired_ratio
 
 import gradhpo
-from gradhpo import optimizer as core
 from gradhpo.hypergradient import MODES
 
 INNER, OUTER = optax.adam(1e-3), optax.adam(1e-2)
@@ -64,8 +63,7 @@ def at_the_inputs(task: models.Task) -> Case:
 def measure(case: Case, optimizer: gradhpo.BilevelOptimizer) -> Measured:
     """Compile a step of the optimizer."""
     state = optimizer.init(*case.start)
-    compiled_step: Any = core._step  # pyright: ignore[reportPrivateUsage]
-    program = compiled_step.lower(optimizer, state, *case.batches, *case.losses, None).compile()
+    program = optimizer.lower_step(state, *case.batches, *case.losses).compile()
     return Measured(lambda: program(state, *case.batches, None), *cost(program))
 
 
@@ -105,7 +103,6 @@ def one_step_rows(rounds: int) -> list[list[str]]:
 
 def unrolled_rows(rounds: int) -> list[list[str]]:
     """Measure Unrolled by "forward-over-reverse" against plain reverse mode, through T steps."""
-    # XLA's CPU convolutions are slow inside a loop: hence few channels.
     chosen: list[tuple[str, models.Task, tuple[int, ...]]]
     chosen = [("MLP", models.mlp(), LENGTHS), ("CNN", models.cnn(4), LENGTHS)]
     for blocks in (2, 8, DEEP):

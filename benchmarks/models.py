@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -44,25 +45,54 @@ def mlp(width: int = 128) -> Task:
     return _task(init, predict, (64,), batch_size=64)
 
 
+class Convolution(NamedTuple):
+    """A convolution: its kernel's shape, space first, then channels in and out."""
+
+    kernel: tuple[int, ...]
+    stride: int = 1
+    dilation: int = 1
+    """Of the image: more than 1 is a transposed convolution."""
+    groups: int = 1
+
+    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """Convolve images `(n, ..., channels)`."""
+        space = len(self.kernel) - 2
+        letters = "DHW"[-space:]
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (self.stride,) * space,
+            "SAME" if self.dilation == 1 else [(1, 2)] * space,
+            lhs_dilation=(self.dilation,) * space,
+            dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
+            feature_group_count=self.groups,
+        )
+
+
 def cnn(channels: int = 16) -> Task:
-    """Return a CNN of two 3x3 convolutions on images of 16x16x3."""
+    """Return a CNN of two strided 3x3 convolutions on images of 16x16x3."""
+    layers = Convolution((3, 3, 3, channels), 2), Convolution((3, 3, channels, 2 * channels), 2)
+    return convolutional((16, 16, 3), *layers)
+
+
+def convolutional(shape: tuple[int, ...], *layers: Convolution) -> Task:
+    """Return convolutions with ReLU, pooling and 10 classes, on images of a shape."""
 
     def predict(params: Any, x: jax.Array) -> jax.Array:
-        for kernel in params["kernels"]:
-            dimensions = ("NHWC", "HWIO", "NHWC")
-            x = jax.lax.conv_general_dilated(
-                x, kernel, (2, 2), "SAME", dimension_numbers=dimensions
-            )
-            x = jax.nn.relu(x)
-        return x.mean((1, 2)) @ params["out"]
+        for layer, kernel in zip(layers, params["kernels"], strict=True):
+            x = jax.nn.relu(layer(x, kernel))
+        return x.mean(tuple(range(1, x.ndim - 1))) @ params["out"]
 
     def init(key: jax.Array) -> Any:
-        first, second, out = jax.random.split(key, 3)
-        shapes = ((first, 3, channels), (second, channels, 2 * channels))
-        kernels = [_matrix(key, 9 * n, m).reshape(3, 3, n, m) for key, n, m in shapes]
-        return {"kernels": kernels, "out": _matrix(out, 2 * channels, 10)}
+        *keys, out = jax.random.split(key, len(layers) + 1)
+        shapes = [layer.kernel for layer in layers]
+        kernels = [
+            _matrix(key, math.prod(shape[:-1]), shape[-1]).reshape(shape)
+            for key, shape in zip(keys, shapes, strict=True)
+        ]
+        return {"kernels": kernels, "out": _matrix(out, shapes[-1][-1], 10)}
 
-    return _task(init, predict, (16, 16, 3), batch_size=32)
+    return _task(init, predict, shape, batch_size=32)
 
 
 def transformer(
@@ -114,6 +144,22 @@ def transformer(
         return {"blocks": blocks, "head": _matrix(key, width, 10)}
 
     return _task(init, predict, (length, width), batch_size=16)
+
+
+def convolutions() -> dict[str, Task]:
+    """Return a CNN for each kind of convolution."""
+    first = Convolution((3, 3, 3, 16))
+    return {
+        "2-D": convolutional((16, 16, 3), first, Convolution((3, 3, 16, 16))),
+        "1-D": convolutional((64, 3), Convolution((5, 3, 16)), Convolution((5, 16, 32))),
+        "depthwise": convolutional(
+            (16, 16, 3), first, Convolution((3, 3, 1, 16), groups=16), Convolution((1, 1, 16, 32))
+        ),
+        "strided": cnn(),
+        "transposed": convolutional(
+            (16, 16, 3), first._replace(stride=2), Convolution((3, 3, 16, 16), dilation=2)
+        ),
+    }
 
 
 TASKS = {"MLP": mlp, "CNN": cnn, "transformer": transformer}

@@ -78,6 +78,26 @@ def hand_row(width: int, slots: int, steps: int, rounds: int) -> list[str]:
     return [str(width), str(slots), str(population.batching), f"{ratio:.2f} ({low:.2f}-{high:.2f})"]
 
 
+def outside_row(name: str, task: models.Task, slots: int, steps: int, rounds: int) -> list[str]:
+    """Measure a population of CNNs against a Python loop of its trials' steps."""
+    optimizer, losses = gradhpo.OneStepOptimizer(INNER, OUTER), task.problem
+    population = Population(task.problem, optimizer, slots)
+    state, keys = population.init(jax.random.key(0)), jax.random.split(jax.random.key(1), slots)
+    population.run(state, steps, keys)
+    first = optimizer.init(*task.start())
+
+    def outside() -> Any:
+        trial = first
+        for _ in range(slots * steps):
+            trial = optimizer.step(
+                trial, task.train_batch, task.val_batch, losses.train_loss, losses.val_loss
+            )
+        return trial
+
+    ratio, low, high = paired_ratio(lambda: population.run(state, steps, keys), outside, rounds)
+    return [name, str(slots), str(population.batching), f"{ratio:.2f} ({low:.2f}-{high:.2f})"]
+
+
 def main(
     widths: Annotated[str, typer.Option(help="Hidden units, with commas.")] = "4,16,64,256",
     slots: Annotated[str, typer.Option(help="Trials, with commas.")] = "8,64,512",
@@ -101,6 +121,10 @@ def main(
     columns = ["width", "slots", "layout", "time / loop by hand"]
     rows = [hand_row(width, counts[len(counts) // 2], steps, max(5, rounds)) for width in sizes]
     report.table("A population against its trials one after another, by hand", columns, rows)
+    columns = ["convolutions", "slots", "layout", "time / Python loop of steps"]
+    tasks = models.convolutions().items()
+    rows = [outside_row(name, task, counts[0], steps, max(5, rounds)) for name, task in tasks]
+    report.table("A population of CNNs against a Python loop of its trials' steps", columns, rows)
     report.write(output)
 
 

@@ -163,7 +163,7 @@ def sweep(
         storage=storage / method,
         seed=seed,
         shards=workers,
-        batching="vmap",
+        batching="auto",
         workers=workers,
         executor=executor,
     )

@@ -24,6 +24,7 @@ from gradhpo.algorithms import (
     T1T2Optimizer,
     UnrolledOptimizer,
 )
+from gradhpo.compilation import jit
 from gradhpo.diagnosis import Diagnosis, Row
 from gradhpo.errors import check_count, check_number, check_same_tree, stack
 from gradhpo.flops import flops
@@ -251,7 +252,7 @@ def _stacked(pairs: list[Any], T: int) -> tuple[PyTree, PyTree, PyTree]:
     return first, pairs[T - 1][1], stack("Problem.batch", trains[T:])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+@functools.partial(jit, static_argnums=(0, 4, 5))
 def _exact(
     exact: UnrolledOptimizer,
     state: BilevelState,
@@ -266,7 +267,7 @@ def _exact(
     return at_least_float32(done.hypergradient), at_least_float32(direct)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5, 6))
+@functools.partial(jit, static_argnums=(0, 5, 6))
 def _compare(
     optimizer: BilevelOptimizer,
     state: BilevelState,
@@ -338,7 +339,7 @@ class _Program:
 
         self._args = (own, trains, val)
         self.flops = flops(along, *self._args)
-        self._compiled = jax.jit(along).lower(*self._args).compile()
+        self._compiled = jit(along).lower(*self._args).compile()
 
     @functools.cached_property
     def _calls(self) -> int:
@@ -368,7 +369,7 @@ class _Plain(_Program):
         self.steps = int(jax.tree.leaves(trains)[0].shape[0])
         self._args = (state, trains)
         self.flops = flops(along, *self._args)
-        self._compiled = jax.jit(along).lower(*self._args).compile()
+        self._compiled = jit(along).lower(*self._args).compile()
 
 
 def _times(

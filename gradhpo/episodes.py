@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gradhpo.compilation import jit
 from gradhpo.errors import (
     DivergenceWarning,
     check_callable,
@@ -103,7 +104,7 @@ def _begin(
     return fresh, jnp.full(2, -1, dtype=jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5, 6), donate_argnums=(1, 2))
+@functools.partial(jit, static_argnums=(0, 5, 6), donate_argnums=(1, 2))
 def _guarded_step(
     optimizer: BilevelOptimizer,
     state: BilevelState,
@@ -123,7 +124,7 @@ def _guarded_step(
     return jax.tree.map(lambda a, b: jnp.where(fault[0] < 0, a, b), new, state), fault
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+@functools.partial(jit, static_argnums=(0, 4, 5))
 def _calibrate(
     optimizer: BilevelOptimizer,
     state: BilevelState,
@@ -150,7 +151,7 @@ def reptile(phi: PyTree, params: PyTree, lr_reptile: Any) -> PyTree:
     return jax.tree.map(move, phi, params)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit, static_argnums=0)
 def _val_loss(val_loss_fn: LossFn, state: BilevelState, val_batch: PyTree) -> jax.Array:
     loss = scalar_loss("val_loss_fn", val_loss_fn)
     value = loss(state.params, state.hyperparams, val_batch)

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from gradhpo import episodes
+from gradhpo.compilation import jit
 from gradhpo.dependence import dependents
 from gradhpo.errors import (
     check_exactly_one,
@@ -163,6 +164,25 @@ class BilevelOptimizer(abc.ABC):
         self.check_step(train_loss_fn, val_loss_fn, lr_hyper)
         state, lr_hyper = prepare(state), rate(lr_hyper)
         return _step(self, state, train_batch, val_batch, train_loss_fn, val_loss_fn, lr_hyper)
+
+    def lower_step(
+        self,
+        state: BilevelState,
+        train_batch: PyTree,
+        val_batch: PyTree,
+        train_loss_fn: LossFn,
+        val_loss_fn: LossFn,
+        lr_hyper: Any = None,
+    ) -> jax.stages.Lowered:
+        """Return the program of `step`, lowered: its text, and `compile()` for XLA's own figures.
+
+        The arguments are those of `step`; the compiled program takes the state, the two batches
+        and `lr_hyper`.
+        """
+        self.check_step(train_loss_fn, val_loss_fn, lr_hyper)
+        state, lr_hyper = prepare(state), rate(lr_hyper)
+        arguments = (state, train_batch, val_batch, train_loss_fn, val_loss_fn, lr_hyper)
+        return _step.lower(self, *arguments)
 
     def advance(
         self,
@@ -456,7 +476,7 @@ def _same_types(new: BilevelState, old: BilevelState) -> BilevelState:
     return jax.tree.map(lambda leaf, like: as_array(leaf, like.dtype), new, old)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+@functools.partial(jit, static_argnums=(0, 4, 5))
 def _step(
     optimizer: BilevelOptimizer,
     state: BilevelState,
@@ -470,7 +490,7 @@ def _step(
     return optimizer.advance(state, train_batch, val_batch, train_loss_fn, val_loss_fn, lr_hyper)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+@functools.partial(jit, static_argnums=(0, 4, 5))
 def _hypergradient(
     optimizer: HypergradientMethod,
     state: BilevelState,

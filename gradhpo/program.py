@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gradhpo.compilation import jit
 from gradhpo.episodes import reptile
 from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.problem import Problem, stream
@@ -37,12 +38,12 @@ class Program:
     batched: bool
     """Whether keys, carries and data have a leading axis of runs."""
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(jit, static_argnums=0)
     def data(self, key: jax.Array) -> PyTree:
         """Make the data of each run."""
         return self._each(self.problem.start_data)(key)
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(jit, static_argnums=0)
     def init(self, key: jax.Array, data: PyTree, host_pair: PyTree) -> Carry:
         """Make the weights, the hyperparameters and the state of each run."""
 
@@ -57,7 +58,7 @@ class Program:
 
         return self._each(one)(key, data)
 
-    @functools.partial(jax.jit, static_argnums=(0, 7))
+    @functools.partial(jit, static_argnums=(0, 7))
     def chunk(
         self,
         carry: Carry,
@@ -111,7 +112,7 @@ class Program:
         carry, (values, bad) = jax.lax.fori_loop(0, span["n"], body, (carry, [recorded, bad]))
         return carry, values, bad
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(jit, static_argnums=0)
     def calibrate(
         self, carry: Carry, key: jax.Array, data: PyTree, index: Any, host: PyTree
     ) -> Carry:
@@ -131,7 +132,7 @@ class Program:
 
         return self._each(one)(carry, key, data)
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(jit, static_argnums=0)
     def evaluate(self, state: BilevelState, data: PyTree) -> dict[str, Any]:
         """Return `Problem.metrics` of each run."""
 

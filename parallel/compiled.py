@@ -22,6 +22,7 @@ import numpy as np
 from jax.experimental import serialize_executable
 from jax.sharding import NamedSharding
 
+from gradhpo.compilation import jit
 from gradhpo.parallel import compilations
 from gradhpo.state import PyTree
 
@@ -169,7 +170,7 @@ def compile(function: Callable[..., Any], *args: PyTree, layout: str = "") -> Co
       layout: a name that becomes part of the step key.
     """
     lowered, key = _lower(function, args, layout)
-    return _find_or_compile(lowered, key, _devices(args))
+    return _find_or_compile(lowered, key, devices_of(args))
 
 
 def load(blob: bytes, function: Callable[..., Any], *args: PyTree, layout: str = "") -> Compiled:
@@ -189,7 +190,7 @@ def load(blob: bytes, function: Callable[..., Any], *args: PyTree, layout: str =
       layout: as for `compile`.
     """
     lowered, key = _lower(function, args, layout)
-    devices = _devices(args)
+    devices = devices_of(args)
     if (known := _find(key, devices)) is not None:
         return known
     reason, payload = _open(blob, key)
@@ -232,9 +233,9 @@ def _lower(
     function: Callable[..., Any], args: tuple[PyTree, ...], layout: str
 ) -> tuple[Any, StepKey]:
     with jax.disable_jit(False):  # or loops would be traced step by step
-        lowered = jax.jit(function).lower(*args)
+        lowered = jit(function).lower(*args)
     leaves = jax.tree_util.tree_flatten_with_path(args)[0]
-    devices = _devices(args)
+    devices = devices_of(args)
     kind = devices[0]
     flags = [f"XLA_FLAGS={os.environ.get('XLA_FLAGS', '')}"]
     for name in ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion"):
@@ -323,7 +324,7 @@ def _deserialize(payload: bytes, lowered: Any, devices: list[Any]) -> jax.stages
     return serialize_executable.deserialize_and_load(payload, *trees, execution_devices=devices)
 
 
-def _devices(args: tuple[PyTree, ...]) -> list[Any]:
+def devices_of(args: tuple[PyTree, ...]) -> list[Any]:
     """Return the devices that a program for these arguments runs on, in their order."""
     placed = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(args)]
     for sharding in placed:

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 
 from gradhpo import episodes
+from gradhpo.compilation import jit
 from gradhpo.errors import check_same_tree, scalar_loss
 from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.parallel.collectives import gather, same_on_all, spread
@@ -335,7 +336,7 @@ def _constrain_all(mesh: Mesh, batch: PyTree, spec: P) -> PyTree:
     return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, spec))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+@functools.partial(jit, static_argnums=(0, 4, 5))
 def _hypergradient(
     optimizer: DataParallel,
     state: BilevelState,

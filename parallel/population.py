@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gradhpo import convolutions
 from gradhpo.errors import check_count
 from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.parallel import batching as layouts
@@ -46,8 +47,9 @@ class Population:
       mesh: from `make_mesh`; slots are divided over its axis "trial".
       batching: "vmap": all slots at once; "map": one after another; an integer: so many at once;
         "shard": divided over the mesh, all of a device at once; "shard/map", "shard/16": divided,
-        then so. "auto" measures these on a few steps and takes the fastest; afterwards the
-        attribute `batching` names it, and a run that must give the same bits passes that.
+        then so. "auto" measures these on a few steps and takes the fastest ("map" at once where
+        the trials convolve with kernels of their own on a CPU); afterwards the attribute
+        `batching` names it, and a run that must give the same bits passes that.
       data_key: a key from which `problem.data` makes the data shared by all slots; an array of
         `slots` keys makes data for each slot.
       memory: bytes on one device that "fit" may use; by default 90% of what the device has.
@@ -374,7 +376,9 @@ class Population:
 
     def _calibrated(self, *args: Any) -> Layout:
         """Return the fastest layout, measured once for a step key in this process."""
-        found = layouts.candidates(self.slots, self.mesh)
+        found = self._candidates(self.slots, *args)
+        if len(found) == 1:
+            return found[0]
         limit = _memory_limit(self.mesh)
         programs: dict[Layout, Compiled] = {}
         for layout in found:
@@ -388,6 +392,18 @@ class Population:
         with jax.disable_jit(False):
             _FASTEST[first] = layouts.fastest(programs, *args)
         return _FASTEST[first]
+
+    def _candidates(self, slots: int, *args: Any) -> list[Layout]:
+        """Return the layouts that "auto" chooses from, the one that needs the most memory last.
+
+        `vmap` over the kernels of trials groups their convolutions, and a CPU takes groups one
+        after another: then only "map" is left.
+        """
+        found = layouts.candidates(slots, self.mesh)
+        if compiled.devices_of(args)[0].platform == "cpu" and len(found) > 1:
+            program = jax.make_jaxpr(self._generation(CALIBRATION_STEPS, found[-1]))(*args)
+            found = found[:1] if convolutions.grouped(program) else found
+        return found
 
     def _arguments(
         self, state: BilevelState, keys: Any, lr_hyper: Any, check_rate: bool = True
@@ -417,10 +433,9 @@ class Population:
     def _needs(self, slots: int, batching: Batching, steps: int) -> int:
         """Return the bytes on one device of a population of so many slots; nothing is allocated."""
         layout = layouts.parse(batching, slots, self.mesh)
-        layout = layout or layouts.candidates(slots, self.mesh)[-1]  # "vmap" needs the most
         if self._per_slot_data:
             raise ValueError('slots="fit" needs one data_key, shared by all slots')
-        self._layout = layout
+        self._layout = layout or layouts.candidates(slots, self.mesh)[-1]
         data = jax.eval_shape(self.trace_data, self._data_key)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), slots))
         state = jax.eval_shape(self.trace_init, keys, {}, data)
@@ -435,6 +450,7 @@ class Population:
             return jax.tree.map(place, tree)
 
         args = (*placed((state, keys, rates), self.sharding), placed(data, self._replicated()))
+        layout = layout or self._candidates(slots, *args)[-1]
         program = compiled.compile(self._generation(steps, layout), *args, layout=str(layout.name))
         return program.bytes_needed()
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from gradhpo import ema
+from gradhpo.compilation import jit
 from gradhpo.errors import check_count, check_hashable, check_number, stack, stack_length
 from gradhpo.hypergradient import Mode, at_least_float32, norm, validation
 from gradhpo.inner import InnerStep
@@ -267,7 +268,7 @@ def _forward(inner: InnerStep, state: BilevelState, batches: PyTree) -> tuple[Py
     return w_T, before
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+@functools.partial(jit, static_argnums=(0, 4, 5))
 def _theta(
     optimizer: OnlineHypergradientOptimizer,
     state: BilevelState,
