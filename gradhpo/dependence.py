@@ -89,7 +89,7 @@ def dependents(function: Callable[..., PyTree], argument: PyTree, *rest: Any) ->
     """
     jaxpr = jax.make_jaxpr(function)(argument, *rest).jaxpr
     mine = len(jax.tree.leaves(argument))
-    sources: list[Sources] = [1] * mine + [0] * (len(jaxpr.invars) - mine)
+    sources: list[Sources] = [int(i < mine) for i in range(len(jaxpr.invars))]
     return [_union([found]) > 0 for found in _Flow(derivative=True).through(jaxpr, sources)]
 
 

@@ -207,6 +207,7 @@ class DataParallel(BilevelOptimizer):
         """Return the loss of the whole batch, as each device computes it with its part."""
         checked = scalar_loss(name, loss_fn)
 
+        @functools.wraps(loss_fn)
         def loss(params: PyTree, hyperparams: PyTree, batch: PyTree) -> jax.Array:
             local = spread(params, self.axis), spread(hyperparams, self.axis)
             return gather(self._share * checked(*local, batch), self.axis)
@@ -219,6 +220,7 @@ class DataParallel(BilevelOptimizer):
         if own is None:
             return self.optimizer
 
+        @functools.wraps(own)
         def update_fn(params: PyTree, hyperparams: PyTree, batch: PyTree) -> PyTree:
             local = spread(params, self.axis)
             moved = own(local, spread(hyperparams, self.axis), batch)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from gradhpo.forward_mode import refuse_custom_vjp
@@ -69,7 +70,7 @@ class ForwardOptimizer(UnrollingMethod):
         def slope(here: PyTree) -> jax.Array:
             unit = jax.tree.map(lambda mask, x: mask.astype(x.dtype), here, lam)
             z = at_least_float32(jax.jvp(weights, (lam,), (unit,))[1])
-            return optax.tree.vdot(at_least_float32(val.alpha), z)
+            return jnp.asarray(optax.tree.vdot(at_least_float32(val.alpha), z))
 
         instead = "UnrolledOptimizer, which gives the same"
         refuse_custom_vjp("ForwardOptimizer", instead, slope, lam)

@@ -129,27 +129,24 @@ def _conjugate_residuals(hessian: Callable[[PyTree], PyTree], alpha: PyTree, K: 
     Unlike conjugate gradients, which follow the part of α outside of H's range down a slope without
     end, these leave it alone: `xᵀ ∂²L/∂w∂λ` does not see it. They stop where nothing is left of the
     residual but rounding, or that part, or a direction in which H is not positive.
-
-    A scan, because the types of `jax.scipy`'s loop say that its result varies over the devices of
-    a `shard_map`.
     """
     rounding = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(alpha))
-    square = optax.tree.vdot(alpha, alpha)
+    square = _inner(alpha, alpha)
     negligible = rounding**0.75  # of H's norm: what a product leaves of a vector H maps to 0
 
     def iteration(carry: Any, _: None) -> tuple[Any, None]:
         x, residual, direction, image, rho, largest, done = carry
         of_residual = hessian(residual)
-        rr = optax.tree.vdot(residual, residual)
-        stretch = optax.tree.vdot(of_residual, of_residual)
-        new_rho = jnp.asarray(optax.tree.vdot(residual, of_residual))
+        rr = _inner(residual, residual)
+        stretch = _inner(of_residual, of_residual)
+        new_rho = _inner(residual, of_residual)
         largest = jnp.maximum(largest, stretch / jnp.where(rr > 0, rr, 1))
         done |= (rr <= rounding**2 * square) | (stretch <= negligible**2 * largest * rr)
         done |= new_rho <= 0
         turn = jnp.where(done, 0, new_rho / jnp.where(rho > 0, rho, 1))
         direction = _add_scale(residual, turn, direction)
         image = _add_scale(of_residual, turn, image)
-        length = optax.tree.vdot(image, image)
+        length = _inner(image, image)
         step = jnp.where(done, 0, new_rho / jnp.where(length > 0, length, 1))
         x = _add_scale(x, step, direction)
         residual = _add_scale(residual, -step, image)
@@ -158,6 +155,10 @@ def _conjugate_residuals(hessian: Callable[[PyTree], PyTree], alpha: PyTree, K: 
     nothing, zero = optax.tree.zeros_like(alpha), 0 * square
     start = (nothing, alpha, nothing, nothing, zero, zero, square <= 0)
     return jax.lax.scan(iteration, start, length=K)[0][0]
+
+
+def _inner(a: PyTree, b: PyTree) -> jax.Array:
+    return jnp.asarray(optax.tree.vdot(a, b))
 
 
 def _add_scale(a: PyTree, factor: Any, b: PyTree) -> PyTree:
