@@ -93,6 +93,20 @@ def test_the_numbers_of_one_process_from_one_compile(cluster, tmp_path):
     assert_same_tables(result, sweep(tmp_path / "local", **{**changes, "workers": 1}).run())
 
 
+def test_workers_take_the_program_from_a_compilation_cache(cluster, tmp_path):
+    env = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    changes = {"generations": 2, "workers": 2, "env": env}
+    cold, warm = (on_ray(tmp_path / name, **changes).run() for name in ("cold", "warm"))
+    counts = [(r.report.compiles, r.report.loads, r.report.restores) for r in (cold, warm)]
+    assert counts == [(1, 1, 0), (0, 0, 2)]
+    assert warm.report.worker_compiles == [0, 0]
+    assert_same_tables(warm, cold)
+
+
 def test_the_number_of_workers_does_not_matter(cluster, tmp_path, reference):
     for generations, count in ((3, 1), (7, 3), (LONG, 2)):
         result = on_ray(tmp_path, workers=count, generations=generations).run()
