@@ -105,14 +105,14 @@ def _bind_with_tangent(
 
 def _tangent(eqn: Any) -> Tangent | None:
     """Return the derivative that replaces an operation's own; None where that is finite."""
-    if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
-        return None
-    if eqn.primitive is primitives.integer_pow_p:
-        exponent = eqn.params["y"]
-        return _power_tangent(exponent) if exponent < 0 else None
+    tangent = _TANGENTS.get(eqn.primitive)
+    if eqn.primitive is primitives.integer_pow_p and eqn.params["y"] < 0:
+        tangent = _power_tangent(eqn.params["y"])
     if eqn.primitive is primitives.div_p and isinstance(eqn.invars[1], Literal):
         return None  # a mean, say
-    return _TANGENTS.get(eqn.primitive)
+    if tangent is None or not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
+        return None
+    return tangent
 
 
 def _sqrt_tangent(root: jax.Array, tangents: list[Any], x: jax.Array) -> jax.Array:

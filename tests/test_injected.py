@@ -285,6 +285,31 @@ def test_adam_in_an_update_fn_is_finite_at_a_gradient_of_zero(kind):
     assert_close(found, expected)
 
 
+def test_an_update_fn_may_print_and_have_functions_of_its_own():
+    @jax.jit
+    def report(w):
+        jax.debug.callback(seen.append, w[0])
+
+    @jax.custom_vjp
+    def triple(x):
+        return 3 * x
+
+    triple.defvjp(lambda x: (3 * x, None), lambda _, g: (3 * g,))
+
+    def update(w, lam, _):
+        report(w)
+        return jax.checkpoint(lambda w: w - jax.nn.relu(triple(lam)))(w)
+
+    seen = []
+    optimizer = OneStepOptimizer(update_fn=update, outer_optimizer=SGD)
+    losses = (lambda w, lam, _: jnp.sum(w), lambda w, lam, _: jnp.sum(w**2))
+    state = optimizer.init(np.ones(2), np.array([-1.0, 4.0]))
+    found = optimizer.compute_hypergradient(state, None, None, *losses)
+    jax.effects_barrier()
+    assert_close(found, np.array([0.0, -3 * 2 * (1 - 12.0)]))
+    assert [float(x) for x in seen] == [1.0]
+
+
 def test_an_update_fn_keeps_its_own_not_a_number():
     optimizer = OneStepOptimizer(update_fn=lambda w, lam, _: w - jnp.sqrt(lam), outer_optimizer=SGD)
     losses = (lambda w, lam, _: jnp.sum(w), lambda w, lam, _: jnp.sum(w**2))

@@ -143,6 +143,7 @@ FAST_FIRST = [
     pytest.param(name, marks=[pytest.mark.slow] if "scale_by_" in name else []) for name in TAKEN
 ]
 HIDDEN_ROOT = {"radam", "scale_by_radam"}  # autodiff has NaN: see tests/test_awkward.py
+FIRST_ROOT = {*HIDDEN_ROOT, "contrib.mechanize"}  # autodiff has NaN in the first step
 RANDOM = {"add_noise", "noisy_sgd"}  # draw other numbers in another precision
 
 
@@ -251,7 +252,7 @@ def test_unrolled_is_the_derivative_of_all_steps(name):
             return found, exact(inner, train, val, w, lam, state.inner_opt_state, 3)
 
         found, expected = evaluate(both, *start(np.float64))
-        if name in HIDDEN_ROOT:
+        if name in FIRST_ROOT:
             assert np.isfinite(found).all()
             assert np.isnan(expected).all()
         else:
