@@ -52,7 +52,7 @@ def row(
 
     state = prepare(many.init(*task.start()))
     compiled = many.lower_step(state, *batches, *losses).compile()
-    count, moved = collectives(compiled.as_text())
+    count, moved = collectives(str(compiled.as_text()))
     ratio, low, high = paired_ratio(stepper(many), stepper(one), rounds)
     times = f"{ratio:.2f} ({low:.2f}-{high:.2f})"
     efficiency = f"{100 / (ratio * devices):.0f}%"

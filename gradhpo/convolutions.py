@@ -127,7 +127,7 @@ def _by_group(lhs: jax.Array, rhs: jax.Array, out: Any, params: dict[str, Any]) 
     n, alone = groups * batch_groups, {"feature_group_count": 1, "batch_group_count": 1}
     one = jax.ShapeDtypeStruct((*out.shape[:-1], out.shape[-1] // n), out.dtype)
     parts = _split(lhs, n, -1 if groups > 1 else 0), _split(rhs, n, -1)
-    made = lax.map(lambda pair: _form(*pair, one, params | alone), parts)
+    made = lax.map(lambda pair: _form(pair[0], pair[1], one, params | alone), parts)
     return jnp.moveaxis(made, 0, -2).reshape(out.shape)
 
 
