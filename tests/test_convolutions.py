@@ -178,7 +178,7 @@ def test_every_convolution_is_found(kind):
     fast = compilation.jit(function)
     text = str(jax.make_jaxpr(fast)(x, w))
     assert "gradhpo_convolution" in text
-    assert "conv_general_dilated" not in text
+    assert "conv_general_dilated[" not in text
     assert_close(fast(x, w), jax.jit(function)(x, w), rtol=1e-5, atol=1e-5)
 
 
