@@ -20,7 +20,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from gradhpo.state import PyTree
 
 FOLLOWED = 1024
-"""Elements of a leaf that are followed one by one; a larger leaf is followed as a whole."""
+"""Elements of a leaf that are told from one another; those of a larger leaf are one source."""
+MOST_ELEMENTS = 2**16
+"""Of an array whose elements are followed at all; a larger one passes all of its sources on."""
 
 Sources: TypeAlias = "int | np.ndarray"
 """Where a value comes from: a set of sources, as the bits of an integer, that each of its elements
@@ -32,6 +34,7 @@ _ELEMENTWISE = {
     *("exp", "exp2", "expm1", "integer_pow", "log", "log1p", "logistic", "max", "min", "mul"),
     *("convert_element_type", "neg", "pow", "reduce_precision", "rsqrt", "sin", "sinh", "sqrt"),
     *("square", "sub", "tan", "tanh"),
+    *("spread", "gather_sum"),  # of data parallelism, which joins leaves into one vector
 }
 
 
@@ -75,11 +78,12 @@ def depends_by_coordinate(
         size = math.prod(shape)
         count = size if size <= FOLLOWED else 1
         ids.append(first + np.arange(size).reshape(shape) % max(count, 1))
-        sources.append(ids[-1] if count == size else 1 << first)
+        sources.append(ids[-1] if size <= MOST_ELEMENTS else 1 << first)
         first += count
     sources += [0] * (len(closed.jaxpr.invars) - len(sources))
     found = _union(_Flow(derivative).through(closed.jaxpr, sources))
-    return [np.vectorize(lambda i: bool(found >> i & 1), otypes=[bool])(here) for here in ids]
+    present = np.array([found >> i & 1 for i in range(first)], bool)
+    return [present[here] for here in ids]
 
 
 def dependents(function: Callable[..., PyTree], argument: PyTree, *rest: Any) -> list[bool]:

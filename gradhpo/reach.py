@@ -88,18 +88,17 @@ def _reasons(
     def val(both: tuple[PyTree, PyTree]) -> jax.Array:
         return val_loss(both[0], both[1], val_batch)
 
-    n = len(jax.tree.leaves(w))
-    in_val = depends(val, (w, lam))
-    sees_weights, direct = any(in_val[:n]), in_val[n:]
-    inner = ways.inner
+    inner, none = ways.inner, [False] * len(jax.tree.leaves(lam))
 
     def move(lam: PyTree) -> PyTree:
         assert inner is not None
         moved = inner(w, s, lam, train_batch)
         return moved.params, moved.opt_state
 
-    none = [False] * len(direct)
     moves = none if inner is None else depends(move, lam, derivative=not ways.by_values)
+    n = len(jax.tree.leaves(w))
+    in_val = depends(val, (w, lam))
+    sees_weights, direct = any(in_val[:n]), in_val[n:]
     reached = [d or (m and sees_weights) for d, m in zip(direct, moves, strict=True)]
     if all(reached):
         return [""] * len(reached)

@@ -29,6 +29,14 @@ def x64():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def only_x64():
+    """Compute in float64 in all of a module: what its tests trace is traced once."""
+    with jax.enable_x64(True):
+        yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget():
     """Forget compiled programs after each file: they hold memory maps, and Linux allows 65530.

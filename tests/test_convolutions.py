@@ -312,9 +312,8 @@ def test_data_parallel_convolves_as_one_device(backend):
 
         def loss(params, lam, batch):
             x, y = batch
-            return jnp.mean((predict(params, x) - y) ** 2) + lam["decay"] ** 2 * jnp.sum(
-                params["second"] ** 2
-            )
+            decay = lam["decay"] ** 2 * jnp.sum(params["second"] ** 2)
+            return jnp.mean((predict(params, x) - y) ** 2) + decay + jnp.sum(lam["weights"] ** 2)
 
         ends.append(optimizer.step(state, batches, batches, loss, loss))
     assert_close(ends[0].hyperparams, ends[1].hyperparams, rtol=1e-4, atol=1e-5)

@@ -8,7 +8,7 @@ import pytest
 from gradhpo import DrMADOptimizer, UnrolledOptimizer
 from tests.problems import assert_close
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("only_x64")
 
 H = np.diag([1.0, 0.5, 0.25])
 START = (np.array([0.3, -0.2, 0.1]), np.array([0.5, 0.4, 0.2]))

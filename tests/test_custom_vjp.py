@@ -8,7 +8,7 @@ import pytest
 import gradhpo
 from tests.small import OPTIMIZERS, REFERENCES, UNROLLING, X, Y
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("only_x64")
 
 
 @jax.custom_vjp

@@ -103,6 +103,25 @@ def test_a_large_leaf_is_followed_as_a_whole_and_an_empty_one_depends_on_nothing
     np.testing.assert_array_equal(small, [[False, True], [False, False]])
 
 
+def test_leaves_that_are_joined_and_parted_again_stay_apart():
+    x = {"large": jnp.ones(FOLLOWED + 1), "other": jnp.ones((2, 2)), "unused": jnp.ones(3)}
+
+    def function(x):
+        vector, unravel = ravel_pytree(x)
+        again = unravel(2 * vector)
+        return again["large"].sum() + again["other"][1].sum()
+
+    large, other, unused = depends_by_coordinate(function, x)
+    assert large.all()
+    np.testing.assert_array_equal(other, [[False, False], [True, True]])
+    assert not unused.any()
+
+
+def test_a_leaf_of_hundreds_of_elements_is_followed_one_by_one():
+    (found,) = depends_by_coordinate(lambda x: x[3] + x[200], jnp.ones(300))
+    np.testing.assert_array_equal(np.flatnonzero(found), [3, 200])
+
+
 def test_a_custom_derivative_passes():
     cube = jax.custom_vjp(lambda x: x**3)
     cube.defvjp(lambda x: (x**3, x), lambda x, g: (3 * x * x * g,))

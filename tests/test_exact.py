@@ -19,7 +19,7 @@ from gradhpo import (
 from tests import problems
 from tests.problems import Exact, as_jax, assert_close, assert_same_bits
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("only_x64")
 
 LR_HYPER = 0.05
 OUTER = optax.sgd(LR_HYPER)

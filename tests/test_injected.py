@@ -15,9 +15,10 @@ from gradhpo.dependence import dependents
 from tests import problems
 from tests.problems import assert_close
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("only_x64")
 
 LAM = {"loss": problems.LAM0, "rate": np.full((), -2.0)}
+IN_LOSS = {"loss": problems.LAM0}
 SGD = optax.sgd(0.1)
 
 
@@ -98,7 +99,7 @@ def test_every_method_sees_an_injected_rate_that_the_loss_shares(name):
     found = []
     for make in (injected, momentum):
         optimizer = METHODS[name](lambda lam, make=make: make(jnp.exp(lam["loss"][0] - 3)))
-        state = optimizer.init(problems.W0, LAM)
+        state = optimizer.init(problems.W0, IN_LOSS)
         for rows in problems.TRAIN[:2]:
             state = optimizer.step(state, rows, problems.VAL, *LOSSES)
         found.append((state.params, state.hyperparams))
@@ -116,7 +117,7 @@ def test_implicit_refuses_an_injected_rate():
 
 def test_injected_numbers_that_do_not_depend_on_lambda_stay_as_they_are_in_the_state():
     optimizer = OneStepOptimizer(lambda lam: optax.inject_hyperparams(optax.sgd)(0.1), SGD)
-    state = optimizer.init(problems.W0, LAM)
+    state = optimizer.init(problems.W0, IN_LOSS)
     state.inner_opt_state.hyperparams["learning_rate"] = jnp.asarray(0.0)
     moved = optimizer.step(state, problems.TRAIN[0], problems.VAL, *LOSSES)
     assert_close(moved.params, problems.W0)
@@ -197,7 +198,7 @@ LOOKING = {
 def test_an_outer_optimizer_looks_at_the_validation_loss(name):
     outer = LOOKING[name]
     optimizer = OneStepOptimizer(SGD, outer)
-    state = optimizer.init(problems.W0, LAM)
+    state = optimizer.init(problems.W0, IN_LOSS)
     lam, outer_state = state.hyperparams, outer.init(state.hyperparams)
     for rows in problems.TRAIN[:3]:
         g = optimizer.compute_hypergradient(state, rows, problems.VAL, *LOSSES)

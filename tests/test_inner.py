@@ -19,7 +19,7 @@ from gradhpo.finite_derivatives import with_finite_derivatives
 from tests import problems
 from tests.problems import as_jax, assert_close
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("only_x64")
 
 QUADRATIC = (problems.quadratic_train, problems.quadratic_val)
 FROZEN = optax.sgd(0.0)

@@ -11,7 +11,7 @@ import pytest
 import gradhpo
 from tests.small import BATCH, RNG
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("only_x64")
 
 PAGE = Path(__file__).parent.parent / "docs" / "schedules.md"
 LAM = {

@@ -33,7 +33,7 @@ from tests.test_inner import (
     without_dead_units,
 )
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("only_x64")
 
 QUADRATIC = (problems.quadratic_train, problems.quadratic_val)
 NETWORK = (problems.mlp_train, problems.mlp_val)

@@ -12,7 +12,7 @@ from gradhpo import OnlineHypergradientOptimizer, T1T2Optimizer
 from tests import problems
 from tests.problems import Exact, assert_close, assert_same_bits
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("only_x64")
 
 QUADRATIC = (problems.quadratic_train, problems.quadratic_val)
 
