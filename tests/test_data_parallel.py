@@ -163,7 +163,8 @@ def reductions(optimizer):
 
 @pytest.mark.parametrize(
     ("name", "needed"),
-    [("first-order", 2), ("one-step", 3), ("t1t2", 3), ("hyperdistill", 3)],
+    # T1-T2 has one more, in a branch for outsized weights.
+    [("first-order", 2), ("one-step", 3), ("t1t2", 4), ("hyperdistill", 3)],
 )
 def test_a_step_reduces_once_for_each_gradient(name, needed):
     assert reductions(data_parallel(build(name), make_mesh(data=4))) == needed
@@ -182,6 +183,7 @@ def test_greedys_reductions_do_not_grow_with_its_unroll():
     assert counts[3] == counts[6] > 0
 
 
+@pytest.mark.filterwarnings("ignore:.*'decay'. gets no hypergradient")  # these losses have none
 @pytest.mark.parametrize("backend", ["shard_map", "pmap"])
 def test_losses_that_sum(backend, x64):
     def sums(loss):
@@ -245,6 +247,7 @@ def test_an_optimizer_that_uses_its_part_of_the_batch(backend, x64):
     assert_close(jax.device_get(averaged), jax.device_get(one), atol=1e-13)
 
 
+@pytest.mark.filterwarnings("ignore:.*'decay'. gets no hypergradient")  # these losses have none
 @pytest.mark.parametrize("backend", ["shard_map", "pmap"])
 def test_statistics_of_the_whole_batch_inside_a_loss(backend, x64):
     def centred(mean):
@@ -372,6 +375,7 @@ def test_a_hundred_million_hyperparameters_take_a_step():
     np.testing.assert_allclose(moved[1], -expected[rows(0)["index"]], rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.filterwarnings("ignore:.*'decay'. gets no hypergradient")  # these losses have none
 def test_a_padded_batch_gives_the_mean_of_its_rows(x64):
     uneven = jax.tree.map(lambda x: x[:13], rows(0))
     padded, weights = pad_batch(uneven, 4)

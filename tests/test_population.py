@@ -80,8 +80,9 @@ def test_slots_are_runs_of_solve(name, x64):
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [(name, layout) for name in OPTIMIZERS for layout in LAYOUTS if layout != "vmap"]
-    + [(name, "trial-data-chunk") for name in REFERENCES],
+    [("one-step", layout) for layout in LAYOUTS if layout != "vmap"]
+    + [("hyperdistill", layout) for layout in ("map", "shard-map", "trial-data")]
+    + [(name, "trial-data-chunk") for name in [*OPTIMIZERS, *REFERENCES] if name != "one-step"],
 )
 def test_layouts_agree(name, layout, x64):
     one, rate = population(name)

@@ -50,7 +50,7 @@ def built(name):
 
 
 def everything(name, trials):
-    """Return what a method gives in `step` and `solve`, and a quick one in `run` and a population."""
+    """Return what a method gives in `step` and `solve`; in `run` and a population, if quick."""
     optimizer, rate = built(name)
     losses, lr_hyper = (train_loss, val_loss), {"lr_hyper": rate[0]} if rate else {}
     first = optimizer.init(*start(KEY))
