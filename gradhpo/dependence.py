@@ -28,7 +28,7 @@ Sources: TypeAlias = "int | np.ndarray"
 """Where a value comes from: a set of sources, as the bits of an integer, that each of its elements
 may come from; or an array of its shape, with the one source of each element, and -1 for none."""
 
-_NO_DERIVATIVE = {"stop_gradient", "floor", "ceil", "round", "sign", "nextafter"}
+_NO_DERIVATIVE = {"stop_gradient", "floor", "ceil", "round", "sign"}
 _ELEMENTWISE = {
     *("abs", "add", "add_any", "cbrt", "copy", "copy_p", "cos", "cosh", "div", "erf", "erfc"),
     *("exp", "exp2", "expm1", "integer_pow", "log", "log1p", "logistic", "max", "min", "mul"),
@@ -69,32 +69,65 @@ def depends_by_coordinate(
       An array of bools of each leaf's shape. A leaf of more than `FOLLOWED` elements is followed as
       a whole: True everywhere or nowhere.
     """
-    closed = jax.make_jaxpr(function)(argument, *rest)
-    sources: list[Sources] = []
-    ids: list[np.ndarray] = []
-    first = 0
-    for leaf in jax.tree.leaves(argument):
-        shape = jnp.shape(leaf)
-        size = math.prod(shape)
+    leaves, ids, first = jax.tree.leaves(argument), list[np.ndarray](), 0
+    for leaf in leaves:
+        shape, size = jnp.shape(leaf), math.prod(jnp.shape(leaf))
         count = size if size <= FOLLOWED else 1
         ids.append(first + np.arange(size).reshape(shape) % max(count, 1))
-        sources.append(ids[-1] if size <= MOST_ELEMENTS else 1 << first)
         first += count
-    sources += [0] * (len(closed.jaxpr.invars) - len(sources))
-    found = _union(_Flow(derivative).through(closed.jaxpr, sources))
+    found = _union(_followed(function, (argument, *rest), ids, derivative))
     present = np.array([found >> i & 1 for i in range(first)], bool)
     return [present[here] for here in ids]
 
 
-def dependents(function: Callable[..., PyTree], argument: PyTree, *rest: Any) -> list[bool]:
+def influences(
+    function: Callable[..., PyTree], arguments: Sequence[Any], *, derivative: bool = True
+) -> list[set[int]]:
+    """Return for each leaf of `function(*arguments)` on which leaves of `arguments` it depends.
+
+    Args:
+      function: traceable; it may close over traced arrays.
+      arguments: pytrees of arrays, or of their shapes and dtypes.
+      derivative: as for `depends`; counts, flags and keys are then on neither side.
+    """
+    leaves = jax.tree.leaves(tuple(arguments))
+    counts = [not derivative or jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+    ids = [np.asarray(i if c else -1) for i, c in enumerate(counts)]
+    found = [_union([sources]) for sources in _followed(function, arguments, ids, derivative)]
+    return [{i for i in range(len(leaves)) if bits >> i & 1} for bits in found]
+
+
+def dependents(
+    function: Callable[..., PyTree], argument: PyTree, *rest: Any, derivative: bool = True
+) -> list[bool]:
     """Return for each leaf of `function(argument, *rest)` whether it depends on `argument`.
 
-    As `depends`, seen from the other end: through derivatives, so counts, flags and keys do not.
+    As `depends`, seen from the other end: by derivatives, so counts, flags and keys do not; or by
+    values.
     """
-    jaxpr = jax.make_jaxpr(function)(argument, *rest).jaxpr
-    mine = len(jax.tree.leaves(argument))
-    sources: list[Sources] = [int(i < mine) for i in range(len(jaxpr.invars))]
-    return [_union([found]) > 0 for found in _Flow(derivative=True).through(jaxpr, sources)]
+    ids = [np.zeros((), int)] * len(jax.tree.leaves(argument))
+    found = _followed(function, (argument, *rest), ids, derivative)
+    return [_union([sources]) > 0 for sources in found]
+
+
+def _followed(
+    function: Callable[..., PyTree],
+    arguments: Sequence[Any],
+    ids: Sequence[np.ndarray],
+    derivative: bool,
+) -> list[Sources]:
+    """Return the sources of the outputs, `ids` being those of the first leaves of the arguments.
+
+    Each is an array of a leaf's shape, or of one source for all of its elements.
+    """
+    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    inputs: list[Sources] = [0] * len(jaxpr.invars)
+    for i, (var, of_leaf) in enumerate(zip(jaxpr.invars, ids, strict=False)):
+        small = math.prod(var.aval.shape) <= MOST_ELEMENTS
+        inputs[i] = np.broadcast_to(of_leaf, var.aval.shape) if small else _union([of_leaf])
+    flow = _Flow(derivative)
+    outputs = flow.through(jaxpr, inputs)
+    return [_union(inputs)] * len(outputs) if flow.lost else outputs
 
 
 class _Flow:
@@ -102,6 +135,8 @@ class _Flow:
 
     def __init__(self, derivative: bool) -> None:
         self.derivative = derivative
+        self.lost = False
+        """Whether values went through a mutable reference, where they are not followed."""
 
     def through(self, jaxpr: Jaxpr, inputs: Sequence[Sources]) -> list[Sources]:
         """Return the sources of a jaxpr's outputs, from those of its inputs."""
@@ -111,6 +146,7 @@ class _Flow:
             return 0 if isinstance(atom, Literal) else known.get(atom, 0)
 
         for eqn in jaxpr.eqns:
+            self.lost |= any(hasattr(atom.aval, "inner_aval") for atom in eqn.invars)
             outputs = self._equation(eqn, [read(atom) for atom in eqn.invars])
             known.update(
                 (var, sources if self._passes(var.aval) else 0)
@@ -135,6 +171,8 @@ class _Flow:
             # The body of a `shard_map` sees parts of its inputs.
             pairs = zip(inputs, zip(eqn.invars, body.invars, strict=True), strict=True)
             outputs = self.through(body, [s if _alike(pair) else _union([s]) for s, pair in pairs])
+            if name.startswith("custom_") and _union(outputs) != _union(inputs):
+                outputs = None  # its own rule may lead where its body does not: a rounding, say
         else:
             outputs = _elements(eqn, inputs)
         return [_union(inputs)] * len(eqn.outvars) if outputs is None else outputs
@@ -214,6 +252,9 @@ def _alike(pair: tuple[Any, Any]) -> bool:
 
 def _elements(eqn: Any, inputs: list[Sources]) -> Sequence[Sources] | None:
     """Return the sources of an operation that moves single elements or acts on each; or None."""
+    sizes = [math.prod(atom.aval.shape) for atom in [*eqn.invars, *eqn.outvars]]
+    if max(sizes) > MOST_ELEMENTS or all(isinstance(sources, int) for sources in inputs):
+        return None
     given: list[np.ndarray] = []
     for atom, sources in zip(eqn.invars, inputs, strict=True):
         if isinstance(sources, int) and sources:

@@ -125,26 +125,35 @@ def gradient_difference(
     return jax.tree.map(slope, plus, minus)
 
 
-def difference_in_two_parts(
-    gradient: Callable[[PyTree], PyTree],
+def mixed_difference(
+    loss_fn: LossFn,
     params: PyTree,
+    hyperparams: PyTree,
+    batch: PyTree,
     u: PyTree,
     train_gradient: PyTree,
     eps: float | None,
 ) -> PyTree:
-    """Return `gradient_difference` along `u`, with a difference of its own along its outsized part.
+    """Return `∇_λ ⟨u, ∇_w L⟩` by a difference along `u`, and exactly along its outsized part.
 
     Adam divides by 1e-8 for a weight that has never had a gradient, such as an embedding row that
     no batch has used: there `u` is out of all proportion, and would take the whole step of a
     difference, so that nothing of the rest is left after rounding. Most often the mixed derivative
-    is 0 there, but not where λ = 0 switches a term of the loss off: what it is, the second
-    difference tells. It is taken only where there is such a weight, in any slot of a population.
+    is 0 there, but not where λ = 0 switches a term of the loss off. A difference of its own would
+    turn rounding into a number as large as `u`, so that part is taken by "forward-over-reverse",
+    and only where there is such a weight, in any slot of a population.
     """
+
+    def grad_lambda(w: PyTree) -> PyTree:
+        return jax.grad(loss_fn, argnums=1)(w, hyperparams, batch)
+
     live, outsized = _in_two_parts(u, train_gradient)
-    rest = gradient_difference(gradient, params, live, eps)
+    rest = gradient_difference(grad_lambda, params, live, eps)
 
     def added() -> PyTree:
-        return optax.tree.add(rest, gradient_difference(gradient, params, outsized, eps))
+        point = (params, hyperparams, batch, outsized, None)
+        (exact,) = second_order(loss_fn, *point, "forward-over-reverse", (1,))
+        return optax.tree.add(rest, exact)
 
     there = jax.tree.reduce(jnp.logical_or, jax.tree.map(lambda d: jnp.any(d != 0), outsized))
     return jax.lax.cond(_anywhere(there), added, lambda: rest)

@@ -193,7 +193,11 @@ class BilevelOptimizer(abc.ABC):
         val_loss_fn: LossFn,
         lr_hyper: Any = None,
     ) -> BilevelState:
-        """Take the step of `step` as a pure function, for use inside another traced program."""
+        """Take the step of `step` as a pure function, for use inside another traced program.
+
+        In a loop of one's own around it, XLA's CPU compiler runs convolutions slowly: `solve`,
+        `run` and a population bring them into the fast form first.
+        """
         done = self.estimate(state, train_batch, val_batch, train_loss_fn, val_loss_fn)
         chex.assert_rank([done.train_loss, done.val_loss], 0)
         check_same_tree("hypergradient", done.hypergradient, "hyperparams", state.hyperparams)
@@ -393,7 +397,7 @@ class HypergradientMethod(BilevelOptimizer):
             name, outer = "outer_optimizer", self.outer_optimizer
             return updated(name, outer, g, outer_opt_state, hyperparams, jnp.zeros(()))[0]
 
-        return dependents(moved, hyperparams)
+        return dependents(moved, hyperparams, derivative=False)  # a sign has none, and moves
 
     def _first_inner_state(self, params: PyTree, lam: PyTree, outer_state: PyTree) -> PyTree:
         inner, nothing = self.inner_optimizer, jnp.zeros(())

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from gradhpo.dependence import depends
+from gradhpo.dependence import depends, influences
 from gradhpo.errors import UnreachedWarning, scalar_loss, warn_user
 from gradhpo.inner import InnerStep
 from gradhpo.state import BilevelState, LossFn, PyTree
@@ -55,12 +55,12 @@ def check_reach(
       ValueError: if no leaf that should move reaches the validation loss.
     """
     paths = [f"hyperparams{keystr(p)}" for p, _ in tree_flatten_with_path(state.hyperparams)[0]]
-    told, question = _told(losses), (ways.method, _step_key(ways.inner), *paths)
+    moving = ways.tuned()
+    told, question = _told(losses), (ways.method, _step_key(ways.inner), *moving, *paths)
     if question in told:
         return
     reasons = _reasons(ways, state, train_batch, val_batch, losses)
     if any(reasons):
-        moving = ways.tuned()
         silent = [
             f"{path} gets no hypergradient: {why}"
             for path, why, moves in zip(paths, reasons, moving, strict=True)
@@ -84,32 +84,43 @@ def _reasons(
     """Return for each leaf of λ why it gets no hypergradient; empty where it gets one."""
     w, s, lam = state.params, state.inner_opt_state, state.hyperparams
     val_loss = scalar_loss("val_loss_fn", losses[1])
+    inner, leaves = ways.inner, jax.tree.leaves(lam)
+    none = [False] * len(leaves)
 
-    def val(both: tuple[PyTree, PyTree]) -> jax.Array:
-        return val_loss(both[0], both[1], val_batch)
-
-    inner, none = ways.inner, [False] * len(jax.tree.leaves(lam))
-
-    def move(lam: PyTree) -> PyTree:
+    def move(w: PyTree, s: PyTree, lam: PyTree) -> tuple[PyTree, PyTree]:
         assert inner is not None
         moved = inner(w, s, lam, train_batch)
         return moved.params, moved.opt_state
 
-    moves = none if inner is None else depends(move, lam, derivative=not ways.by_values)
+    def move_by(lam: PyTree) -> PyTree:
+        return move(w, s, lam)
+
+    def val(both: tuple[PyTree, PyTree]) -> jax.Array:
+        return val_loss(both[0], both[1], val_batch)
+
+    derivative = not ways.by_values
+    behind = [] if inner is None else influences(move, (w, s, lam), derivative=derivative)
     n = len(jax.tree.leaves(w))
     in_val = depends(val, (w, lam))
-    sees_weights, direct = any(in_val[:n]), in_val[n:]
-    reached = [d or (m and sees_weights) for d, m in zip(direct, moves, strict=True)]
+    seen = _leading_to({i for i in range(n) if in_val[i]}, behind)
+    before, direct = len(behind), in_val[n:]
+    moves = [any(before + i in of for of in behind) for i in range(len(leaves))]
+    reached = [
+        d or leaf.size == 0 or any(before + i in behind[x] for x in seen if x < before)
+        for i, (d, leaf) in enumerate(zip(direct, leaves, strict=True))
+    ]
     if all(reached):
         return [""] * len(reached)
     shown = depends(val, (w, lam), derivative=False)[n:]
-    used = none if inner is None else depends(move, lam, derivative=False)
+    used = none if inner is None else depends(move_by, lam, derivative=False)
 
     def reason(i: int) -> str:
         if reached[i]:
             return ""
         if inner is None:
             return "this method differentiates val_loss_fn alone, which does not use it"
+        if moves[i] and any(in_val[:n]):
+            return "it moves only weights that val_loss_fn does not read"
         if moves[i]:
             return "val_loss_fn has no gradient in the weights, which it moves: is it an accuracy?"
         if used[i] or shown[i]:
@@ -118,6 +129,21 @@ def _reasons(
         return "neither the update of the weights nor val_loss_fn uses it"
 
     return [reason(i) for i in range(len(reached))]
+
+
+def _leading_to(leaves: set[int], behind: list[set[int]]) -> set[int]:
+    """Return the leaves of a state from which, in any number of steps, one of `leaves` is reached.
+
+    Args:
+      leaves: indices of leaves of the state.
+      behind: for each leaf of the next state, the leaves that it depends on.
+    """
+    while True:
+        more = leaves.union(*(behind[leaf] for leaf in leaves if leaf < len(behind)))
+        more = {leaf for leaf in more if leaf < len(behind)} | leaves
+        if more == leaves:
+            return leaves
+        leaves = more
 
 
 _TOLD: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, set[tuple[Any, ...]]]] = (

@@ -15,7 +15,7 @@ MANY = 3
 """Functions made by one piece of code that are compiled before a word is said."""
 
 Functions = dict[tuple[str, CodeType], list[Any]]
-"""By argument and code, the functions for which a step was compiled."""
+"""By argument and code, weak references to the functions for which a step was compiled."""
 
 _COMPILED: dict[int, Functions] = {}
 """By the identity of the optimizer, as long as it lives: an equal one may have another problem."""
@@ -30,9 +30,10 @@ def note_compile(optimizer: Any, train_loss_fn: LossFn, val_loss_fn: LossFn) -> 
     for name, loss in (("train_loss_fn", train_loss_fn), ("val_loss_fn", val_loss_fn)):
         code = _code(loss)
         seen = [] if code is None else compiled.setdefault((name, code), [])
-        if code is None or len(seen) == MANY or any(loss is other for other in seen):
+        function = inspect.unwrap(loss)
+        if code is None or len(seen) == MANY or any(function == other() for other in seen):
             continue
-        seen.append(loss)
+        seen.append(_reference(function))
         if len(seen) == MANY:
             warn_user(
                 f"{type(optimizer).__name__} has compiled its step {MANY} times for {name} "
@@ -49,6 +50,15 @@ def _of(optimizer: Any) -> Functions:
         _COMPILED[identity] = {}
         weakref.finalize(optimizer, _COMPILED.pop, identity)
     return _COMPILED[identity]
+
+
+def _reference(function: Any) -> Any:
+    """Return what gives the function as long as it lives."""
+    try:
+        kind: Any = weakref.WeakMethod if inspect.ismethod(function) else weakref.ref
+        return kind(function)
+    except TypeError:  # an object without weak references
+        return lambda: function
 
 
 def _code(loss: Any) -> CodeType | None:

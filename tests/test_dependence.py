@@ -7,7 +7,13 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from gradhpo.dependence import FOLLOWED, dependents, depends, depends_by_coordinate
+from gradhpo.dependence import (
+    FOLLOWED,
+    dependents,
+    depends,
+    depends_by_coordinate,
+    influences,
+)
 
 UNRAVEL = ravel_pytree({"rate": jnp.zeros(()), "decay": jnp.zeros((2, 1))})[1]
 
@@ -122,10 +128,47 @@ def test_a_leaf_of_hundreds_of_elements_is_followed_one_by_one():
     np.testing.assert_array_equal(np.flatnonzero(found), [3, 200])
 
 
-def test_a_custom_derivative_passes():
-    cube = jax.custom_vjp(lambda x: x**3)
-    cube.defvjp(lambda x: (x**3, x), lambda x, g: (3 * x * x * g,))
-    assert depends_by_coordinate(lambda x: cube(x)[1], jnp.ones(3))[0].any()
+@jax.custom_jvp
+def straight_through(x):
+    """Rounds, and has the derivative of x."""
+    return jnp.round(x)
+
+
+straight_through.defjvp(lambda primals, tangents: (jnp.round(primals[0]), tangents[0]))
+cube = jax.custom_vjp(lambda x: x**3)
+cube.defvjp(lambda x: (x**3, x), lambda x, g: (3 * x * x * g,))
+
+
+@pytest.mark.parametrize("function", [straight_through, cube, jax.nn.softplus])
+def test_a_custom_derivative_passes(function):
+    assert depends_by_coordinate(lambda x: function(x)[1], jnp.ones(3))[0][1]
+    assert not depends_by_coordinate(lambda x: jax.lax.stop_gradient(function(x)), 1.0)[0].any()
+
+
+def test_values_behind_a_mutable_reference_are_taken_to_depend_on_everything():
+    def function(x):
+        ref = jax.new_ref(jnp.zeros(3))
+        ref[...] = x
+        return ref[...].sum()
+
+    assert depends(function, jnp.ones(3)) == [True]
+
+
+def test_large_arrays_are_not_followed_element_by_element():
+    def function(x, y):
+        return x["rate"] * y + x["none"][0]
+
+    x, large = {"rate": jnp.ones(()), "none": jnp.ones(2)}, jnp.ones(2**20)
+    assert depends(function, x, large) == [True, True]
+
+
+def test_influences_tell_every_input_from_every_output():
+    def function(w, s, lam):
+        return {"a": w["a"] * lam, "b": w["b"] + s[0]}, (s[0] * 0.9, s[1] + 1)
+
+    w, s = {"a": jnp.ones(2), "b": jnp.ones(2)}, (jnp.ones(2), jnp.int32(0))
+    # Leaves: w.a, w.b, s[0], the count s[1], λ.
+    assert influences(function, (w, s, jnp.ones(()))) == [{0, 4}, {1, 2}, {2}, set()]
 
 
 def test_dependents_are_the_outputs_behind_an_argument():

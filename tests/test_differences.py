@@ -288,7 +288,36 @@ def test_a_term_switched_off_by_lambda_is_seen_behind_adam(lam, slots):
     np.testing.assert_allclose(found[1], found[0], rtol=1e-2)
 
 
-def test_a_second_difference_stays_a_branch_under_vmap():
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("eps", [None, 1e-2, 1e-4])
+def test_a_unit_dead_on_the_training_batch_alone_adds_nothing(eps, wide):
+    """Its weights have no gradient and no mixed derivative, and a validation gradient."""
+    x_train, x_val = np.array([[1.0], [2.0], [1.5]]), np.array([[-1.0], [2.0]])
+    y_train, y_val = np.array([0.5, 1.0, 0.2]), np.array([1.0, 0.3])
+
+    def predict(w, x):
+        return jax.nn.relu(x @ w["a"]) @ w["o"]
+
+    def train(w, lam, batch):
+        errors = (predict(w, x_train.astype(w["o"].dtype)) - y_train.astype(w["o"].dtype)) ** 2
+        return jnp.mean(jax.nn.sigmoid(lam) * errors)
+
+    def val(w, lam, batch):
+        return jnp.mean((predict(w, x_val.astype(w["o"].dtype)) - y_val.astype(w["o"].dtype)) ** 2)
+
+    found = []
+    with jax.enable_x64(wide):
+        for kind, more in ((OneStepOptimizer, {}), (T1T2Optimizer, {"eps": eps})):
+            optimizer = kind(optax.adam(0.1), **more)
+            w = {"a": jnp.array([[0.5, -0.7]]), "o": jnp.array([0.6, 0.8])}
+            state = optimizer.init(w, jnp.array([0.1, -0.2, 0.3]))
+            for _ in range(3):
+                state = optimizer.step(state, 0.0, 0.0, train, val, 0.0)
+            found.append(optimizer.compute_hypergradient(state, 0.0, 0.0, train, val))
+    np.testing.assert_allclose(found[1], found[0], rtol=0.02, atol=3e-4)
+
+
+def test_the_exact_part_stays_a_branch_under_vmap():
     optimizer = T1T2Optimizer(optax.adam(0.1), optax.sgd(0.0))
     weights = {"on": jnp.ones(2), "off": jnp.ones(2), "empty": jnp.zeros(0)}
     state = jax.tree.map(lambda x: jnp.stack([x, x]), optimizer.init(weights, jnp.ones(())))

@@ -16,6 +16,7 @@ from tests.small import BATCH, OPTIMIZERS, OUTER, REFERENCES, run_arguments
 from tests.small import build as small
 
 METHODS = [*OPTIMIZERS, *REFERENCES]
+W2 = jnp.array([0.5, -0.4])
 WEIGHTS = jnp.array([0.5, -0.4, 0.8])
 LAM = {"decay": jnp.asarray(-1.0), "nobody": jnp.ones(2)}
 
@@ -163,6 +164,67 @@ def test_a_leaf_that_the_outer_optimizer_holds_fixed_is_not_told():
     assert told(lambda: step(still, "blocked")) == []  # a sweep searches it
 
 
+def test_a_leaf_that_is_freed_later_is_told_then():
+    pair = losses("unused")
+    held = optax.multi_transform(
+        {"tuned": OUTER, "held": optax.set_to_zero()}, {"decay": "tuned", "nobody": "held"}
+    )
+    for outer, n in ((held, 0), (OUTER, 1)):
+        optimizer = gradhpo.OneStepOptimizer(optax.sgd(0.1), outer)
+        texts = told(
+            lambda optimizer=optimizer: optimizer.step(
+                optimizer.init(WEIGHTS, LAM), BATCH, BATCH, *pair
+            )
+        )
+        assert len(texts) == n
+
+
+@pytest.mark.parametrize("outer", [optax.lion(0.1), optax.sign_sgd(0.1)])
+def test_an_outer_optimizer_that_takes_signs_is_told_too(outer):
+    texts = told(lambda: step(gradhpo.OneStepOptimizer(optax.sgd(0.1), outer), "used"))
+    assert len(texts) == 1
+
+
+def test_a_leaf_that_moves_only_weights_that_validation_does_not_read_is_told():
+    def train(w, lam, batch):
+        return jnp.sum((w["seen"] - lam["seen"]) ** 2) + lam["unseen"] * jnp.sum(w["unseen"] ** 2)
+
+    def val(w, lam, batch):
+        return jnp.sum(w["seen"] ** 2)
+
+    def run(train):
+        optimizer = gradhpo.OneStepOptimizer(optax.adam(0.1), OUTER)
+        lam = {"seen": jnp.ones(2), "unseen": jnp.ones(()), "empty": jnp.ones((0, 3))}
+        optimizer.step(optimizer.init({"seen": W2, "unseen": W2}, lam), 0.0, 0.0, train, val)
+
+    ((text, _),) = told(lambda: run(train))
+    assert (
+        "'unseen'] gets no hypergradient: it moves only weights that val_loss_fn does not" in text
+    )
+    assert "'empty'" not in text
+
+    def by_the_way(w, lam, batch):  # the weights that it moves lead on
+        return train(w, lam, batch) + jnp.sum(w["unseen"] * w["seen"])
+
+    assert told(lambda: run(by_the_way)) == []
+
+
+def test_a_quantized_model_with_a_straight_through_estimate_is_not_refused():
+    @jax.custom_vjp
+    def quantized(w):
+        return jnp.round(4 * w) / 4
+
+    quantized.defvjp(lambda w: (quantized(w), None), lambda _, g: (g,))
+    train, val = losses("unused")
+    lam = {"decay": LAM["decay"]}
+    optimizer = gradhpo.OneStepOptimizer(optax.sgd(0.1), OUTER)
+    g = optimizer.compute_hypergradient(
+        optimizer.init(WEIGHTS, lam), BATCH, BATCH,
+        lambda w, lam, b: train(quantized(w), lam, b), lambda w, lam, b: val(quantized(w), lam, b),
+    )  # fmt: skip
+    assert g["decay"] != 0
+
+
 def test_differences_in_lambda_see_what_has_no_derivative():
     def update(w, lam, batch):
         return w * (1 - 0.01 * jnp.exp(jax.lax.stop_gradient(lam["decay"])))
@@ -215,6 +277,27 @@ def test_losses_defined_once_are_not_told_of_whatever_the_shapes():
     for rows in range(2, 8):
         batch = jax.tree.map(lambda x, rows=rows: x[:rows], BATCH)
         optimizer.step(optimizer.init(WEIGHTS, lam), batch, batch, *pair)
+
+
+class Model:
+    """Losses as bound methods, which are new objects at every look."""
+
+    def train(self, w, lam, batch):
+        return scaled(1.0, w, lam, batch)
+
+    def val(self, w, lam, batch):
+        return scaled(2.0, w, lam, batch)
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_other_shapes_of_batches_are_not_losses_redefined(divided):
+    optimizer = gradhpo.OneStepOptimizer(optax.sgd(0.1), OUTER)
+    if divided:
+        optimizer = data_parallel(optimizer, make_mesh(data=2))
+    model, state = Model(), optimizer.init(WEIGHTS, jnp.zeros(()))
+    for rows in (2, 4, 6, 8):
+        batch = jax.tree.map(lambda x, rows=rows: x[:rows], BATCH)
+        optimizer.compute_hypergradient(state, batch, batch, model.train, model.val)
 
 
 def test_finite_tells_a_divergence_in_ones_own_loop():

@@ -17,7 +17,7 @@ from jax.tree_util import keystr, tree_flatten_with_path
 
 from gradhpo.dependence import depends_by_coordinate
 from gradhpo.errors import check_count, check_number
-from gradhpo.hypergradient import second_order, validation
+from gradhpo.hypergradient import at_least_float32, norm, second_order, validation
 from gradhpo.inner import InnerStep
 from gradhpo.optimizer import Estimate
 from gradhpo.state import BilevelState, LossFn, PyTree
@@ -102,7 +102,13 @@ class ImplicitOptimizer(UnrollingMethod):
 
         hessian = jax.linearize(gradient, moved.params)[1]
         if self.neumann_rate is None:
-            x = _conjugate_residuals(hessian, val.alpha, self.K)
+            # For α of length 1, since squares of small numbers are none in low precision.
+            length = norm(val.alpha)
+            unit = optax.tree.scale(
+                jnp.where(length > 0, 1 / jnp.where(length > 0, length, 1), 0), val.alpha
+            )
+            x = _conjugate_residuals(hessian, optax.tree.cast_like(unit, val.alpha), self.K)
+            x = optax.tree.cast_like(optax.tree.scale(length, x), val.alpha)
         else:
             x = _neumann(hessian, val.alpha, self.K, self.neumann_rate)
 
@@ -158,7 +164,8 @@ def _conjugate_residuals(hessian: Callable[[PyTree], PyTree], alpha: PyTree, K: 
 
 
 def _inner(a: PyTree, b: PyTree) -> jax.Array:
-    return jnp.asarray(optax.tree.vdot(a, b))
+    """Return the inner product, in float32 or better."""
+    return jnp.asarray(optax.tree.vdot(at_least_float32(a), at_least_float32(b)))
 
 
 def _add_scale(a: PyTree, factor: Any, b: PyTree) -> PyTree:

@@ -18,7 +18,7 @@ from gradhpo import ema
 from gradhpo.errors import check_count, check_number
 from gradhpo.hypergradient import (
     coordinate_differences,
-    difference_in_two_parts,
+    mixed_difference,
     validation,
 )
 from gradhpo.inner import InnerStep, Moved
@@ -30,9 +30,10 @@ from gradhpo.state import BilevelState, LossFn, PyTree
 class T1T2Optimizer(HypergradientMethod):
     """T1-T2: One-Step's estimate, with finite differences in place of second derivatives.
 
-    With an `inner_optimizer` it costs two more gradients, whatever the size of λ; and two again at
-    a step where a weight has no gradient and the optimizer divides by its size, as Adam does. With
-    an `update_fn` it shifts every coordinate of λ on its own: 2·dim(λ) evaluations of `update_fn`.
+    With an `inner_optimizer` it costs two more gradients, whatever the size of λ; at a step where a
+    weight has no gradient and the optimizer divides by its size, as Adam does, the part of such
+    weights is taken by a derivative instead. With an `update_fn` it shifts every coordinate of λ on
+    its own: 2·dim(λ) evaluations of `update_fn`.
 
     Args:
       inner_optimizer: an `optax.GradientTransformation`, or a function of λ that returns one.
@@ -132,7 +133,7 @@ class T1T2Optimizer(HypergradientMethod):
             u, loss_bar, direct = pull(alpha)
             if loss_bar is not None:
                 direct = optax.tree.add_scale(direct, loss_bar, grad_lambda(w))
-            mixed = difference_in_two_parts(grad_lambda, w, u, gradient, self.eps)
+            mixed = mixed_difference(inner.train_loss, w, lam, batch, u, gradient, self.eps)
             return optax.tree.add(mixed, direct)
 
         return Moved(params, opt_state, loss), alpha_b
