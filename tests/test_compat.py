@@ -120,8 +120,8 @@ def test_the_demo_runs_unchanged_and_compiles_its_step_once(optimizer, length):
 
 
 def test_the_demo_with_greedy_which_takes_lr_hyper_in_vain():
-    sgd = optax.sgd(0.05)
-    optimizer = GreedyOptimizer(sgd, optax.sgd(3e-3), unroll_steps=5, gamma=0.9)
+    outer = optax.sgd(3e-3)
+    optimizer = GreedyOptimizer(None, outer, unroll_steps=5, gamma=0.9, update_fn=update_fn)
     with pytest.warns(UserWarning, match="ignores lr_hyper"):
         _, seen, _ = play(optimizer, lr_hyper=3e-3)
     assert seen[-1] < seen[0]

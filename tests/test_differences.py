@@ -13,7 +13,11 @@ from gradhpo.hypergradient import coordinate_differences, gradient_difference
 from tests import problems
 from tests.problems import as_jax, assert_close, assert_same_bits
 
-pytestmark = pytest.mark.usefixtures("only_x64")
+pytestmark = [
+    pytest.mark.usefixtures("only_x64"),
+    # One λ serves several inner optimizers, and each uses a part of it.
+    pytest.mark.filterwarnings("ignore::gradhpo.UnreachedWarning"),
+]
 
 rng = np.random.default_rng(1)
 PARAMS = {"W": rng.normal(size=(3, 2)), "b": rng.normal(size=2)}

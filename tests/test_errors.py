@@ -1,5 +1,8 @@
 """Bad input is refused before anything compiles, in words that name the argument."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -272,3 +275,25 @@ def test_an_inner_optimizer_that_is_none():
         gradhpo.OneStepOptimizer(lambda lam: 0.1).init(*start())
     with pytest.raises(TypeError, match="outer_optimizer must be"):
         gradhpo.OneStepOptimizer(optax.sgd(0.1), 0.1)
+
+
+def test_running_statistics_among_the_weights_are_refused_by_name():
+    from flax import nnx
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.norm = nnx.BatchNorm(2, rngs=rngs)
+
+    module = Net(nnx.Rngs(0))
+    optimizer = gradhpo.OneStepOptimizer(optax.sgd(0.1))
+    for params, path in ((module, ".norm.mean"), (nnx.state(module), "['norm']['mean']")):
+        with pytest.raises(TypeError, match=re.escape(f"params{path} is an nnx.BatchStat")):
+            optimizer.init(params, jnp.zeros(2))
+    assert optimizer.init(nnx.state(module, nnx.Param), jnp.zeros(2)).step == 0
+
+
+@pytest.mark.parametrize("kind", [gradhpo.Problem, gradhpo.Solution])
+def test_help_tells_every_field(kind):
+    text = kind.__doc__
+    for field in dataclasses.fields(kind):
+        assert re.search(rf"^      {field.name}: ", text, re.MULTILINE), field.name

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gradhpo import DivergenceWarning, FOOptimizer, OneStepOptimizer
+from gradhpo import DivergenceWarning, FOOptimizer, OneStepOptimizer, UnreachedWarning
 from tests.small import (
     BATCH,
     INNER,
@@ -174,6 +174,7 @@ def test_first_order_run_equals_one_step_where_lambda_is_only_in_validation():
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", UnreachedWarning)  # the decay
         results = [
             run("one-step", cls(INNER), 3, train_loss=plain_loss)
             for cls in (FOOptimizer, OneStepOptimizer)

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import jax
@@ -64,7 +65,9 @@ def test_solve_is_a_loop_of_steps_with_metrics_of_each(name, x64):
 @pytest.mark.parametrize("episode_length", [None, 4])
 @pytest.mark.parametrize("key", [KEY, KEYS], ids=["one", "batch"])
 def test_same_key_same_bits_and_a_resumed_run_too(name, episode_length, key):
-    settings = {"estimation_period": 2} if name == "hyperdistill" else {}
+    settings = {}
+    if name == "hyperdistill":
+        settings = {"estimation_period": 2, "T": episode_length or 20}
     optimizer, _ = build(name, **settings)
     settings = {"episode_length": episode_length} | rate(optimizer)
     whole = solve(PROBLEM, optimizer, 21, key, eval_every=5, **settings)
@@ -138,7 +141,7 @@ def test_host_data_gives_the_bits_of_the_same_data_on_the_device(name):
 @pytest.mark.parametrize("name", ["one-step", "hyperdistill"])
 @pytest.mark.parametrize("kind", ["function", "list", "iterator"])
 def test_host_data_resumes_to_the_same_bits(name, kind):
-    settings = {"T": 3, "estimation_period": 2} if name == "hyperdistill" else {}
+    settings = {"T": 5, "estimation_period": 2} if name == "hyperdistill" else {}
     optimizer, _ = build(name, outer=True, **settings)
     pairs = list(itertools.islice(host_pairs(np.random.default_rng(1)), 300))
     source = {"function": host_pairs, "list": pairs, "iterator": iter(pairs)}[kind]
@@ -148,6 +151,41 @@ def test_host_data_resumes_to_the_same_bits(name, kind):
     again = {"function": host_pairs, "list": pairs, "iterator": iter(pairs)}[kind]
     problem = Problem(start, train_loss, val_loss, batches=again)
     assert_same_bits(solve(problem, optimizer, 90, KEY, episode_length=5), resumed)
+
+
+@pytest.mark.parametrize("make", [jax.random.PRNGKey, jax.random.key])
+def test_host_batches_may_hold_keys(make):
+    """The numbers of a device batch with the same keys, typed or not."""
+
+    def noisy(w, lam, batch):
+        x, y, key = batch
+        return train_loss(w, lam, (x + jax.random.normal(key, x.shape), y))
+
+    keys = [make(i) for i in range(6)]
+    host = Problem(start, noisy, val_loss, batches=[((*BATCH, key), BATCH) for key in keys])
+    optimizer, _ = build("one-step", outer=True)
+    solution = solve(host, optimizer, 6, KEY)
+    state = optimizer.init(*host.start(KEY))
+    for key in keys:
+        state = optimizer.step(state, (*BATCH, key), BATCH, noisy, val_loss)
+    np.testing.assert_allclose(solution.state.params, state.params, rtol=1e-4, atol=1e-6)
+
+
+def test_another_key_does_not_go_on_with_a_solution():
+    optimizer, _ = build("one-step", outer=True)
+    part = solve(PROBLEM, optimizer, 3, KEY)
+    with pytest.raises(ValueError, match="resume must be of a run with this key"):
+        solve(PROBLEM, optimizer, 6, jax.random.key(7), resume=part)
+    by_hand = dataclasses.replace(part, key_data=None)
+    assert solve(PROBLEM, optimizer, 6, jax.random.key(7), resume=by_hand).steps == 6
+
+
+def test_episodes_of_another_length_than_theta_is_estimated_for_are_refused():
+    optimizer, _ = build("hyperdistill", outer=True)
+    with pytest.raises(ValueError, match=r"episode_length=5 and T=20"):
+        solve(PROBLEM, optimizer, 10, KEY, episode_length=5)
+    unit, _ = build("hyperdistill", outer=True, scale="unit")  # needs no θ
+    assert solve(PROBLEM, unit, 10, KEY, episode_length=5).steps == 10
 
 
 def test_host_data_that_ends_early_is_reported_and_what_was_done_is_returned():
