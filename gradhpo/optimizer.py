@@ -353,7 +353,7 @@ class HypergradientMethod(BilevelOptimizer):
         params, hyperparams = jax.tree.map(as_array, (params, hyperparams))
         outer = self.outer_optimizer
         outer_state = None if outer is None else outer.init(hyperparams)
-        inner_state = self._first_inner_state(params, hyperparams, outer_state)
+        inner_state = self._first_inner_state(params, hyperparams)
         return prepare(BilevelState.create(params, hyperparams, inner_state, outer_state))
 
     def advance(
@@ -383,23 +383,25 @@ class HypergradientMethod(BilevelOptimizer):
             type(self).__name__,
             self.inner_step(train_loss_fn) if self.differentiates_inner else None,
             self.by_values,
-            lambda: self._tuned(state.hyperparams, state.outer_opt_state),
+            lambda: self._tuned(state.hyperparams),
         )
         one = jax.tree.map(lambda x: x[0], train_batch) if self.batch_axis else train_batch
         check_reach(ways, state, one, val_batch, (train_loss_fn, val_loss_fn))
 
-    def _tuned(self, hyperparams: PyTree, outer_opt_state: PyTree) -> list[bool]:
+    def _tuned(self, hyperparams: PyTree) -> list[bool]:
         """Return for each leaf of λ whether the outer update moves it by its hypergradient."""
-        if self.outer_optimizer is None:
+        outer = self.outer_optimizer
+        if outer is None:
             return [True] * len(jax.tree.leaves(hyperparams))
 
-        def moved(g: PyTree) -> PyTree:
-            name, outer = "outer_optimizer", self.outer_optimizer
-            return updated(name, outer, g, outer_opt_state, hyperparams, jnp.zeros(()))[0]
+        def moved(g: PyTree, outer_state: PyTree) -> PyTree:
+            return updated("outer_optimizer", outer, g, outer_state, hyperparams, jnp.zeros(()))[0]
 
-        return dependents(moved, hyperparams, derivative=False)  # a sign has none, and moves
+        state = jax.eval_shape(outer.init, hyperparams)
+        # By values: a sign has no derivative, and moves.
+        return dependents(moved, hyperparams, state, derivative=False)
 
-    def _first_inner_state(self, params: PyTree, lam: PyTree, outer_state: PyTree) -> PyTree:
+    def _first_inner_state(self, params: PyTree, lam: PyTree) -> PyTree:
         inner, nothing = self.inner_optimizer, jnp.zeros(())
         if inner is None:
             return None
@@ -412,7 +414,7 @@ class HypergradientMethod(BilevelOptimizer):
             return updated("inner_optimizer", optimizer, params, state, params, nothing)
 
         if self.differentiates_inner and not is_optax(inner):
-            check_initial_state(init_of, move, lam, lambda: self._tuned(lam, outer_state))
+            check_initial_state(init_of, move, lam, lambda: self._tuned(lam))
         return init_of(lam)
 
     def compute_hypergradient(

@@ -456,6 +456,7 @@ def looped_train(w, lam, rows):
     return inside(w, lam)
 
 
+@pytest.mark.filterwarnings("ignore::gradhpo.UnreachedWarning")
 @pytest.mark.parametrize("train", [TUNED_LOSSES[0], looped_train], ids=["plain", "looped"])
 def test_a_hyperparameter_of_the_optimizer_alone_is_refused_by_name(train):
     optimizer = build(ImplicitOptimizer, TUNED["adamw"])
@@ -475,6 +476,7 @@ def test_a_hyperparameter_of_the_optimizer_alone_is_refused_by_name(train):
         optimizer.step(state, STACK[0], VAL, train, TUNED_LOSSES[1], 0.1)
 
 
+@pytest.mark.filterwarnings("ignore::gradhpo.UnreachedWarning")
 def test_a_hyperparameter_that_the_training_gradient_shows_is_accepted():
     # In the loss and the optimizer; in the validation loss alone; nowhere.
     def train(w, lam, rows):
