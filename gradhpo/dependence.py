@@ -161,6 +161,8 @@ class _Flow:
         name = eqn.primitive.name
         nothing = all(isinstance(sources, int) and not sources for sources in inputs)
         outputs: Sequence[Sources] | None
+        # A derivative leads through 0 times λ, and a value does not.
+        nothing |= not self.derivative and name == "mul" and any(map(_is_zero, eqn.invars))
         if nothing or (name in _NO_DERIVATIVE and self.derivative):
             outputs = [0] * len(eqn.outvars)
         elif name in ("scan", "while", "cond"):
@@ -243,6 +245,10 @@ def _body(eqn: Any) -> Jaxpr | None:
         if (len(body.invars), len(body.outvars)) == (len(eqn.invars), len(eqn.outvars))
     ]
     return fits[0] if len(bodies) == len(fits) == 1 else None
+
+
+def _is_zero(atom: Any) -> bool:
+    return isinstance(atom, Literal) and np.shape(atom.val) == () and bool(atom.val == 0)
 
 
 def _alike(pair: tuple[Any, Any]) -> bool:

@@ -162,6 +162,8 @@ def test_a_leaf_that_the_outer_optimizer_holds_fixed_is_not_told():
     assert told(lambda: step(gradhpo.OneStepOptimizer(optax.sgd(0.1), held), "used")) == []
     still = gradhpo.OneStepOptimizer(optax.sgd(0.1), optax.set_to_zero())
     assert told(lambda: step(still, "blocked")) == []  # a sweep searches it
+    at_rest = gradhpo.OneStepOptimizer(optax.sgd(0.1), optax.sgd(0.0))
+    assert told(lambda: step(at_rest, "blocked")) == []
 
 
 def test_a_leaf_that_is_freed_later_is_told_then():
