@@ -3,16 +3,28 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Eight CPU devices for the tests, set before JAX starts.
-TEST_FLAGS := --xla_force_host_platform_device_count=8
+PYTEST = XLA_FLAGS=--xla_force_host_platform_device_count=8 $(BIN)/python -m pytest
+JOBS := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test quick lint bench docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/test.done
 	$(BIN)/python examples/hyperclean_digits.py $(ARGS)
 
+# Tests marked `compiler` take XLA as users do; the others compile in half the time.
 test: $(VENV)/test.done
-	XLA_FLAGS="$(TEST_FLAGS)" $(BIN)/python -m pytest $(or $(ARGS),--numprocesses=2 --dist=loadfile)
+ifdef ARGS
+	$(PYTEST) $(ARGS)
+else
+	@failed=0; set -x; \
+	QUICK_COMPILE=1 $(PYTEST) $(JOBS) -m "not compiler" || failed=1; \
+	$(PYTEST) $(JOBS) -m compiler || failed=1; \
+	exit $$failed
+endif
+
+quick: $(VENV)/test.done
+	QUICK_COMPILE=1 $(PYTEST) $(or $(ARGS),$(JOBS) -m "not slow")
 
 lint: $(VENV)/lint.done
 	$(BIN)/ruff check .

@@ -1,13 +1,23 @@
-"""Devices and precision for the tests."""
+"""Devices, precision and the compiler's effort for the tests."""
 
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 # Before JAX is imported: eight CPU devices, so that sharding can be tested on any machine.
 DEVICES = "--xla_force_host_platform_device_count"
 if DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}=8".strip()
+
+# `make test` compiles at the least effort all tests but those marked `compiler`: half of a test's
+# time is XLA's, and what is exact is so whatever the effort.
+if os.environ.get("QUICK_COMPILE"):
+    QUICK = ["backend_optimization_level=0", "llvm_disable_expensive_passes=true"]
+    QUICK += ["cpu_parallel_codegen_split_count=1"]
+    if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # later ones have no such flag
+        QUICK += ["cpu_use_fusion_emitters=false"]
+    os.environ["XLA_FLAGS"] += "".join(f" --xla_{flag}" for flag in QUICK)
 
 # A script's folder is on its path: the examples find their modules as they do when they are run.
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -17,6 +27,11 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from gradhpo.parallel import compiled  # noqa: E402
+
+
+def pytest_collection_modifyitems(items):
+    """Start with the longest file, whose tests wait for other processes."""
+    items.sort(key=lambda item: item.path.name != "test_ray.py")
 
 
 @pytest.fixture

@@ -115,6 +115,7 @@ def test_values_and_derivatives_are_those_of_xla(name, x64):
     assert_close(compilation.jit(function)(x, w), expected, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("name", CASES)
 def test_no_form_in_a_loop_is_slow(name):
     x, w, convolve = operands(name, np.float32)
@@ -123,6 +124,7 @@ def test_no_form_in_a_loop_is_slow(name):
         assert slow(program.as_text()) == []
 
 
+@pytest.mark.compiler
 def test_xla_alone_is_slow_in_a_loop():
     x, w, convolve = operands("2-D", np.float32)
     program = jax.jit(looped(derivatives(convolve))).lower(x, w).compile()
@@ -293,6 +295,7 @@ def test_a_population_has_no_slow_form(batching):
     assert_close(jax.tree.map(lambda x: x[1], end.params), alone.state.params, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.compiler
 def test_auto_tries_no_groups_on_a_cpu():
     population = Population(problem(), METHODS["one-step"], 8)
     state = population.init(jax.random.key(0))

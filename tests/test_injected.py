@@ -218,7 +218,10 @@ def test_an_outer_line_search_is_refused_by_name():
 
 @pytest.mark.parametrize("field", ["inner_opt_state", "outer_opt_state"])
 def test_a_state_of_another_optimizer_is_named(field):
-    adams, plains = (OneStepOptimizer(o, o) for o in (optax.adam(0.1), SGD))
+    def rated(make):
+        return OneStepOptimizer(lambda lam: make(jnp.exp(lam["rate"])), make(0.1))
+
+    adams, plains = rated(optax.adam), rated(optax.sgd)
     state = adams.init(problems.W0, LAM)
     state = state.update(**{field: getattr(plains.init(problems.W0, LAM), field)})
     role = field.replace("opt_state", "optimizer")

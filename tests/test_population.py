@@ -137,6 +137,7 @@ def test_a_divided_population_refuses_what_differs_between_devices():
         trials.run(trials.init(KEY), 2, KEYS[:2])
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("layout", ["vmap", "map", "chunk", "shard", "trial-data"])
 @pytest.mark.parametrize("name", ["one-step", "greedy", "hyperdistill"])
 def test_a_slots_bits_do_not_depend_on_its_neighbours(name, layout):
@@ -155,6 +156,7 @@ def test_a_slots_bits_do_not_depend_on_its_neighbours(name, layout):
     assert (np.asarray(among.metadata["diverged_at"])[1:4] == 1).all()
 
 
+@pytest.mark.compiler
 def test_a_slot_that_diverges_is_frozen_in_its_last_finite_state():
     trials, _ = population("one-step", "vmap")
     rates = np.full(SLOTS, 0.05)
@@ -204,6 +206,7 @@ def test_numbers_never_compile_again():
     assert programs.count <= 1  # the product above, which is this test's own
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("layout", ["vmap", "shard"])
 def test_select_gathers_and_checks(layout):
     trials, _ = population("hyperdistill", layout)
@@ -245,6 +248,7 @@ def test_data_of_each_slot():
     np.testing.assert_allclose(results[0][:, 3], rows["val_loss"][:, 3], rtol=1e-4)
 
 
+@pytest.mark.compiler
 def test_auto_measures_once_and_says_what_it_chose():
     trials, _ = population("one-step", "auto", outer=True)
     assert trials.batching == "auto"
@@ -275,6 +279,7 @@ def test_fit_finds_the_most_slots_that_memory_holds():
         Population(PROBLEM, optimizer, "fit", batching="vmap", memory=10)
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("layout", ["vmap", "shard"])
 @pytest.mark.slow
 def test_another_process_loads_the_program_and_gives_the_same_bits(layout, tmp_path):

@@ -21,6 +21,7 @@ from gradhpo.cluster import PBT, SearchSpace, SweepError  # noqa: E402
 from tests.sweeps import SPACE, assert_same_tables, sweep  # noqa: E402
 
 pytestmark = [
+    pytest.mark.compiler,
     pytest.mark.slow,
     # Ray's own, at interpreter level.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),

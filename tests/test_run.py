@@ -19,6 +19,8 @@ from tests.small import (
     val_loss,
 )
 
+pytestmark = pytest.mark.compiler
+
 
 def run(name, optimizer, M, T=4, **settings):
     rate = {} if name == "greedy" or optimizer.outer_optimizer else {"lr_hyper": 0.05}

@@ -10,6 +10,8 @@ import gradhpo
 from gradhpo import DivergenceWarning, Problem, solve
 from tests.small import BATCH, OPTIMIZERS, CompileCounter, X, Y, build, start, train_loss, val_loss
 
+pytestmark = pytest.mark.compiler
+
 KEY = jax.random.key(7)
 KEYS = jax.random.split(KEY, 3)
 

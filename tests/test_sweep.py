@@ -412,6 +412,8 @@ import os, sys
 sys.path.insert(0, {root!r})
 os.environ["XLA_FLAGS"] = {flags!r}
 from tests.sweeps import sweep
+
+pytestmark = pytest.mark.compiler
 sweep({storage!r}).run(lambda g, table: print(g, flush=True))
 """
 

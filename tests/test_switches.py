@@ -188,6 +188,7 @@ def made(before):
     return {name: now[name] - before[name] for name in now if now[name] != before[name]}
 
 
+@pytest.mark.compiler
 def test_a_program_from_the_cache_is_not_sent(cache):
     first, before = sorting(), compiled.counts()
     state = first.init(KEY)
@@ -221,6 +222,7 @@ def test_a_program_from_the_cache_is_not_sent(cache):
         assert_same_bits(other.run(state, 2, KEYS, 0.1), expected)
 
 
+@pytest.mark.compiler
 def test_what_jax_has_in_this_process_already_is_not_sent_either(cache):
     def double(x):
         return 2 * x
@@ -232,6 +234,7 @@ def test_what_jax_has_in_this_process_already_is_not_sent_either(cache):
     assert not compiled.compile(double, np.ones(3)).shareable  # from JAX, and so from the cache
 
 
+@pytest.mark.compiler
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
 def test_cut_entries_of_the_cache_do_not_break_a_sweep(cache, tmp_path):
     changes = {"population": 4, "shards": 2, "generations": 2, "steps_per_generation": 2}
