@@ -17,6 +17,7 @@ from gradhpo.cluster.schedulers import (
     SuccessiveHalving,
     Table,
 )
+from gradhpo.cluster.shard import trial_key
 from gradhpo.cluster.space import Change, SearchSpace, choice, loguniform, uniform
 from gradhpo.cluster.sweep import Sweep
 
@@ -39,5 +40,6 @@ __all__ = [
     "choice",
     "local_ray",
     "loguniform",
+    "trial_key",
     "uniform",
 ]

@@ -29,6 +29,7 @@ from gradhpo.parallel import Population, compilations, compiled, data_parallel, 
 from gradhpo.parallel.mesh import to_host
 from gradhpo.problem import Problem
 from gradhpo.state import METRICS, BilevelState, PyTree
+from gradhpo.trial import Rates
 
 DIVERGED = "diverged_at"
 RESERVED = (
@@ -65,6 +66,10 @@ class Spec:
     """Shards whose state a worker keeps; others are read from their checkpoints again."""
     sys_path: tuple[str, ...] = ()
     x64: bool = False
+    episode_length: int | None = None
+    lr_reptile: float = 1.0
+    lr_schedule: Any = None
+    """A function of a trial's step, or a reference to one: a factor on the outer rate."""
 
 
 class Import(NamedTuple):
@@ -150,7 +155,12 @@ class Variant:
         mesh = None if spec.mesh is None else make_mesh(**spec.mesh)
         if spec.mesh is not None and spec.mesh.get("data", 1) > 1:
             optimizer = data_parallel(optimizer, mesh)  # pyright: ignore[reportArgumentType]
-        self.population = Population(problem, optimizer, spec.slots, mesh, spec.batching)
+        self.population = Population(
+            problem, optimizer, spec.slots, mesh, spec.batching,
+            episode_length=spec.episode_length, lr_reptile=spec.lr_reptile,
+        )  # fmt: skip
+        schedule = spec.lr_schedule
+        self.schedule = importing.load(schedule) if isinstance(schedule, str) else schedule
         self.optimizer = optimizer
         self.programs: dict[str, Any] = {}
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), spec.slots))
@@ -162,11 +172,11 @@ class Variant:
     def prepare(self, blobs: Mapping[str, bytes] | None) -> Prepared:
         """Compile the programs, or load them from what another worker compiled."""
         spec, calibration = self.spec, 0
-        rates = np.ones(spec.slots, jnp.result_type(float)) if self._takes_rate else None
+        rates = self.population.rates(1.0 if self._takes_rate else None)
         if self.population.batching == "auto":
             before = compiled.counts().compiles
             state = self.population.init(jax.random.key(spec.seed))
-            self.population.resolve(state, rates)
+            self.population.resolve(state, rates.lr_hyper)
             calibration = compiled.counts().compiles - before
         layout = str(self.population.batching)
         notes: list[str] = []
@@ -223,12 +233,10 @@ class Variant:
             "fresh": order.fresh,
             "changes": {n: _as_float32(order.changes.get(n), order) for n in self.settings},
         }
-        rates = None
-        if self._takes_rate:
-            rates = np.asarray(order.lr_hyper, jnp.result_type(float))
-        scalars = self._scalars(order.generation)
+        rates = self.population.rates(order.lr_hyper if self._takes_rate else None)
+        seed = np.uint32(self.spec.seed)
         state, columns = self.programs["turn"].run(
-            self._turn, state, place(per_slot), place(rates), scalars, self.data
+            self._turn, state, place(per_slot), place(rates), seed, self.data
         )
         columns = {name: np.array(to_host(column)) for name, column in columns.items()}
         for name, column in columns.items():
@@ -288,12 +296,9 @@ class Variant:
     # --- what is traced -------------------------------------------------------------------------
 
     def _turn(
-        self, state: Arrays, per_slot: Arrays, rates: Any, scalars: Arrays, data: PyTree
+        self, state: Arrays, per_slot: Arrays, rates: Rates, seed: jax.Array, data: PyTree
     ) -> tuple[Arrays, Arrays]:
-        root = jax.random.fold_in(jax.random.key(scalars["seed"]), 1)
-        keys = jax.vmap(
-            lambda trial: jax.random.fold_in(jax.random.fold_in(root, trial), scalars["generation"])
-        )(per_slot["trials"])
+        keys = jax.vmap(lambda trial: trial_key(seed, trial))(per_slot["trials"])
         whole, fresh, changes = self._unpack(state), per_slot["fresh"], per_slot["changes"]
         whole = whole.update(hyperparams=self._changed(whole.hyperparams, changes))
 
@@ -304,14 +309,8 @@ class Variant:
             return _where(fresh, first, whole)
 
         whole = jax.lax.cond(jnp.any(fresh), start, lambda same: same, whole)
-        if self.optimizer.calibration_period:
-            due = fresh | scalars["calibrate"]
-
-            def calibrate(whole: BilevelState) -> BilevelState:
-                return _where(due, self.population.trace_calibrate(whole, keys, data), whole)
-
-            whole = jax.lax.cond(jnp.any(due), calibrate, lambda same: same, whole)
-        whole, rows = self.population.trace_run(self.spec.steps)(whole, keys, rates, data)
+        run = self.population.trace_run(self.spec.steps, self.schedule)
+        whole, rows = run(whole, keys, rates, data)
         columns = {name: rows[name][-1] for name in METRICS}
         for name, value in self.population.trace_measure(whole, data).items():
             taken = name in RESERVED or name.startswith("hyperparams.") or "|" in name
@@ -390,16 +389,6 @@ class Variant:
         padded[: len(slots)] = slots
         return padded
 
-    def _scalars(self, generation: int) -> Arrays:
-        period = self.optimizer.calibration_period * self.optimizer.T
-        first, end = generation * self.spec.steps, (generation + 1) * self.spec.steps
-        due = bool(period) and -(-first // period) * period < end
-        return {
-            "seed": np.uint32(self.spec.seed),
-            "generation": np.uint32(generation),
-            "calibrate": np.bool_(due),
-        }
-
     def _example(self, state: Arrays, rates: Any) -> tuple[Any, ...]:
         n, place = self.spec.slots, self.population.place
         none = np.zeros(n, np.float32)
@@ -408,7 +397,7 @@ class Variant:
             "fresh": np.ones(n, bool),
             "changes": {name: (np.zeros(n, bool), none, none) for name in self.settings},
         }
-        return state, place(per_slot), place(rates), self._scalars(0), self.data
+        return state, place(per_slot), place(rates), np.uint32(self.spec.seed), self.data
 
     def _leaves(self, hyperparams: PyTree) -> Arrays:
         leaves = tree_flatten_with_path(hyperparams)[0]
@@ -558,6 +547,11 @@ def _kept(category: type[Warning]) -> Generator[list[str]]:
 def data_key(seed: Any) -> jax.Array:
     """Return the key from which a sweep's data are made; trials' keys come from another."""
     return jax.random.fold_in(jax.random.key(seed), 0)
+
+
+def trial_key(seed: Any, trial: Any) -> jax.Array:
+    """Return the key of a sweep's trial: a `solve` with it takes the same steps."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), trial)
 
 
 def build(

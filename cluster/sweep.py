@@ -27,7 +27,13 @@ from gradhpo.cluster.result import Report, SweepResult
 from gradhpo.cluster.schedulers import PBT, Scheduler
 from gradhpo.cluster.shard import Prepared, Spec
 from gradhpo.cluster.space import SearchSpace
-from gradhpo.errors import UnreachedWarning, check_count, check_number, warn_user
+from gradhpo.errors import (
+    UnreachedWarning,
+    check_count,
+    check_hashable,
+    check_number,
+    warn_user,
+)
 from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.problem import Problem
 
@@ -36,8 +42,13 @@ PLACEMENTS = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 IDENTITY = (
     *("problem", "optimizer", "data", "space", "population", "steps_per_generation", "shards"),
     *("scheduler", "metric", "mode", "seed", "mesh", "x64"),
+    *("episode_length", "lr_reptile", "lr_schedule"),
 )
 """What makes a run this very run; the rest of a manifest may differ when it is resumed."""
+OLDER = {"episode_length": None, "lr_reptile": 1.0, "lr_schedule": None, "streams": None}
+"""What a manifest says that does not have these names yet."""
+STREAMS = "by trial and step"
+"""How randomness is drawn; runs that drew it otherwise can be read, and not resumed."""
 
 
 class Sweep:
@@ -72,6 +83,11 @@ class Sweep:
         divided.
       data: arrays for the problem's function, handed out once for each node: a pytree of NumPy
         arrays, or a reference to a function that returns one.
+      episode_length: as in `solve`: steps after which a trial's weights start anew from its φ,
+        moved by Reptile; None for one long episode.
+      lr_reptile: Reptile step size, with `episode_length`.
+      lr_schedule: a traceable function of the trial's step, counted from 0, or a reference to one:
+        a factor on the space's `lr_hyper`.
       workers: how many processes (or gangs of them) hold shards, at most.
       resources: of each process: `num_cpus`, `num_gpus`, `memory`, or any of Ray's by name.
       processes: of each worker; several are one JAX job that holds one shard together.
@@ -109,6 +125,9 @@ class Sweep:
         batching: Any = "auto",
         mesh: Mapping[str, int] | None = None,
         data: Any = None,
+        episode_length: int | None = None,
+        lr_reptile: float = 1.0,
+        lr_schedule: Any = None,
         *,
         workers: int = 1,
         resources: Mapping[str, float] | None = None,
@@ -171,6 +190,9 @@ class Sweep:
             raise TypeError(f"progress must be None, True or False, got {progress!r}")
         if isinstance(data, str):
             importing.check_reference("data", data)
+        _check_episodes(episode_length, lr_schedule, space)
+        self.episode_length, self.lr_schedule = episode_length, lr_schedule
+        self.lr_reptile = check_number("lr_reptile", lr_reptile, -float("inf"), float("inf"))
         self.problem, self.optimizer, self.space = problem, optimizer, space
         self.metric, self.mode, self.batching = metric, mode, batching
         self.mesh = None if mesh is None else dict(mesh)
@@ -222,7 +244,8 @@ class Sweep:
         """
         storage = Path(storage)
         manifest = read_manifest(storage)
-        objects = [name for name in ("problem", "optimizer") if "object" in manifest[name]]
+        named = ("problem", "optimizer", "lr_schedule")
+        objects = [name for name in named if "object" in (manifest[name] or ())]
         if not _importable(manifest["scheduler"]):
             objects.append("scheduler")
         if objects:
@@ -234,8 +257,8 @@ class Sweep:
         settings: dict[str, Any] = {
             name: manifest[name] for name in (*IDENTITY, "generations", "batching", "how")
         }
-        for name in ("problem", "optimizer"):
-            settings[name] = settings[name]["reference"]
+        for name in ("problem", "optimizer", "lr_schedule"):
+            settings[name] = settings[name] and settings[name]["reference"]
         if settings["data"] is not None and "reference" not in settings["data"]:
             raise SweepError(f"{storage} was made by a program that gave data=: run that again")
         settings["data"] = settings["data"] and settings["data"]["reference"]
@@ -402,6 +425,7 @@ class Sweep:
         """Return the sentence that says how to go on."""
         references = isinstance(self.problem, str) and isinstance(self.optimizer, str)
         references &= self._data is None or isinstance(self._data, str)
+        references &= self.lr_schedule is None or isinstance(self.lr_schedule, str)
         if references and _importable(schedulers.describe(self.scheduler)):
             return f"To go on: gradhpo resume {_quoted(self.storage)}"
         return f"To go on, run this program again (storage {_quoted(self.storage)})"
@@ -437,6 +461,10 @@ class Sweep:
             "seed": self.seed,
             "mesh": self.mesh,
             "x64": bool(jax.config.jax_enable_x64),  # pyright: ignore
+            "episode_length": self.episode_length,
+            "lr_reptile": self.lr_reptile,
+            "lr_schedule": None if self.lr_schedule is None else _named(self.lr_schedule),
+            "streams": STREAMS,
             "generations": self.generations,
             "batching": self.batching,
             "sys_path": list(self._folders),
@@ -449,6 +477,12 @@ class Sweep:
         mine, path = self.manifest(data), self.storage / MANIFEST
         if path.exists():
             theirs = read_manifest(self.storage)
+            if theirs["streams"] != STREAMS:
+                raise SweepError(
+                    f"storage {str(self.storage)!r} was begun by gradhpo "
+                    f"{theirs.get('gradhpo')}, whose trials drew their batches otherwise: its "
+                    "result can be read, and to go on install that version again"
+                )
             for name in IDENTITY:
                 if mine[name] != theirs.get(name):
                     raise SweepError(
@@ -529,6 +563,9 @@ class Sweep:
             mesh=self.mesh,
             sys_path=self._folders,
             x64=bool(jax.config.jax_enable_x64),  # pyright: ignore
+            episode_length=self.episode_length,
+            lr_reptile=self.lr_reptile,
+            lr_schedule=self.lr_schedule,
         )
 
     def _load_data(self) -> Any:
@@ -623,7 +660,7 @@ def read_manifest(storage: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
         if not isinstance(manifest, dict):
             raise ValueError("not a table")
-        return manifest
+        return OLDER | manifest
     except FileNotFoundError:
         raise SweepError(f"there is no sweep in {str(storage)!r}: no {MANIFEST}") from None
     except ValueError as error:
@@ -692,6 +729,17 @@ def _data_identity(given: Any, data: Any) -> Any:
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
         digest.update(array.tobytes())
     return {"sha256": digest.hexdigest()}
+
+
+def _check_episodes(episode_length: Any, lr_schedule: Any, space: SearchSpace) -> None:
+    if episode_length is not None:
+        check_count("episode_length", episode_length)
+    if isinstance(lr_schedule, str):
+        importing.check_reference("lr_schedule", lr_schedule)
+    elif lr_schedule is not None:
+        check_hashable("lr_schedule", lr_schedule)
+    if lr_schedule is not None and space.lr_hyper is None:
+        raise ValueError("lr_schedule needs SearchSpace(lr_hyper=…), of which it is a factor")
 
 
 def _check_resources(resources: Mapping[str, float] | None) -> dict[str, float]:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,11 @@ from gradhpo.errors import (
     scalar_loss,
     stack,
 )
+from gradhpo.problem import Problem
 from gradhpo.progress import Bar
-from gradhpo.state import METRICS, BilevelState, LossFn, PyTree, faults
-
-if TYPE_CHECKING:
-    from gradhpo.optimizer import BilevelOptimizer
+from gradhpo.state import METRICS, BilevelState, LossFn, PyTree
+from gradhpo.timetable import Timetable
+from gradhpo.trial import Method, Rates, Trial, guard, reptile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Plan:
 
 
 def run(
-    optimizer: BilevelOptimizer,
+    optimizer: Method,
     state: BilevelState,
     plan: Plan,
     get_train_batch: Callable[[], Any],
@@ -68,21 +68,20 @@ def run(
     """Run the plan; see `BilevelOptimizer.run`."""
     check_callable("get_train_batch", get_train_batch)
     check_callable("get_val_batch", get_val_batch)
-    losses = (train_loss_fn, val_loss_fn)
+    problem = Problem(_started, train_loss_fn, val_loss_fn, batches=())
+    trial = Trial(problem, optimizer, Timetable.of(optimizer, plan.T))
     phi = state.params
     with Bar(plan.progress, total=plan.M * plan.T, unit="step") as bar:
         for episode in range(1, plan.M + 1):
-            if optimizer.calibration_period and (episode - 1) % optimizer.calibration_period == 0:
+            first = (episode - 1) * plan.T
+            state, fault = _begin(trial, state, phi)
+            if trial.timetable.calibrates_at(first):
                 batches = stack("get_train_batch", [get_train_batch() for _ in range(plan.T)])
-                state = state.update(params=phi)
-                state = _calibrate(optimizer, state, batches, get_val_batch(), *losses)
-            lr_hyper = plan.lr_hyper_at(episode)
-            state, fault = _begin(optimizer, state, phi)
+                state = _calibrate(trial, state, batches, get_val_batch())
+            rates = Rates(plan.lr_hyper_at(episode))
             for _ in range(plan.T):
-                batch, val_batch = get_train_batch(), get_val_batch()
-                state, fault = _guarded_step(
-                    optimizer, state, fault, batch, val_batch, *losses, lr_hyper
-                )
+                pair = get_train_batch(), get_val_batch()
+                state, fault = _guarded_step(trial, state, fault, pair, rates)
             bar.advance(plan.T)
             if (message := _describe(np.asarray(fault), episode)) is not None:
                 warnings.warn(message, DivergenceWarning, stacklevel=3)
@@ -95,60 +94,40 @@ def run(
     return state.update(params=phi, metadata={"phi": phi} if "phi" in state.metadata else {})
 
 
+def _started(key: jax.Array) -> tuple[PyTree, PyTree]:
+    """Stand for `Problem.init`: `run` is given a state."""
+    raise NotImplementedError
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _begin(
-    optimizer: BilevelOptimizer, state: BilevelState, phi: PyTree
-) -> tuple[BilevelState, jax.Array]:
+def _begin(trial: Trial, state: BilevelState, phi: PyTree) -> tuple[BilevelState, jax.Array]:
     """Start an episode, in buffers of its own, which the steps then donate to one another."""
-    fresh = jax.tree.map(jnp.copy, optimizer.reset(state, phi))
+    fresh = jax.tree.map(jnp.copy, trial.optimizer.reset(state, phi))
     return fresh, jnp.full(2, -1, dtype=jnp.int32)
 
 
-@functools.partial(jit, static_argnums=(0, 5, 6), donate_argnums=(1, 2))
+@functools.partial(jit, static_argnums=0, donate_argnums=(1, 2))
 def _guarded_step(
-    optimizer: BilevelOptimizer,
-    state: BilevelState,
-    fault: jax.Array,
-    train_batch: PyTree,
-    val_batch: PyTree,
-    train_loss_fn: LossFn,
-    val_loss_fn: LossFn,
-    lr_hyper: Any,
+    trial: Trial, state: BilevelState, fault: jax.Array, pair: tuple[PyTree, PyTree], rates: Rates
 ) -> tuple[BilevelState, jax.Array]:
     """Take a step, unless it or an earlier one is not finite; `fault` is (step, metric) of that."""
-    new = optimizer.advance(state, train_batch, val_batch, train_loss_fn, val_loss_fn, lr_hyper)
-    bad = faults(new.metadata)
+    running = fault[0] < 0
+    new = trial.advance(state, pair, state.step, rates)
+    kept, runs_on, bad = guard(state, new, running)
     found = jnp.stack([new.step, jnp.argmax(bad).astype(jnp.int32)])
-    healthy = fault[0] < 0
-    fault = jnp.where(healthy & bad.any(), found, fault)
-    return jax.tree.map(lambda a, b: jnp.where(fault[0] < 0, a, b), new, state), fault
+    return kept, jnp.where(running & ~runs_on, found, fault)
 
 
-@functools.partial(jit, static_argnums=(0, 4, 5))
+@functools.partial(jit, static_argnums=0)
 def _calibrate(
-    optimizer: BilevelOptimizer,
-    state: BilevelState,
-    batches: PyTree,
-    val_batch: PyTree,
-    train_loss_fn: LossFn,
-    val_loss_fn: LossFn,
+    trial: Trial, state: BilevelState, batches: PyTree, val_batch: PyTree
 ) -> BilevelState:
-    state = optimizer.reset(state, state.params)
-    return optimizer.calibrate(state, batches, val_batch, train_loss_fn, val_loss_fn)
+    return trial.calibrate_on(state, batches, val_batch)
 
 
 @jax.jit
 def _reptile(phi: PyTree, params: PyTree, lr_reptile: Any) -> PyTree:
     return reptile(phi, params, lr_reptile)
-
-
-def reptile(phi: PyTree, params: PyTree, lr_reptile: Any) -> PyTree:
-    """Return `φ - η (φ - w_T)`; exactly `w_T` at η = 1."""
-
-    def move(p: jax.Array, w: jax.Array) -> jax.Array:
-        return (w + (1 - lr_reptile) * (p - w)).astype(p.dtype)
-
-    return jax.tree.map(move, phi, params)
 
 
 @functools.partial(jit, static_argnums=0)

@@ -1,4 +1,4 @@
-"""The order in which `solve` takes steps and calibrates, with host batches, prefetched."""
+"""The segments of a run: steps whose batches are drawn on the device, or read ahead on the host."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from gradhpo.errors import check_same_tree
 from gradhpo.state import PyTree
+from gradhpo.timetable import Timetable
 
 CHUNK_STEPS = 512
 """Steps in a chunk, at most, with device data."""
@@ -36,73 +37,49 @@ class Segment:
     """A stack of host batch pairs, with `capacity` rows, the first for step `start`."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Timetable:
-    """Which steps a run still takes, and before which of them it calibrates."""
-
-    first: int
-    steps: int
-    period: int
-    """Steps between calibrations; 0 for one before step 0 and no more."""
-    T: int
-    """Batches that a calibration takes; 0 for no calibration."""
-
-    def calibrates_at(self, step: int) -> bool:
-        """Whether a calibration comes before this step."""
-        return self.T > 0 and (step % self.period == 0 if self.period else step == 0)
-
-    def next_stop(self, step: int) -> int:
-        """Return the end of the steps that go on from `step` without a calibration."""
-        if self.T == 0 or not self.period:
-            return self.steps
-        return min(self.steps, (step // self.period + 1) * self.period)
+def device_feed(first: int, steps: int) -> Iterator[Segment]:
+    """Yield the steps of a run whose data is drawn on the device: one segment."""
+    if first < steps:
+        yield Segment(first, steps, CHUNK_STEPS)
 
 
-def device_feed(timetable: Timetable) -> Iterator[Segment]:
-    """Yield the segments of a run whose data is drawn on the device."""
-    step = timetable.first
-    while step < timetable.steps:
-        if timetable.calibrates_at(step):
-            yield Segment(step, step, CHUNK_STEPS, calibrate=True)
-        end = timetable.next_stop(step)
-        yield Segment(step, end, CHUNK_STEPS)
-        step = end
-
-
-def host_feed(timetable: Timetable, pairs: Iterator[Any]) -> Iterator[Segment]:
+def host_feed(
+    timetable: Timetable, first: int, steps: int, pairs: Iterator[Any]
+) -> Iterator[Segment]:
     """Yield the segments of a run with host data, stacked on the device; fewer if it ends early.
 
     Batches are read in the order of use and no further than needed. The next segment is read,
     stacked and sent while the present one computes.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="gradhpo-feed") as reader:
-        segments = _read_segments(timetable, pairs)
+        segments = _read_segments(timetable, first, steps, pairs)
         upcoming = reader.submit(next, segments, None)
         while (segment := upcoming.result()) is not None:
             upcoming = reader.submit(next, segments, None)
             yield segment
 
 
-def host_pairs(batches: Any, seed: list[int], timetable: Timetable) -> Iterator[Any]:
+def host_pairs(batches: Any, seed: list[int], timetable: Timetable, first: int) -> Iterator[Any]:
     """Return the iterator of batch pairs at the first step that the run still takes."""
     source: Any = batches(np.random.default_rng(seed)) if callable(batches) else batches
     pairs: Iterator[Any] = iter(source)
     if pairs is batches:
         return pairs  # stands where the last run left it
-    used = timetable.first
-    used += timetable.T * sum(timetable.calibrates_at(step) for step in range(timetable.first))
-    return itertools.islice(pairs, used, None)
+    calibrations = sum(timetable.calibrates_at(step) for step in range(first))
+    return itertools.islice(pairs, first + timetable.T * calibrations, None)
 
 
-def _read_segments(timetable: Timetable, pairs: Iterator[Any]) -> Iterator[Segment]:
-    reader, step = _Reader(pairs), timetable.first
-    while step < timetable.steps:
+def _read_segments(
+    timetable: Timetable, first: int, steps: int, pairs: Iterator[Any]
+) -> Iterator[Segment]:
+    reader, step = _Reader(pairs), first
+    while step < steps:
         if timetable.calibrates_at(step):
             read, host = reader.stack(timetable.T, capacity=timetable.T)
             if read < timetable.T:
                 return
             yield Segment(step, step, timetable.T, calibrate=True, host=host)
-        stop = timetable.next_stop(step)
+        stop = min(steps, timetable.next_calibration(step) or steps)
         while step < stop:
             capacity = reader.capacity()
             wanted = min(capacity, stop - step)

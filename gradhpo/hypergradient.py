@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gradhpo.branches import anywhere
 from gradhpo.errors import scalar_loss
 from gradhpo.forward_mode import refuse_custom_vjp
 from gradhpo.state import LossFn, PyTree
@@ -156,7 +157,7 @@ def mixed_difference(
         return optax.tree.add(rest, exact)
 
     there = jax.tree.reduce(jnp.logical_or, jax.tree.map(lambda d: jnp.any(d != 0), outsized))
-    return jax.lax.cond(_anywhere(there), added, lambda: rest)
+    return jax.lax.cond(anywhere(there), added, lambda: rest)
 
 
 def _in_two_parts(u: PyTree, gradient: PyTree) -> tuple[PyTree, PyTree]:
@@ -174,21 +175,6 @@ def _in_two_parts(u: PyTree, gradient: PyTree) -> tuple[PyTree, PyTree]:
     masks = jax.tree.map(outsized, u, gradient)
     parts = jax.tree.map(lambda m, u: (jnp.where(m, 0, u), jnp.where(m, u, 0)), masks, u)
     return jax.tree.transpose(jax.tree.structure(u), None, parts)
-
-
-@jax.custom_batching.custom_vmap
-def _anywhere(condition: jax.Array) -> jax.Array:
-    """Return the condition; under `vmap`, whether it holds in any slot.
-
-    A `cond` on it stays one then, instead of becoming a choice between two results both computed.
-    """
-    return condition
-
-
-@_anywhere.def_vmap
-def _in_any_slot(size: int, in_batched: list[bool], condition: jax.Array) -> tuple[Any, bool]:
-    del size, in_batched
-    return _anywhere(jnp.any(condition, axis=0)), False
 
 
 def _widest(gradient: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:

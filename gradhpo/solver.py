@@ -20,12 +20,14 @@ from gradhpo.errors import (
     check_number,
     check_same_tree,
 )
-from gradhpo.feed import Segment, Timetable, device_feed, host_feed, host_pairs
+from gradhpo.feed import Segment, device_feed, host_feed, host_pairs
 from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.problem import Problem
-from gradhpo.program import Carry, Program
+from gradhpo.program import Program
 from gradhpo.progress import Bar
 from gradhpo.state import METRICS, BilevelState, PyTree, prepare
+from gradhpo.timetable import Timetable
+from gradhpo.trial import PHI, Rates, Trial
 
 CHUNK_SECONDS = 0.5
 """How long a chunk of steps should take, so that the progress bar moves."""
@@ -127,46 +129,35 @@ def solve(
     check_count("steps", steps)
     key = _check_key(key)
     optimizer.check_step(problem.train_loss, problem.val_loss, lr_hyper)
-    if episode_length is not None:
-        check_count("episode_length", episode_length)
-        if optimizer.calibration_period and episode_length != optimizer.T:
-            raise ValueError(
-                f"episode_length must be the optimizer's T, the length of the episodes that "
-                f"{type(optimizer).__name__} estimates θ for; got episode_length={episode_length} "
-                f"and T={optimizer.T}"
-            )
+    timetable = Timetable.of(optimizer, episode_length)
     if eval_every is not None:
         check_count("eval_every", eval_every)
         if problem.metrics is None and callback is None:
             raise ValueError("eval_every needs Problem.metrics or a callback: nothing to evaluate")
     if callback is not None:
         check_callable("callback", callback)
-    rates = {"lr_reptile": check_number("lr_reptile", lr_reptile, -np.inf, np.inf)}
-    schedule = None
+    lr_reptile = check_number("lr_reptile", lr_reptile, -np.inf, np.inf)
+    schedule, rate = None, None
     if callable(lr_hyper):
         schedule = lr_hyper
     elif lr_hyper is not None:
-        rates["lr_hyper"] = check_number("lr_hyper", lr_hyper, -np.inf, np.inf)
+        rate = check_number("lr_hyper", lr_hyper, -np.inf, np.inf)
+    rates = Rates(rate, None if episode_length is None else lr_reptile)
     # Compiled code is kept by the problem; it must not keep the host data too.
     described = problem if problem.batches is None else dataclasses.replace(problem, batches=())
     batched = jnp.shape(key) != ()
-    program = Program(described, optimizer, schedule, episode_length, batched)
+    program = Program(Trial(described, optimizer, timetable, schedule), batched)
     if resume is not None:
         _check_resume(resume, key, episode_length)
     first = 0 if resume is None else resume.steps
     if first > steps:
         raise ValueError(f"resume has taken {first} steps already, more than steps={steps}")
-    timetable = Timetable(
-        first,
-        steps,
-        period=(episode_length or 0) * optimizer.calibration_period,
-        T=optimizer.T if optimizer.calibration_period else 0,
-    )
     if problem.batch is not None:
-        segments = device_feed(timetable)
+        segments = device_feed(first, steps)
     else:
         seed = np.asarray(jax.random.key_data(key)).ravel().tolist()
-        segments = host_feed(timetable, host_pairs(problem.batches, seed, timetable))
+        pairs = host_pairs(problem.batches, seed, timetable, first)
+        segments = host_feed(timetable, first, steps, pairs)
     with Bar(progress, total=steps, unit="step", done=first) as bar:
         run = _Run(program, key, rates, resume)
         for segment in segments:
@@ -185,35 +176,41 @@ def solve(
 
 
 class _Run:
-    """A run in progress: the carry on the device, and what the host has collected of it."""
+    """A run in progress: its state on the device, and what the host has collected of it."""
 
     def __init__(
         self,
         program: Program,
         key: jax.Array,
-        rates: dict[str, float],
+        rates: Rates,
         resume: Solution | None,
     ) -> None:
         self.program, self.key = program, key
-        self.rates = {name: np.asarray(r, jnp.result_type(float)) for name, r in rates.items()}
+        self.rates = jax.tree.map(lambda rate: np.asarray(rate, jnp.result_type(float)), rates)
         self.done = 0
         self.latest: dict[str, float] = {}
-        self._carry: Carry | None = None
+        self._state: BilevelState | None = None
         self._planned, self._compiled, self._evaluated, self._checked = 8, False, 0, False
         self._metrics: list[dict[str, np.ndarray]] = []
         self._evals: list[dict[str, np.ndarray]] = []
         self._eval_steps: list[int] = []
         self._diverged = np.zeros(key.shape, int)
-        self._frozen: Carry | None = None
+        self._frozen: BilevelState | None = None
         if resume is not None:
-            self._carry = Carry(prepare(resume.state), resume.phi)
+            self._state = prepare(resume.state)
+            if resume.phi is not None:
+                self._state = self._state.update(metadata={PHI: resume.phi})
             self.done = resume.steps
             self._metrics, self._evals = [resume.metrics], [resume.evals]
             self._eval_steps = resume.eval_steps.tolist()
             self._evaluated = max(self._eval_steps, default=0)
             if program.batched:  # a run alone goes on, with a lower rate perhaps
                 self._diverged = np.array(resume.diverged_at)
-                self._frozen = self._carry
+                self._frozen = self._state
+
+    @property
+    def _problem(self) -> Problem:
+        return self.program.trial.problem
 
     @property
     def alive(self) -> np.ndarray:
@@ -223,32 +220,32 @@ class _Run:
     @functools.cached_property
     def data(self) -> PyTree:
         """`Problem.data` of the run or runs."""
-        return None if self.program.problem.data is None else self.program.data(self.key)
+        return None if self._problem.data is None else self.program.data(self.key)
 
     def begin(self, segment: Segment) -> None:
-        """Make the first carry if there is none, and calibrate where the segment says so."""
+        """Make the first state if there is none, and calibrate where the segment says so."""
         if not self._checked:
             pair = jax.tree.map(lambda x: x[0], segment.host)
             first = self._check(segment, pair)
-            if self._carry is None:
-                self._carry = self.program.init(self.key, self.data, pair)
+            if self._state is None:
+                self._state = self.program.init(self.key, self.data, pair)
             else:
-                check_same_tree("resume", self._carry, "the state of this run", first)
+                check_same_tree("resume", self._state, "the state of this run", first)
             self._checked = True
         if segment.calibrate:
             index = np.int32(segment.start)
-            self._carry = self.program.calibrate(
-                self._carry, self.key, self.data, index, segment.host
+            self._state = self.program.calibrate(
+                self._state, self.key, self.data, index, segment.host
             )
 
-    def _check(self, segment: Segment, pair: PyTree) -> Carry:
+    def _check(self, segment: Segment, pair: PyTree) -> BilevelState:
         """Trace a run, and compile nothing: what is wrong with a loss is said here."""
         data: PyTree = None
-        if self.program.problem.data is not None:
+        if self._problem.data is not None:
             data = jax.eval_shape(self.program.data, self.key)
         first = jax.eval_shape(self.program.init, self.key, data, pair)
-        if self.program.problem.metrics is not None:
-            jax.eval_shape(self.program.evaluate, first.state, data)
+        if self._problem.metrics is not None:
+            jax.eval_shape(self.program.evaluate, first, data)
         if not segment.calibrate:
             span = dict.fromkeys(("start", "n", "offset"), np.int32(0))
             args = (first, self.key, data, self.rates, span, segment.host)
@@ -257,9 +254,9 @@ class _Run:
 
     def advance(self, segment: Segment, until: int) -> int:
         """Take steps of the segment, no more than until the given one; return how many."""
-        started, before = time.perf_counter(), self._carry
+        started, before = time.perf_counter(), self._state
         n = min(self._planned, segment.capacity, until - self.done)
-        self._carry, values, bad = self._chunk(before, segment, n)
+        self._state, values, bad = self._chunk(before, segment, n)
         values, bad = jax.device_get((values, bad))
         values, bad = {name: np.array(v[:n]) for name, v in values.items()}, bad[:n]
         for run in np.flatnonzero(np.ravel(self.alive & bad.any(axis=(0, -1)))):
@@ -280,7 +277,7 @@ class _Run:
 
     def finish(self, steps: int, callback: Callable[[int, BilevelState], Any] | None) -> None:
         """Say so if the data ended early, and evaluate at the end if that was not done yet."""
-        if self._carry is None:
+        if self._state is None:
             raise ValueError("Problem.batches is empty: no step was taken")
         if self.done < steps and self.alive.any():
             message = f"Problem.batches ended: {self.done} of {steps} steps were taken"
@@ -290,8 +287,8 @@ class _Run:
 
     def evaluate(self, callback: Callable[[int, BilevelState], Any] | None) -> None:
         """Record `Problem.metrics`, and call the callback."""
-        state = self._mended().state
-        if self.program.problem.metrics is not None:
+        state = self._mended()
+        if self._problem.metrics is not None:
             evaluated = jax.device_get(self.program.evaluate(state, self.data))
             self._evals.append({name: np.asarray(row)[None] for name, row in evaluated.items()})
             self._eval_steps.append(self.done)
@@ -301,26 +298,29 @@ class _Run:
 
     def solution(self) -> Solution:
         """Return what there is."""
-        carry = self._mended()
+        state = self._mended()
+        episodes = self.program.trial.timetable.episode_length is not None
         return Solution(
-            carry.state,
+            state,
             {name: rows[: self.done] for name, rows in _concatenate(self._metrics).items()},
             _concatenate(self._evals),
             np.asarray(self._eval_steps, int),
             self.done,
-            carry.phi,
+            state.metadata[PHI] if episodes else None,
             self._diverged,
             np.asarray(jax.random.key_data(self.key)),
         )
 
-    def _chunk(self, carry: Carry | None, segment: Segment, n: int) -> Any:
+    def _chunk(self, state: BilevelState | None, segment: Segment, n: int) -> Any:
         offset = self.done - segment.start if segment.host is not None else 0
         span = {"start": self.done, "n": n, "offset": offset}
         span = {name: np.int32(value) for name, value in span.items()}
-        args = (carry, self.key, self.data, self.rates, span, segment.host, segment.capacity)
+        args = (state, self.key, self.data, self.rates, span, segment.host, segment.capacity)
         return self.program.chunk(*args)
 
-    def _diverge(self, run: int, bad: np.ndarray, before: Carry | None, segment: Segment) -> None:
+    def _diverge(
+        self, run: int, bad: np.ndarray, before: BilevelState | None, segment: Segment
+    ) -> None:
         """Report a run's first bad step, and keep its state before it.
 
         The steps up to there are taken again from the chunk's beginning by the same program, to
@@ -342,12 +342,12 @@ class _Run:
         self._frozen = self.program.merge(self._frozen or kept, kept, mask)
         self._diverged[mask] = step
 
-    def _mended(self) -> Carry:
-        """Return the carry, with each diverged run's part as it was before it diverged."""
-        assert self._carry is not None
+    def _mended(self) -> BilevelState:
+        """Return the state, with each diverged run's part as it was before it diverged."""
+        assert self._state is not None
         if self._frozen is None or self.alive.all():
-            return self._carry
-        return self.program.merge(self._carry, self._frozen, ~self.alive)
+            return self._state
+        return self.program.merge(self._state, self._frozen, ~self.alive)
 
 
 def _concatenate(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

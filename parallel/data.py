@@ -176,6 +176,11 @@ class DataParallel(BilevelOptimizer):
         draw = (given["get_train_batch"], given["get_val_batch"])
         return episodes.run(self, prepare(self.place(state)), plan, *draw, *losses)
 
+    @property
+    def within(self) -> Within:
+        """What a program takes that is inside a `shard_map` over this mesh already."""
+        return Within(self, self.T, self.calibration_period, self.remembers_batch)
+
     def on_part(
         self,
         method: str,
@@ -301,6 +306,54 @@ class DataParallel(BilevelOptimizer):
             return NamedSharding(self.mesh, spec)
 
         return tree_map_with_path(sharding, state)
+
+
+@dataclasses.dataclass(frozen=True)
+class Within:
+    """A data-parallel optimizer inside a `shard_map`: of whole batches, each device takes its part.
+
+    The part of `BilevelOptimizer` that a `Trial` asks for.
+    """
+
+    parallel: DataParallel
+    T: int
+    calibration_period: int
+    remembers_batch: bool
+
+    def init(self, params: PyTree, hyperparams: PyTree, **extra: Any) -> BilevelState:
+        """Return the state before the first step."""
+        return self.parallel.optimizer.init(params, hyperparams, **extra)
+
+    def advance(
+        self,
+        state: BilevelState,
+        train_batch: PyTree,
+        val_batch: PyTree,
+        train_loss_fn: LossFn,
+        val_loss_fn: LossFn,
+        lr_hyper: Any = None,
+    ) -> BilevelState:
+        """Take a step on this device's part of the batches."""
+        parts = self.parallel.part(train_batch, val_batch, self.parallel.batch_axis)
+        rate = () if lr_hyper is None else (lr_hyper,)
+        losses = (train_loss_fn, val_loss_fn)
+        return self.parallel.on_part("advance", state, parts, losses, rate)
+
+    def calibrate(
+        self,
+        state: BilevelState,
+        train_batches: PyTree,
+        val_batch: PyTree,
+        train_loss_fn: LossFn,
+        val_loss_fn: LossFn,
+    ) -> BilevelState:
+        """Estimate the wrapped optimizer's own settings, from parts of the batches."""
+        parts = self.parallel.part(train_batches, val_batch, 1)
+        return self.parallel.on_part("calibrate", state, parts, (train_loss_fn, val_loss_fn))
+
+    def reset(self, state: BilevelState, params: PyTree) -> BilevelState:
+        """Return `state` at the beginning of an episode that starts from `params`."""
+        return self.parallel.optimizer.reset(state, params)
 
 
 def fully_sharded(mesh: Mesh, axis: str = "data") -> Rules:

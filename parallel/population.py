@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gradhpo import convolutions
-from gradhpo.errors import check_count
+from gradhpo.errors import check_count, check_hashable, check_number
 from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.parallel import batching as layouts
 from gradhpo.parallel import compiled
@@ -22,8 +23,10 @@ from gradhpo.parallel.batching import Batching, Layout
 from gradhpo.parallel.compiled import Compiled
 from gradhpo.parallel.data import DataParallel
 from gradhpo.parallel.mesh import put, to_host
-from gradhpo.problem import Problem, stream
-from gradhpo.state import METRICS, BilevelState, PyTree, as_array, faults, prepare
+from gradhpo.problem import Problem
+from gradhpo.state import METRICS, BilevelState, PyTree, as_array, prepare
+from gradhpo.timetable import Timetable
+from gradhpo.trial import Rates, Trial, guard
 
 MOST_SLOTS = 2**20
 """On one device, that "fit" tries."""
@@ -54,9 +57,9 @@ class Population:
         `slots` keys makes data for each slot.
       memory: bytes on one device that "fit" may use; by default 90% of what the device has.
       steps: the longest generation that "fit" must have room for; its metrics count too.
-
-    `run` never calibrates: with HyperDistill, call `calibrate` before the first generation, and
-    every `estimation_period` episodes, or θ stays 1.
+      episode_length: as in `solve`: steps after which a trial's weights start anew from its φ,
+        moved by Reptile; None for one long episode.
+      lr_reptile: Reptile step size, with `episode_length`.
 
     Raises:
       ValueError: for host data, or an argument out of range.
@@ -73,6 +76,8 @@ class Population:
         data_key: jax.Array | None = None,
         memory: int | None = None,
         steps: int = 1000,
+        episode_length: int | None = None,
+        lr_reptile: float = 1.0,
     ) -> None:
         if problem.batch is None:
             accepted = "Problem.batch, drawn on the device; arrays of the host go into Problem.data"
@@ -87,6 +92,9 @@ class Population:
                 raise ValueError("mesh must be the one of data_parallel, or left out")
             mesh = optimizer.mesh
         self.problem, self.optimizer, self.mesh = problem, optimizer, mesh
+        within = optimizer.within if isinstance(optimizer, DataParallel) else optimizer
+        self._trial = Trial(problem, within, Timetable.of(optimizer, episode_length))
+        self._lr_reptile = check_number("lr_reptile", lr_reptile, -np.inf, np.inf)
         self._given_data_key = data_key
         self._programs: dict[Any, Compiled] = {}
         self._layout: Layout | None = None
@@ -147,12 +155,15 @@ class Population:
     ) -> tuple[BilevelState, dict[str, np.ndarray]]:
         """Take a generation of steps in every slot.
 
+        A slot given the same key in every generation is a `solve` with that key.
+
         Args:
           state: from `init`, `run` or `select`; it stays valid.
           steps: steps in the generation. Another number is another program.
-          keys: one key for each slot, `(slots,)`; with the step's number in this generation it
-            decides the batch, so that a generation that is run again gives the same bits.
-          lr_hyper: where there is no `outer_optimizer`: a number, or one for each slot.
+          keys: one key for each slot, `(slots,)`; with the number of the trial's step it decides
+            the batch, so that a generation that is run again gives the same bits.
+          lr_hyper: where there is no `outer_optimizer`: a number, one for each slot, or a traceable
+            function of the trial's step, counted from 0.
 
         Returns:
           The state, and the five metrics of every step, each `(steps, slots)`; NaN from a slot's
@@ -162,9 +173,9 @@ class Population:
           ValueError: if a leading axis is not the slots, or for an argument out of range.
         """
         check_count("steps", steps)
-        args = self._arguments(state, keys, lr_hyper)
-        program = self._program(steps, *args)
-        state, rows = program.run(self.trace_run(steps), *args)
+        schedule, args = self._arguments(state, keys, lr_hyper)
+        program = self._program(steps, schedule, *args)
+        state, rows = program.run(self.trace_run(steps, schedule), *args)
         rows = {name: to_host(row) for name, row in rows.items()}
         stopped = rows.pop("stopped")
         # Here and not in the program, which would be stopped by `jax_debug_nans`.
@@ -173,13 +184,16 @@ class Population:
     def calibrate(self, state: BilevelState, keys: jax.Array) -> BilevelState:
         """Let each slot's optimizer estimate its own settings (HyperDistill's θ), from `T` batches.
 
+        `run` does that by itself where a `solve` does: before step 0, and with episodes every
+        `estimation_period` of them.
+
         Args:
           state: its weights are where the estimate starts.
           keys: one key for each slot, from which the batches are drawn.
         """
         if not self.optimizer.calibration_period:
             return state
-        state, keys, _, data = self._arguments(state, keys, None, check_rate=False)
+        _, (state, keys, _, data) = self._arguments(state, keys, None, check_rate=False)
         return self._call("calibrate", self.trace_calibrate, state, keys, data)
 
     def select(self, state: BilevelState, parents: Any) -> BilevelState:
@@ -201,14 +215,16 @@ class Population:
         """Return the layout, measured now where `batching` is "auto" and nothing has run yet."""
         if self._layout is None:
             keys = jax.random.split(jax.random.key(0), self.slots)
-            self._layout = self._calibrated(*self._arguments(state, keys, lr_hyper))
+            schedule, args = self._arguments(state, keys, lr_hyper)
+            self._layout = self._calibrated(schedule, *args)
         return self.batching
 
     def compile(self, state: BilevelState, steps: int, lr_hyper: Any = None) -> Compiled:
         """Return the program of `run`, compiled now; `Compiled.serialize` makes bytes of it."""
         check_count("steps", steps)
         keys = jax.random.split(jax.random.key(0), self.slots)
-        return self._program(steps, *self._arguments(state, keys, lr_hyper))
+        schedule, args = self._arguments(state, keys, lr_hyper)
+        return self._program(steps, schedule, *args)
 
     def load(self, blob: bytes, state: BilevelState, steps: int, lr_hyper: Any = None) -> Compiled:
         """Use a program that another process compiled; see `parallel.compiled.load`.
@@ -219,10 +235,11 @@ class Population:
         check_count("steps", steps)
         if self._layout is None:
             raise ValueError('load needs the layout: pass the other Population\'s "batching"')
-        args = self._arguments(state, jax.random.split(jax.random.key(0), self.slots), lr_hyper)
-        function, name = self._generation(steps, self._layout), str(self._layout.name)
+        keys = jax.random.split(jax.random.key(0), self.slots)
+        schedule, args = self._arguments(state, keys, lr_hyper)
+        function, name = self._generation(steps, schedule, self._layout), str(self._layout.name)
         program = compiled.load(blob, function, *args, layout=name)
-        self._programs[_program_key("run", steps, name, args)] = program
+        self._programs[_program_key(("run", steps, schedule, name), args)] = program
         return program
 
     # --- what is traced: parts for a program of one's own, such as a sweep's --------------------
@@ -234,17 +251,10 @@ class Population:
 
     def trace_init(self, keys: jax.Array, given: dict[str, Any], data: PyTree) -> BilevelState:
         """Return every slot's first state; `given` may hold `params` and `hyperparams`."""
-        optimizer = self.optimizer
 
         def one(key: jax.Array, given: dict[str, Any], data: PyTree) -> BilevelState:
-            drawn = dict(zip(("params", "hyperparams"), self.problem.start(key), strict=True))
-            start, extra = drawn | given, {}
-            if optimizer.remembers_batch:
-                train, _ = self.problem.draw_at(key, 0, data)
-                extra = {"train_batch": train, "key": stream(key, "optimizer")}
-            state = prepare(optimizer.init(start["params"], start["hyperparams"], **extra))
             flags = {"trial_step": jnp.int32(0), "diverged_at": jnp.int32(0)}
-            return state.update(metadata=flags)
+            return self._trial.start(key, data, given).update(metadata=flags)
 
         data_axis = 0 if self._per_slot_data else None
         first = jax.vmap(one, in_axes=(0, 0, data_axis))(keys, given, data)
@@ -256,45 +266,67 @@ class Population:
         made = jax.vmap(lambda key: self.problem.start(key)[1])(keys)
         return jax.tree.map(as_array, made)
 
-    def trace_run(self, steps: int) -> Callable[..., Any]:
-        """Return the function of a generation, `(state, keys, lr_hyper, data) -> (state, rows)`.
+    def trace_run(
+        self, steps: int, schedule: Callable[[Any], Any] | None = None
+    ) -> Callable[..., Any]:
+        """Return the function of a generation, `(state, keys, rates, data) -> (state, rows)`.
 
-        The rows are the metrics as they are, and under "stopped" where a slot has diverged.
+        `rates` are of `Rates`, `(slots,)` each; a schedule, of the trial's step, is a factor on
+        `lr_hyper`. The rows are the metrics as they are, and under "stopped" where a slot has
+        diverged.
 
         Raises:
           ValueError: if the layout is "auto" and not measured yet; see `resolve`.
         """
         if self._layout is None:
             raise ValueError('batching is "auto": call resolve first')
-        return self._generation(steps, self._layout)
+        return self._generation(steps, schedule, self._layout)
+
+    def rates(self, lr_hyper: Any = None) -> Rates:
+        """Return the numbers of every slot that are no part of the state, on the host."""
+        return self._rates(lr_hyper, self.slots)
+
+    def _rates(self, lr_hyper: Any, slots: int) -> Rates:
+        width = np.dtype(jnp.result_type(float))
+        episodes = self._trial.timetable.episode_length is not None
+        given = Rates(lr_hyper, self._lr_reptile if episodes else None)
+        return jax.tree.map(lambda x: np.broadcast_to(np.asarray(x, width), (slots,)), given)
 
     def trace_measure(self, state: BilevelState, data: PyTree) -> dict[str, Any]:
         """Return `Problem.metrics` of every slot, with a leading slot axis."""
         if self.problem.metrics is None:
             return {}
 
-        def one(state: BilevelState, key: Any, lr_hyper: Any, data: PyTree) -> dict[str, Any]:
-            del key, lr_hyper
-            return self.problem.measure(state.params, state.hyperparams, data)
+        def one(state: BilevelState, key: Any, rates: Any, data: PyTree) -> dict[str, Any]:
+            del key, rates
+            return self._trial.measure(state, data)
 
         layout = self._layout or Layout("map")
         return self._over(one, layout)(state, None, None, data)
 
     def trace_calibrate(self, state: BilevelState, keys: jax.Array, data: PyTree) -> BilevelState:
         """Return the state with each slot's own settings estimated anew; see `calibrate`."""
-        return self._over(self._calibrate_one, Layout("map"))(state, keys, None, data)
 
-    def _generation(self, steps: int, layout: Layout) -> Callable[..., Any]:
-        axis = self.optimizer.batch_axis
+        def one(state: BilevelState, key: jax.Array, rates: Any, data: PyTree) -> BilevelState:
+            del rates
+            new = self._trial.calibrate(state, key, state.metadata["trial_step"], data)
+            return jax.tree.map(lambda a, b: jnp.where(_running(state), b, a), state, new)
 
-        def one(state: BilevelState, key: jax.Array, lr_hyper: Any, data: PyTree) -> Any:
-            rate = () if lr_hyper is None else (lr_hyper,)
+        return self._over(one, Layout("map"))(state, keys, None, data)
 
-            def body(state: BilevelState, i: jax.Array) -> Any:
-                batches = self.problem.draw_at(key, i, data)
-                return _guard(state, self._call_optimizer("advance", state, batches, axis, rate))
+    def _generation(
+        self, steps: int, schedule: Callable[[Any], Any] | None, layout: Layout
+    ) -> Callable[..., Any]:
+        trial = dataclasses.replace(self._trial, schedule=schedule)
 
-            return jax.lax.scan(body, state, jnp.arange(steps, dtype=jnp.int32))
+        def one(state: BilevelState, key: jax.Array, rates: Rates, data: PyTree) -> Any:
+            def body(state: BilevelState, _: None) -> Any:
+                index, running = state.metadata["trial_step"], _running(state)
+                state = trial.calibrate_if_due(state, key, index, data, running)
+                new = trial.step(state, trial.draw(key, data, index), index, rates)
+                return _guarded(state, new)
+
+            return jax.lax.scan(body, state, length=steps)
 
         slots = self._over(one, layout)
 
@@ -304,28 +336,17 @@ class Population:
 
         return generation
 
-    def _calibrate_one(
-        self, state: BilevelState, key: jax.Array, lr_hyper: Any, data: PyTree
-    ) -> BilevelState:
-        del lr_hyper
-        keys = jax.random.split(stream(key, "calibration"), self.optimizer.T)
-        trains, vals = jax.lax.map(lambda key: self.problem.draw(key, data), keys)
-        batches = trains, jax.tree.map(lambda x: x[-1], vals)
-        new = self._call_optimizer("calibrate", state, batches, 1)
-        frozen = state.metadata["diverged_at"] > 0
-        return jax.tree.map(lambda a, b: jnp.where(frozen, a, b), state, new)
-
     def _over(self, one: Callable[..., Any], layout: Layout) -> Callable[..., Any]:
         """Return `one` over all slots in this layout, and over the mesh's devices."""
 
-        def slots(state: BilevelState, keys: Any, lr_hyper: Any, data: PyTree) -> Any:
-            stacked, each = (state, keys, lr_hyper), one
+        def slots(state: BilevelState, keys: Any, rates: Any, data: PyTree) -> Any:
+            stacked, each = (state, keys, rates), one
             if self._per_slot_data:
                 stacked = (*stacked, data)
             else:
 
-                def each(state: BilevelState, key: jax.Array, lr_hyper: Any) -> Any:
-                    return one(state, key, lr_hyper, data)
+                def each(state: BilevelState, key: jax.Array, rates: Any) -> Any:
+                    return one(state, key, rates, data)
 
             return layout.over_slots(each, state.step.shape[0])(*stacked)
 
@@ -338,51 +359,38 @@ class Population:
             slots, mesh=self.mesh, in_specs=specs, out_specs=trial, check_vma=False
         )
 
-    def _call_optimizer(
-        self,
-        method: str,
-        state: BilevelState,
-        batches: tuple[PyTree, PyTree],
-        batch_axis: int,
-        rate: tuple[Any, ...] = (),
-    ) -> BilevelState:
-        """Call the optimizer's method; a data-parallel one's on this device's part of batches."""
-        losses = (self.problem.train_loss, self.problem.val_loss)
-        if isinstance(self.optimizer, DataParallel):
-            parts = self.optimizer.part(*batches, batch_axis)
-            return self.optimizer.on_part(method, state, parts, losses, rate)
-        return getattr(self.optimizer, method)(state, *batches, *losses, *rate)
-
     # --- programs -------------------------------------------------------------------------------
 
-    def _program(self, steps: int, *args: Any) -> Compiled:
+    def _program(self, steps: int, schedule: Any, *args: Any) -> Compiled:
         if self._layout is None:
-            self._layout = self._calibrated(*args)
-        return self._generation_program(steps, self._layout, *args)
+            self._layout = self._calibrated(schedule, *args)
+        return self._generation_program(steps, schedule, self._layout, *args)
 
     def _call(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
-        key = _program_key(name, 0, "", args)
+        key = _program_key(name, args)
         if key not in self._programs:
             self._programs[key] = compiled.compile(function, *args)
         return self._programs[key].run(function, *args)
 
-    def _generation_program(self, steps: int, layout: Layout, *args: Any) -> Compiled:
+    def _generation_program(
+        self, steps: int, schedule: Any, layout: Layout, *args: Any
+    ) -> Compiled:
         name = str(layout.name)
-        key = _program_key("run", steps, name, args)
+        key = _program_key(("run", steps, schedule, name), args)
         if key not in self._programs:
-            function = self._generation(steps, layout)
+            function = self._generation(steps, schedule, layout)
             self._programs[key] = compiled.compile(function, *args, layout=name)
         return self._programs[key]
 
-    def _calibrated(self, *args: Any) -> Layout:
+    def _calibrated(self, schedule: Any, *args: Any) -> Layout:
         """Return the fastest layout, measured once for a step key in this process."""
-        found = self._candidates(self.slots, *args)
+        found = self._candidates(self.slots, schedule, *args)
         if len(found) == 1:
             return found[0]
         limit = _memory_limit(self.mesh)
         programs: dict[Layout, Compiled] = {}
         for layout in found:
-            program = self._generation_program(CALIBRATION_STEPS, layout, *args)
+            program = self._generation_program(CALIBRATION_STEPS, schedule, layout, *args)
             known = _FASTEST.get(program.key) if not programs else None
             if known is not None:
                 return known
@@ -393,7 +401,7 @@ class Population:
             _FASTEST[first] = layouts.fastest(programs, *args)
         return _FASTEST[first]
 
-    def _candidates(self, slots: int, *args: Any) -> list[Layout]:
+    def _candidates(self, slots: int, schedule: Any, *args: Any) -> list[Layout]:
         """Return the layouts that "auto" chooses from, the one that needs the most memory last.
 
         `vmap` over the kernels of trials groups their convolutions, and a CPU takes groups one
@@ -401,13 +409,15 @@ class Population:
         """
         found = layouts.candidates(slots, self.mesh)
         if compiled.devices_of(args)[0].platform == "cpu" and len(found) > 1:
-            program = jax.make_jaxpr(self._generation(CALIBRATION_STEPS, found[-1]))(*args)
+            function = self._generation(CALIBRATION_STEPS, schedule, found[-1])
+            program = jax.make_jaxpr(function)(*args)
             found = found[:1] if convolutions.grouped(program) else found
         return found
 
     def _arguments(
         self, state: BilevelState, keys: Any, lr_hyper: Any, check_rate: bool = True
-    ) -> tuple[Any, ...]:
+    ) -> tuple[Callable[[Any], Any] | None, tuple[Any, ...]]:
+        """Return the schedule, if `lr_hyper` is one, and the arguments of a generation."""
         if check_rate:
             losses = (self.problem.train_loss, self.problem.val_loss)
             self.optimizer.check_step(*losses, lr_hyper)
@@ -418,17 +428,19 @@ class Population:
             raise TypeError(f"keys must be an array of keys from jax.random.key, got {keys!r}")
         if keys.shape != (self.slots,):
             raise ValueError(f"keys must have shape ({self.slots},), one a slot; got {keys.shape}")
-        rates = None
-        if lr_hyper is not None:
+        schedule, rate = None, lr_hyper
+        if callable(lr_hyper):
+            check_hashable("lr_hyper", lr_hyper)
+            schedule, rate = lr_hyper, None
+        elif lr_hyper is not None:
             if np.asarray(lr_hyper).dtype.kind not in "fiu":
                 raise TypeError(f"lr_hyper must be a number or one for each slot, got {lr_hyper!r}")
-            rates = np.asarray(lr_hyper, jnp.result_type(float))
-            if rates.shape not in ((), (self.slots,)):
+            if np.shape(lr_hyper) not in ((), (self.slots,)):
                 raise ValueError(
-                    f"lr_hyper must be a number or {self.slots}, one a slot; got {rates.shape}"
+                    f"lr_hyper must be a number or {self.slots}, one a slot; got "
+                    f"{np.shape(lr_hyper)}"
                 )
-            rates = np.broadcast_to(rates, (self.slots,))
-        return (*self.place((prepare(state), keys, rates)), self.data)
+        return schedule, (*self.place((prepare(state), keys, self.rates(rate))), self.data)
 
     def _needs(self, slots: int, batching: Batching, steps: int) -> int:
         """Return the bytes on one device of a population of so many slots; nothing is allocated."""
@@ -439,9 +451,7 @@ class Population:
         data = jax.eval_shape(self.trace_data, self._data_key)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), slots))
         state = jax.eval_shape(self.trace_init, keys, {}, data)
-        rates = None
-        if self.optimizer.outer_optimizer is None:
-            rates = jax.ShapeDtypeStruct((slots,), jnp.result_type(float))
+        rates = self._rates(1.0 if self.optimizer.outer_optimizer is None else None, slots)
 
         def placed(tree: PyTree, sharding: Any) -> PyTree:
             def place(x: Any) -> jax.ShapeDtypeStruct:
@@ -450,8 +460,9 @@ class Population:
             return jax.tree.map(place, tree)
 
         args = (*placed((state, keys, rates), self.sharding), placed(data, self._replicated()))
-        layout = layout or self._candidates(slots, *args)[-1]
-        program = compiled.compile(self._generation(steps, layout), *args, layout=str(layout.name))
+        layout = layout or self._candidates(slots, None, *args)[-1]
+        function = self._generation(steps, None, layout)
+        program = compiled.compile(function, *args, layout=str(layout.name))
         return program.bytes_needed()
 
     # --- placement ------------------------------------------------------------------------------
@@ -484,15 +495,17 @@ class Population:
 _FASTEST: dict[compiled.StepKey, Layout] = {}
 
 
-def _guard(old: BilevelState, new: BilevelState) -> tuple[BilevelState, dict[str, jax.Array]]:
+def _running(state: BilevelState) -> jax.Array:
+    return state.metadata["diverged_at"] == 0
+
+
+def _guarded(old: BilevelState, new: BilevelState) -> tuple[BilevelState, dict[str, jax.Array]]:
     """Return the new state, or the old one from the first step on that is not finite; and a row."""
-    taken, since = old.metadata["trial_step"] + 1, old.metadata["diverged_at"]
-    bad = faults(new.metadata).any()
-    stopped = (since > 0) | bad
+    taken, running = old.metadata["trial_step"] + 1, _running(old)
     new = new.update(metadata={"trial_step": taken})
-    kept = jax.tree.map(lambda a, b: jnp.where(stopped, a, b), old, new)
-    since = jnp.where((since == 0) & bad, taken, since)
-    row = {"stopped": stopped, **{name: new.metadata[name] for name in METRICS}}
+    kept, runs_on, _ = guard(old, new, running)
+    since = jnp.where(running & ~runs_on, taken, old.metadata["diverged_at"])
+    row = {"stopped": ~runs_on, **{name: new.metadata[name] for name in METRICS}}
     return kept.update(metadata={"diverged_at": since}), row
 
 
@@ -500,9 +513,9 @@ def _gather(state: BilevelState, parents: jax.Array) -> BilevelState:
     return jax.tree.map(lambda x: x[parents], state)
 
 
-def _program_key(name: str, steps: int, layout: str, args: tuple[Any, ...]) -> Any:
+def _program_key(name: Any, args: tuple[Any, ...]) -> Any:
     leaves, structure = jax.tree.flatten(args)
-    return name, steps, layout, structure, tuple((x.shape, x.dtype, x.sharding) for x in leaves)
+    return name, structure, tuple((x.shape, x.dtype, x.sharding) for x in leaves)
 
 
 def _check_slots(name: str, tree: PyTree, slots: int) -> None:

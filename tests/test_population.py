@@ -71,9 +71,8 @@ def test_slots_are_runs_of_solve(name, x64):
     keys = jax.random.split(KEY, SLOTS)
     state, metrics = trials.run(trials.init(KEY), 5, keys, *rate)
     solution = gradhpo.solve(PROBLEM, trials.optimizer, 5, keys, **lr_hyper)
-    if name != "hyperdistill":  # solve has estimated θ
-        assert_close(state.params, solution.state.params, rtol=1e-12)
-        assert_close(metrics["val_loss"], solution.metrics["val_loss"], rtol=1e-12)
+    assert_close(state.params, solution.state.params, rtol=1e-12)
+    assert_close(metrics["val_loss"], solution.metrics["val_loss"], rtol=1e-12)
     assert set(metrics) == set(gradhpo.state.METRICS)
     assert metrics["val_loss"].shape == (5, SLOTS)
 

@@ -1,0 +1,123 @@
+"""One trial is written once: `solve`, a `Population` and a `Sweep` of one trial are equal."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gradhpo
+from gradhpo.cluster import SearchSpace, Sweep, trial_key
+from gradhpo.parallel import Population
+from gradhpo.timetable import Timetable
+from tests.problems import assert_close, assert_same_bits
+from tests.small import OPTIMIZERS, REFERENCES, X, Y, build, start, train_loss, val_loss
+
+pytestmark = pytest.mark.compiler
+
+STEPS, T = 24, 4
+METHODS = [*OPTIMIZERS, *(pytest.param(name, marks=pytest.mark.slow) for name in REFERENCES)]
+
+
+def batch(key):
+    rows = jax.random.permutation(key, 12)[:8]
+    x, y = jnp.asarray(X), jnp.asarray(Y)
+    return (x[rows], y[rows]), (x[:8], y[:8])
+
+
+PROBLEM = gradhpo.Problem(
+    start, train_loss, val_loss, batch=batch, metrics=lambda w, lam: {"first": w[0]}
+)
+
+
+def falling(step):
+    """A rate that falls with the trial's step."""
+    return 0.05 * 0.9 ** (step / 4)
+
+
+def made(name):
+    settings = {"T": T, "estimation_period": 2} if name == "hyperdistill" else {}
+    return build(name, **settings)[0]
+
+
+def solved(optimizer, key, steps=STEPS, **settings):
+    rate = {} if optimizer.outer_optimizer else {"lr_hyper": falling}
+    return gradhpo.solve(PROBLEM, optimizer, steps, key, **rate, **settings)
+
+
+def trials_state(state):
+    """A population's one slot, without what a `solve` does not count."""
+    slot = jax.tree.map(lambda x: np.asarray(x)[0], jax.device_get(state))
+    kept = {n: v for n, v in slot.metadata.items() if n not in ("trial_step", "diverged_at")}
+    return dataclasses.replace(slot, metadata=kept)
+
+
+@pytest.mark.parametrize("episode_length", [None, T])
+@pytest.mark.parametrize("name", METHODS)
+def test_one_trial_is_the_same_at_every_door(name, episode_length, tmp_path):
+    optimizer, key = made(name), trial_key(3, 0)
+    solution = solved(optimizer, key, episode_length=episode_length, lr_reptile=0.5)
+
+    trials = Population(PROBLEM, optimizer, 1, batching="map",
+                        episode_length=episode_length, lr_reptile=0.5)  # fmt: skip
+    rate = () if optimizer.outer_optimizer else (falling,)
+    state, rows = trials.init(key[None]), []
+    for _ in range(3):
+        state, row = trials.run(state, STEPS // 3, key[None], *rate)
+        rows.append(row)
+    assert_same_bits(trials_state(state), jax.device_get(solution.state))
+    for metric in gradhpo.state.METRICS:
+        of_slot = np.concatenate([row[metric][:, 0] for row in rows])
+        assert_same_bits(of_slot, solution.metrics[metric])
+
+    rated = {} if optimizer.outer_optimizer else {"lr_hyper": 1.0}
+    result = Sweep(
+        PROBLEM, optimizer, SearchSpace(**rated), population=1, generations=3,
+        steps_per_generation=STEPS // 3, storage=tmp_path, seed=3, batching="map",
+        episode_length=episode_length, lr_reptile=0.5,
+        lr_schedule=falling if rated else None, executor="local", progress=False,
+    ).run()  # fmt: skip
+    for metric in (*gradhpo.state.METRICS, "first"):
+        of_trial = {**solution.metrics, **solution.evals}[metric][-1]
+        np.testing.assert_array_equal(result.table[metric][-1], of_trial)
+    # The best generation need not be the last.
+    steps = (result.best.generation + 1) * (STEPS // 3)
+    then = solved(optimizer, key, steps, episode_length=episode_length, lr_reptile=0.5)
+    best = jax.tree.map(lambda x: x[None], jax.device_get(result.best.state))
+    assert_same_bits(trials_state(best), jax.device_get(then.state))
+
+
+@pytest.mark.parametrize("episode_length", [None, T])
+def test_theta_is_estimated_when_the_timetable_says_so(episode_length):
+    optimizer, seen = made("hyperdistill"), []
+    for steps in range(1, STEPS + 1):
+        solution = solved(optimizer, jax.random.key(1), steps, episode_length=episode_length)
+        seen.append(float(solution.state.metadata["theta"]))
+    changes = [0] + [i for i in range(1, STEPS) if seen[i] != seen[i - 1]]
+    assert changes == ([0] if episode_length is None else [0, 8, 16])
+    timetable = Timetable.of(optimizer, episode_length)
+    assert [i for i in range(STEPS) if timetable.calibrates_at(i)] == changes
+
+
+@pytest.mark.parametrize("layout", ["vmap", "map", 3])
+def test_slots_of_different_ages_keep_their_own_time(layout):
+    """A slot that started later calibrates, and ends its episodes, by its own count."""
+    optimizer = made("hyperdistill")
+    keys = jax.random.split(jax.random.key(5), 4)
+    trials = Population(PROBLEM, optimizer, 4, batching=layout, episode_length=T)
+    first = trials.init(keys)
+    older, _ = trials.run(first, 5, keys, falling)
+    mixed = jax.tree.map(lambda a, b: a.at[2:].set(b[2:]), older, first)
+    state, _ = trials.run(mixed, 11, keys, falling)
+    for slot, steps in ((0, 16), (3, 11)):
+        alone = solved(optimizer, keys[slot], steps, episode_length=T)
+        found = jax.tree.map(lambda x: x[slot], jax.device_get(state))  # noqa: B023
+        assert found.metadata["trial_step"] == steps
+        assert_close(found.params, alone.state.params, rtol=1e-5)
+        assert_close(found.metadata["theta"], alone.state.metadata["theta"], rtol=1e-4)
+
+
+def test_a_sweep_refuses_a_schedule_without_a_rate(tmp_path):
+    with pytest.raises(ValueError, match="lr_schedule needs SearchSpace"):
+        Sweep(PROBLEM, made("one-step"), SearchSpace(), 1, 1, 1, tmp_path, lr_schedule=falling)
