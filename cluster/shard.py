@@ -29,6 +29,7 @@ from gradhpo.parallel import Population, compilations, compiled, data_parallel, 
 from gradhpo.parallel.mesh import to_host
 from gradhpo.problem import Problem
 from gradhpo.state import METRICS, BilevelState, PyTree
+from gradhpo.timetable import EpisodeInit
 from gradhpo.trial import Rates
 
 DIVERGED = "diverged_at"
@@ -68,6 +69,7 @@ class Spec:
     x64: bool = False
     episode_length: int | None = None
     lr_reptile: float = 1.0
+    episode_init: EpisodeInit = "reptile"
     lr_schedule: Any = None
     """A function of a trial's step, or a reference to one: a factor on the outer rate."""
 
@@ -158,6 +160,7 @@ class Variant:
         self.population = Population(
             problem, optimizer, spec.slots, mesh, spec.batching,
             episode_length=spec.episode_length, lr_reptile=spec.lr_reptile,
+            episode_init=spec.episode_init,
         )  # fmt: skip
         schedule = spec.lr_schedule
         self.schedule = importing.load(schedule) if isinstance(schedule, str) else schedule

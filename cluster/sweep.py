@@ -36,16 +36,23 @@ from gradhpo.errors import (
 )
 from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.problem import Problem
+from gradhpo.timetable import EpisodeInit, starts_fresh
 
 MANIFEST, PROGRAMS, EVENTS = "manifest.json", "programs.json", "events.jsonl"
 PLACEMENTS = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 IDENTITY = (
     *("problem", "optimizer", "data", "space", "population", "steps_per_generation", "shards"),
     *("scheduler", "metric", "mode", "seed", "mesh", "x64"),
-    *("episode_length", "lr_reptile", "lr_schedule"),
+    *("episode_length", "lr_reptile", "episode_init", "lr_schedule"),
 )
 """What makes a run this very run; the rest of a manifest may differ when it is resumed."""
-OLDER = {"episode_length": None, "lr_reptile": 1.0, "lr_schedule": None, "streams": None}
+OLDER = {
+    "episode_length": None,
+    "lr_reptile": 1.0,
+    "episode_init": "reptile",
+    "lr_schedule": None,
+    "streams": None,
+}
 """What a manifest says that does not have these names yet."""
 STREAMS = "by trial and step"
 """How randomness is drawn; runs that drew it otherwise can be read, and not resumed."""
@@ -86,6 +93,7 @@ class Sweep:
       episode_length: as in `solve`: steps after which a trial's weights start anew from its φ,
         moved by Reptile; None for one long episode.
       lr_reptile: Reptile step size, with `episode_length`.
+      episode_init: as in `solve`: where an episode starts, "reptile" or "fresh".
       lr_schedule: a traceable function of the trial's step, counted from 0, or a reference to one:
         a factor on the space's `lr_hyper`.
       workers: how many processes (or gangs of them) hold shards, at most.
@@ -127,6 +135,7 @@ class Sweep:
         data: Any = None,
         episode_length: int | None = None,
         lr_reptile: float = 1.0,
+        episode_init: EpisodeInit = "reptile",
         lr_schedule: Any = None,
         *,
         workers: int = 1,
@@ -182,17 +191,19 @@ class Sweep:
         for name, value in (("env", env), ("runtime_env", runtime_env), ("resources", resources)):
             if value is not None and not isinstance(value, Mapping):
                 raise TypeError(f"{name} must be a dictionary, got {value!r}")
-        if not isinstance(storage, str | Path):
-            raise TypeError(f"storage must be the path of a folder, got {storage!r}")
-        if address is not None and not isinstance(address, str):
-            raise TypeError(f"address must be a string, got {address!r}")
-        if progress not in (None, True, False):
-            raise TypeError(f"progress must be None, True or False, got {progress!r}")
+        for name, value, accepted, right in (
+            ("storage", storage, "the path of a folder", isinstance(storage, str | Path)),
+            ("address", address, "a string", address is None or isinstance(address, str)),
+            ("progress", progress, "None, True or False", progress in (None, True, False)),
+        ):
+            if not right:
+                raise TypeError(f"{name} must be {accepted}, got {value!r}")
         if isinstance(data, str):
             importing.check_reference("data", data)
-        _check_episodes(episode_length, lr_schedule, space)
-        self.episode_length, self.lr_schedule = episode_length, lr_schedule
-        self.lr_reptile = check_number("lr_reptile", lr_reptile, -float("inf"), float("inf"))
+        _check_episodes(episode_length, lr_reptile, episode_init)
+        self.lr_schedule = _checked_schedule(lr_schedule, space)
+        self.episode_length, self.lr_reptile = episode_length, float(lr_reptile)
+        self.episode_init: EpisodeInit = episode_init
         self.problem, self.optimizer, self.space = problem, optimizer, space
         self.metric, self.mode, self.batching = metric, mode, batching
         self.mesh = None if mesh is None else dict(mesh)
@@ -463,6 +474,7 @@ class Sweep:
             "x64": bool(jax.config.jax_enable_x64),  # pyright: ignore
             "episode_length": self.episode_length,
             "lr_reptile": self.lr_reptile,
+            "episode_init": self.episode_init,
             "lr_schedule": None if self.lr_schedule is None else _named(self.lr_schedule),
             "streams": STREAMS,
             "generations": self.generations,
@@ -565,6 +577,7 @@ class Sweep:
             x64=bool(jax.config.jax_enable_x64),  # pyright: ignore
             episode_length=self.episode_length,
             lr_reptile=self.lr_reptile,
+            episode_init=self.episode_init,
             lr_schedule=self.lr_schedule,
         )
 
@@ -731,15 +744,21 @@ def _data_identity(given: Any, data: Any) -> Any:
     return {"sha256": digest.hexdigest()}
 
 
-def _check_episodes(episode_length: Any, lr_schedule: Any, space: SearchSpace) -> None:
+def _check_episodes(episode_length: Any, lr_reptile: Any, episode_init: Any) -> None:
     if episode_length is not None:
         check_count("episode_length", episode_length)
+    check_number("lr_reptile", lr_reptile, -float("inf"), float("inf"))
+    starts_fresh(episode_init, episode_length, lr_reptile)
+
+
+def _checked_schedule(lr_schedule: Any, space: SearchSpace) -> Any:
     if isinstance(lr_schedule, str):
         importing.check_reference("lr_schedule", lr_schedule)
     elif lr_schedule is not None:
         check_hashable("lr_schedule", lr_schedule)
     if lr_schedule is not None and space.lr_hyper is None:
         raise ValueError("lr_schedule needs SearchSpace(lr_hyper=…), of which it is a factor")
+    return lr_schedule
 
 
 def _check_resources(resources: Mapping[str, float] | None) -> dict[str, float]:

@@ -29,10 +29,13 @@ from gradhpo.diagnosis import Diagnosis
 from gradhpo.errors import DivergenceWarning, RecompileWarning, UnreachedWarning
 from gradhpo.optimizer import BilevelOptimizer, Estimate
 from gradhpo.problem import Problem
-from gradhpo.solver import Solution, solve
+from gradhpo.solution import Best, Solution
+from gradhpo.solver import solve
 from gradhpo.state import BilevelState, DataBatch, LossFn, PyTree
+from gradhpo.watch import Stop
 
 __all__ = [
+    "Best",
     "BilevelOptimizer",
     "BilevelState",
     "DataBatch",
@@ -53,6 +56,7 @@ __all__ = [
     "PyTree",
     "RecompileWarning",
     "Solution",
+    "Stop",
     "T1T2Optimizer",
     "UnreachedWarning",
     "UnrolledOptimizer",

@@ -118,7 +118,7 @@ class Problem:
 
 def stream(key: jax.Array, purpose: str) -> jax.Array:
     """Return the part of a run's randomness that serves one purpose."""
-    purposes = ("init", "data", "batches", "calibration", "optimizer", "diagnosis")
+    purposes = ("init", "data", "batches", "calibration", "optimizer", "diagnosis", "episodes")
     return jax.random.fold_in(key, purposes.index(purpose))
 
 

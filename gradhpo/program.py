@@ -9,8 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import keystr
 
 from gradhpo.compilation import jit
+from gradhpo.errors import check_floating, described, tracing
 from gradhpo.state import METRICS, BilevelState, PyTree, faults
 from gradhpo.trial import Rates, Trial
 
@@ -22,6 +24,8 @@ class Program:
     trial: Trial
     batched: bool
     """Whether keys, states and data have a leading axis of runs."""
+    record: Callable[[PyTree], dict[str, Any]] | tuple[str, ...] | None = ()
+    """What to keep of λ after each step: a function of it, names of leaves, or None for scalars."""
 
     @functools.partial(jit, static_argnums=0)
     def data(self, key: jax.Array) -> PyTree:
@@ -47,19 +51,21 @@ class Program:
         span: dict[str, Any],
         host: PyTree,
         capacity: int,
-    ) -> tuple[BilevelState, dict[str, jax.Array], jax.Array]:
+    ) -> tuple[BilevelState, dict[str, jax.Array], dict[str, Any], jax.Array]:
         """Take `span["n"]` steps from step `span["start"]`; traced, so any number shares the code.
 
         `host` is a stack of host batches, read from `span["offset"]` on. Returns the state, and
-        with a leading axis of `capacity` the metrics and which of `METRICS` were not finite.
+        with a leading axis of `capacity` the metrics, what is kept of λ, and which of `METRICS`
+        were not finite.
         """
         trial, on_device = self.trial, self.trial.problem.batch is not None
 
         def one(state: BilevelState, key: jax.Array, data: PyTree, index: Any, pair: Any) -> Any:
             if on_device:  # a stack of T host batches is a segment of its own
                 state = trial.calibrate_if_due(state, key, index, data)
-            state = trial.step(state, trial.draw(key, data, index, pair), index, rates)
-            return state, {n: state.metadata[n] for n in recorded}, faults(state.metadata)
+            state = trial.step(state, trial.draw(key, data, index, pair), index, rates, key)
+            values = {name: state.metadata[name] for name in names}
+            return state, values, self.kept(state.hyperparams), faults(state.metadata)
 
         def body(i: jax.Array, loop: Any) -> Any:
             state, buffers = loop
@@ -69,16 +75,45 @@ class Program:
             return state, jax.tree.map(lambda buffer, row: buffer.at[i].set(row), buffers, made)
 
         runs = key.shape
-        recorded = {
-            name: jnp.zeros((capacity, *runs), value.dtype)
+        names = [
+            name
             for name, value in state.metadata.items()
             if isinstance(value, jax.Array)
             and value.shape == runs
             and jnp.issubdtype(value.dtype, jnp.floating)
-        }
+        ]
+        kept = jax.eval_shape(self._each(self.kept), state.hyperparams)
+        rows = ({name: state.metadata[name] for name in names}, kept)
+        values, record = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), rows)
         bad = jnp.zeros((capacity, *runs, len(METRICS)), bool)
-        state, (values, bad) = jax.lax.fori_loop(0, span["n"], body, (state, [recorded, bad]))
-        return state, values, bad
+        start = (state, [values, record, bad])
+        state, (values, record, bad) = jax.lax.fori_loop(0, span["n"], body, start)
+        return state, values, record, bad
+
+    def kept(self, hyperparams: PyTree) -> dict[str, Any]:
+        """Return what is kept of one run's λ.
+
+        Raises:
+          ValueError: for a name that λ does not have.
+          TypeError: if the function does not return floating-point arrays by name.
+        """
+        if callable(self.record):
+            with tracing("record", hyperparams=hyperparams):
+                made = self.record(hyperparams)
+            if not isinstance(made, dict) or not all(isinstance(name, str) for name in made):
+                raise TypeError(
+                    f"record must return a dict of arrays by name, got {described(made)}"
+                )
+            check_floating("record", made) if made else None
+            return jax.tree.map(jnp.asarray, made)
+        paths = jax.tree_util.tree_flatten_with_path(hyperparams)[0]
+        leaves = {keystr(p, simple=True, separator=".") or "hyperparams": x for p, x in paths}
+        if self.record is None:
+            return {name: leaf for name, leaf in leaves.items() if leaf.shape == ()}
+        for name in self.record:
+            if name not in leaves:
+                raise ValueError(f"record has {name!r}; λ has {', '.join(map(repr, leaves))}")
+        return {name: leaves[name] for name in self.record}
 
     @functools.partial(jit, static_argnums=0)
     def calibrate(

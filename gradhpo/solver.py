@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import time
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from gradhpo.errors import (
     DivergenceWarning,
     check_callable,
     check_count,
+    check_hashable,
     check_number,
     check_same_tree,
 )
@@ -25,48 +27,17 @@ from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.problem import Problem
 from gradhpo.program import Program
 from gradhpo.progress import Bar
+from gradhpo.solution import Best, Solution, check_resume
 from gradhpo.state import METRICS, BilevelState, PyTree, prepare
-from gradhpo.timetable import Timetable
+from gradhpo.timetable import EpisodeInit, Timetable, starts_fresh
 from gradhpo.trial import PHI, Rates, Trial
+from gradhpo.watch import Stop, Watch
+
+Record: TypeAlias = Callable[[PyTree], dict[str, Any]] | Sequence[str] | None
+Callback: TypeAlias = Callable[[int, BilevelState, dict[str, Any]], Any]
 
 CHUNK_SECONDS = 0.5
 """How long a chunk of steps should take, so that the progress bar moves."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Solution:
-    """What `solve` returns, and what it goes on from with `resume=`. A pytree.
-
-    With a batch of n keys, `state`, `phi` and `diverged_at` have a leading axis of length n, and
-    `metrics` and `evals` have it after the axis of steps.
-
-    Attributes:
-      state: the `BilevelState` after the last step: `state.hyperparams` is the λ that was found,
-        `state.params` are its weights.
-      metrics: `{name: array}`, each `(steps,)`: "train_loss", "val_loss", "hypergrad_norm",
-        "param_norm", "hyperparam_norm" and what the method adds ("theta" of HyperDistill), of
-        every step; NaN from a divergence on.
-      evals: `{name: array}`: what `Problem.metrics` returned at each evaluation,
-        `(evaluations, …)`; empty without.
-      eval_steps: int `(evaluations,)`: how many steps had been taken at each evaluation.
-      steps: int: steps taken in all, those before a `resume` included.
-      phi: with `episode_length`, the initialization of the current episode, shaped like the
-        weights; None without.
-      diverged_at: int `()`: the step, counted from 1, at which a metric first was not finite; 0 for
-        never.
-      key_data: uint32: the numbers of the run's key or keys (`jax.random.key_data`), by which
-        `resume=` sees that it is the same run; None lets any key go on.
-    """
-
-    state: BilevelState
-    metrics: dict[str, np.ndarray]
-    evals: dict[str, np.ndarray]
-    eval_steps: np.ndarray
-    steps: int
-    phi: PyTree
-    diverged_at: np.ndarray
-    key_data: np.ndarray | None = None
 
 
 def solve(
@@ -78,9 +49,14 @@ def solve(
     lr_hyper: float | Callable[[jax.Array], Any] | None = None,
     episode_length: int | None = None,
     lr_reptile: float = 1.0,
+    episode_init: EpisodeInit = "reptile",
     eval_every: int | None = None,
+    metric: str = "val_loss",
+    mode: Literal["min", "max"] = "min",
+    stop: Stop | None = None,
+    record: Record = None,
     resume: Solution | None = None,
-    callback: Callable[[int, BilevelState], Any] | None = None,
+    callback: Callable[..., Any] | None = None,
     progress: bool | None = None,
 ) -> Solution:
     """Run an optimizer on a problem for a number of steps, reproducibly to the bit.
@@ -101,13 +77,23 @@ def solve(
         Reptile; None for one long episode, in which nothing starts anew. For HyperDistill it must
         be the optimizer's `T`, the horizon for which θ is estimated.
       lr_reptile: Reptile step size, with `episode_length`.
-      eval_every: steps between evaluations of `problem.metrics` and calls of `callback`; by
-        default only after the last.
+      episode_init: where an episode starts: "reptile": from φ; "fresh": from the weights of
+        `Problem.init` with a key of their own, as data distillation needs it.
+      eval_every: steps between evaluations, at which `problem.metrics` is measured, the best state
+        is kept, `stop` is asked and `callback` is called; by default only after the last step.
+      metric: what says which state is the best: one of the metrics of a step, or a name of
+        `problem.metrics`.
+      mode: "min" or "max": which of its values are good.
+      stop: a `Stop(patience=…, target=…)`: when to end before the last step.
+      record: what to keep of λ after every step: a function of the hyperparameters that returns a
+        dict of arrays by name; or names of their leaves, as `"layer.decay"`; by default the leaves
+        that are scalars. `[]` keeps nothing.
       resume: a solution of the same problem, optimizer and key, to go on from. An iterator of
         host batches is read on from where it stands (exactly the batches used were read, unless
         the run diverged, which is found at the end of a chunk); a list,
         or a function that makes an iterator, is started anew, and the batches used are skipped.
-      callback: called as `callback(steps, state)` at every evaluation.
+      callback: called as `callback(steps, state, evals)` at every evaluation, `evals` being what
+        `problem.metrics` gave there; or, if it takes two arguments, without. Returning True stops.
       progress: whether to draw a progress bar (needs tqdm); None draws one on a terminal.
 
     Returns:
@@ -132,10 +118,12 @@ def solve(
     timetable = Timetable.of(optimizer, episode_length)
     if eval_every is not None:
         check_count("eval_every", eval_every)
-        if problem.metrics is None and callback is None:
-            raise ValueError("eval_every needs Problem.metrics or a callback: nothing to evaluate")
+    elif stop is not None:
+        raise ValueError("stop needs eval_every: it is asked at evaluations")
+    watch = Watch(metric, mode, stop, eval_every or steps)
     if callback is not None:
         check_callable("callback", callback)
+    fresh = starts_fresh(episode_init, episode_length, lr_reptile)
     lr_reptile = check_number("lr_reptile", lr_reptile, -np.inf, np.inf)
     schedule, rate = None, None
     if callable(lr_hyper):
@@ -146,9 +134,10 @@ def solve(
     # Compiled code is kept by the problem; it must not keep the host data too.
     described = problem if problem.batches is None else dataclasses.replace(problem, batches=())
     batched = jnp.shape(key) != ()
-    program = Program(Trial(described, optimizer, timetable, schedule), batched)
+    trial = Trial(described, optimizer, timetable, schedule, fresh)
+    program = Program(trial, batched, _recorded(record))
     if resume is not None:
-        _check_resume(resume, key, episode_length)
+        check_resume(resume, key, episode_length)
     first = 0 if resume is None else resume.steps
     if first > steps:
         raise ValueError(f"resume has taken {first} steps already, more than steps={steps}")
@@ -159,19 +148,21 @@ def solve(
         pairs = host_pairs(problem.batches, seed, timetable, first)
         segments = host_feed(timetable, first, steps, pairs)
     with Bar(progress, total=steps, unit="step", done=first) as bar:
-        run = _Run(program, key, rates, resume)
+        run = _Run(program, key, rates, resume, watch, _called(callback))
         for segment in segments:
             run.begin(segment)
             while run.done < segment.end and run.alive.any():
                 every = eval_every or steps
-                stop = min(steps, (run.done // every + 1) * every)
-                taken = run.advance(segment, until=min(segment.end, stop))
+                evaluated = min(steps, (run.done // every + 1) * every)
+                taken = run.advance(segment, until=min(segment.end, evaluated))
                 bar.advance(taken, **run.latest)
-                if run.done == stop and run.alive.any():
-                    run.evaluate(callback)
-            if not run.alive.any():
+                if run.done == evaluated and run.alive.any():
+                    run.evaluate()
+                if run.stopped:
+                    break
+            if run.stopped or not run.alive.any():
                 break
-    run.finish(steps, callback)
+    run.finish(steps)
     return run.solution()
 
 
@@ -184,15 +175,20 @@ class _Run:
         key: jax.Array,
         rates: Rates,
         resume: Solution | None,
+        watch: Watch,
+        callback: Callback,
     ) -> None:
-        self.program, self.key = program, key
+        self.program, self.key, self.watch, self.callback = program, key, watch, callback
+        self.stopped = False
+        self._best: Best | None = None
         self.rates = jax.tree.map(lambda rate: np.asarray(rate, jnp.result_type(float)), rates)
         self.done = 0
         self.latest: dict[str, float] = {}
         self._state: BilevelState | None = None
         self._planned, self._compiled, self._evaluated, self._checked = 8, False, 0, False
         self._metrics: list[dict[str, np.ndarray]] = []
-        self._evals: list[dict[str, np.ndarray]] = []
+        self._evals: list[dict[str, Any]] = []
+        self._record: list[dict[str, Any]] = []
         self._eval_steps: list[int] = []
         self._diverged = np.zeros(key.shape, int)
         self._frozen: BilevelState | None = None
@@ -202,6 +198,7 @@ class _Run:
                 self._state = self._state.update(metadata={PHI: resume.phi})
             self.done = resume.steps
             self._metrics, self._evals = [resume.metrics], [resume.evals]
+            self._record, self._best = [resume.record], resume.best
             self._eval_steps = resume.eval_steps.tolist()
             self._evaluated = max(self._eval_steps, default=0)
             if program.batched:  # a run alone goes on, with a lower rate perhaps
@@ -244,8 +241,8 @@ class _Run:
         if self._problem.data is not None:
             data = jax.eval_shape(self.program.data, self.key)
         first = jax.eval_shape(self.program.init, self.key, data, pair)
-        if self._problem.metrics is not None:
-            jax.eval_shape(self.program.evaluate, first, data)
+        evals = jax.eval_shape(self.program.evaluate, first, data)
+        self.watch.check(first.metadata, evals, self.key.shape)
         if not segment.calibrate:
             span = dict.fromkeys(("start", "n", "offset"), np.int32(0))
             args = (first, self.key, data, self.rates, span, segment.host)
@@ -256,15 +253,16 @@ class _Run:
         """Take steps of the segment, no more than until the given one; return how many."""
         started, before = time.perf_counter(), self._state
         n = min(self._planned, segment.capacity, until - self.done)
-        self._state, values, bad = self._chunk(before, segment, n)
-        values, bad = jax.device_get((values, bad))
-        values, bad = {name: np.array(v[:n]) for name, v in values.items()}, bad[:n]
+        self._state, values, record, bad = self._chunk(before, segment, n)
+        values, record, bad = jax.device_get((values, record, bad))
+        values, record, bad = jax.tree.map(lambda x: np.array(x[:n]), (values, record, bad))
         for run in np.flatnonzero(np.ravel(self.alive & bad.any(axis=(0, -1)))):
             self._diverge(int(run), bad, before, segment)
-        for array in values.values():
-            rows = self.done + 1 + np.arange(n).reshape(-1, *[1] * self._diverged.ndim)
+        rows = self.done + 1 + np.arange(n).reshape(-1, *[1] * self._diverged.ndim)
+        for array in jax.tree.leaves((values, record)):
             array[(self._diverged > 0) & (rows >= self._diverged)] = np.nan
         self._metrics.append(values)
+        self._record.append(record)
         self.done += n
         seconds = time.perf_counter() - started
         self._planned = max(1, int(n * CHUNK_SECONDS / seconds)) if self._compiled else 8
@@ -275,26 +273,42 @@ class _Run:
             self.done = int(self._diverged.max()) - 1
         return n
 
-    def finish(self, steps: int, callback: Callable[[int, BilevelState], Any] | None) -> None:
+    def finish(self, steps: int) -> None:
         """Say so if the data ended early, and evaluate at the end if that was not done yet."""
         if self._state is None:
             raise ValueError("Problem.batches is empty: no step was taken")
-        if self.done < steps and self.alive.any():
+        if self.done < steps and self.alive.any() and not self.stopped:
             message = f"Problem.batches ended: {self.done} of {steps} steps were taken"
             warnings.warn(message, RuntimeWarning, stacklevel=3)
         if self._evaluated < self.done:
-            self.evaluate(callback)
+            self.evaluate()
 
-    def evaluate(self, callback: Callable[[int, BilevelState], Any] | None) -> None:
-        """Record `Problem.metrics`, and call the callback."""
-        state = self._mended()
+    def evaluate(self) -> None:
+        """Measure `Problem.metrics`, keep the best state, call the callback, and ask to stop."""
+        state, evals = self._mended(), {}
         if self._problem.metrics is not None:
-            evaluated = jax.device_get(self.program.evaluate(state, self.data))
-            self._evals.append({name: np.asarray(row)[None] for name, row in evaluated.items()})
+            evals = jax.tree.map(np.asarray, self.program.evaluate(state, self.data))
+            self._evals.append(jax.tree.map(lambda row: row[None], evals))
             self._eval_steps.append(self.done)
         self._evaluated = self.done
-        if callback is not None:
-            callback(self.done, state)
+        row = {name: rows[-1] for name, rows in self._metrics[-1].items() if len(rows)}
+        score = np.asarray({**row, **evals}.get(self.watch.metric, np.full(self.key.shape, np.nan)))
+        self._keep_best(state, score)
+        assert self._best is not None
+        asked = self.callback(self.done, state, evals)
+        over = self.watch.over(self.done, score, self._best, self.alive)
+        self.stopped = over or (isinstance(asked, bool | np.bool_) and bool(asked))
+
+    def _keep_best(self, state: BilevelState, score: np.ndarray) -> None:
+        better, step = self.watch.better(score, self._best), np.full(score.shape, self.done)
+        if self._best is None or better.all():
+            self._best = Best(state, score, step)
+        elif better.any():
+            self._best = Best(
+                self.program.merge(self._best.state, state, better),
+                np.where(better, score, self._best.score),
+                np.where(better, step, self._best.step),
+            )
 
     def solution(self) -> Solution:
         """Return what there is."""
@@ -302,13 +316,15 @@ class _Run:
         episodes = self.program.trial.timetable.episode_length is not None
         return Solution(
             state,
-            {name: rows[: self.done] for name, rows in _concatenate(self._metrics).items()},
+            jax.tree.map(lambda rows: rows[: self.done], _concatenate(self._metrics)),
             _concatenate(self._evals),
             np.asarray(self._eval_steps, int),
             self.done,
             state.metadata[PHI] if episodes else None,
             self._diverged,
             np.asarray(jax.random.key_data(self.key)),
+            self._best,
+            jax.tree.map(lambda rows: rows[: self.done], _concatenate(self._record)),
         )
 
     def _chunk(self, state: BilevelState | None, segment: Segment, n: int) -> Any:
@@ -350,29 +366,35 @@ class _Run:
         return self.program.merge(self._state, self._frozen, ~self.alive)
 
 
-def _concatenate(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def _concatenate(parts: list[dict[str, Any]]) -> dict[str, Any]:
     parts = [part for part in parts if part]
-    names = parts[0] if parts else {}
-    return {name: np.concatenate([part[name] for part in parts]) for name in names}
+    return jax.tree.map(lambda *rows: np.concatenate(rows), *parts) if parts else {}
 
 
-def _check_resume(resume: Any, key: jax.Array, episode_length: int | None) -> None:
-    """Raise if the solution is not one of a run with these keys and episodes."""
-    if not isinstance(resume, Solution):
-        raise TypeError(f"resume must be a Solution, got {type(resume).__name__}")
-    shape = np.shape(resume.diverged_at)
-    if shape != key.shape:
-        raise ValueError(f"resume must be of a run with keys of shape {key.shape}, got {shape}")
-    if resume.key_data is not None:
-        had, has = np.asarray(resume.key_data), np.asarray(jax.random.key_data(key))
-        if not np.array_equal(had, has):
-            raise ValueError(
-                f"resume must be of a run with this key: its key has the numbers {had.tolist()}, "
-                f"and key has {has.tolist()}"
-            )
-    if (resume.phi is None) != (episode_length is None):
-        had, has = ("none", episode_length) if resume.phi is None else ("episodes", None)
-        raise ValueError(f"resume had {had} for episode_length, and now it is {has}")
+def _recorded(record: Record) -> Callable[[PyTree], dict[str, Any]] | tuple[str, ...] | None:
+    """Return what a program is told to keep of λ: hashable, and equal for equal requests."""
+    if record is None:
+        return None
+    if callable(record):
+        check_hashable("record", record)
+        return record
+    if isinstance(record, str) or not all(isinstance(name, str) for name in record):
+        accepted = "a function of the hyperparameters, or a list of names of their leaves"
+        raise TypeError(f"record must be {accepted}, got {record!r}")
+    return tuple(record)
+
+
+def _called(callback: Callable[..., Any] | None) -> Callback:
+    """Return the callback as a function of steps, state and evals."""
+    if callback is None:
+        return lambda steps, state, evals: None
+    try:
+        inspect.signature(callback).bind(0, None, {})
+    except TypeError:
+        return lambda steps, state, evals: callback(steps, state)
+    except ValueError:  # a function of C, which does not say
+        pass
+    return callback
 
 
 def _check_key(key: Any) -> jax.Array:

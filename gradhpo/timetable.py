@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 from gradhpo.errors import check_count
+
+EpisodeInit: TypeAlias = Literal["reptile", "fresh"]
+"""Where an episode starts: from φ, or from weights that `Problem.init` makes anew."""
 
 
 class Calibrated(Protocol):
@@ -67,3 +70,16 @@ class Timetable:
         if not self.T or not self.period:
             return None
         return (step // self.period + 1) * self.period
+
+
+def starts_fresh(episode_init: Any, episode_length: int | None, lr_reptile: Any) -> bool:
+    """Return whether episodes start from new weights.
+
+    Raises:
+      ValueError: for an unknown word, or for "fresh" without episodes or with Reptile.
+    """
+    if episode_init not in ("reptile", "fresh"):
+        raise ValueError(f'episode_init must be "reptile" or "fresh", got {episode_init!r}')
+    if episode_init == "fresh" and (episode_length is None or lr_reptile != 1):
+        raise ValueError('episode_init="fresh" needs episode_length, and takes no lr_reptile')
+    return episode_init == "fresh"

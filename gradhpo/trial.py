@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from gradhpo.branches import where_due
 from gradhpo.problem import Problem, stream
-from gradhpo.state import BilevelState, LossFn, PyTree, faults, prepare
+from gradhpo.state import BilevelState, LossFn, PyTree, as_array, faults, prepare
 from gradhpo.timetable import Calibrated, Timetable
 
 PHI = "phi"
@@ -79,6 +79,8 @@ class Trial:
     timetable: Timetable
     schedule: Callable[[Any], Any] | None = None
     """The step size of λ at a step, counted from 0."""
+    fresh: bool = False
+    """Whether an episode starts from weights that `Problem.init` makes anew, and not from φ."""
 
     def start(
         self, key: jax.Array, data: PyTree, given: dict[str, Any] | None = None, host: PyTree = None
@@ -115,18 +117,27 @@ class Trial:
             lr_hyper = scheduled if lr_hyper is None else lr_hyper * scheduled
         return self.optimizer.advance(state, *batches, *self._losses, lr_hyper)
 
-    def close(self, state: BilevelState, rates: Rates) -> BilevelState:
-        """End an episode: move φ by Reptile, and begin the next one there."""
-        phi = reptile(state.metadata[PHI], state.params, rates.lr_reptile)
+    def close(self, state: BilevelState, index: Any, rates: Rates, key: jax.Array) -> BilevelState:
+        """End an episode with step `index`: move φ by Reptile or make it anew, and begin there."""
+        if self.fresh:
+            first = self.problem.start(jax.random.fold_in(stream(key, "episodes"), index))[0]
+            phi = jax.tree.map(lambda x, like: as_array(x, like.dtype), first, state.params)
+        else:
+            phi = reptile(state.metadata[PHI], state.params, rates.lr_reptile)
         return self.optimizer.reset(state, phi).update(metadata={PHI: phi})
 
     def step(
-        self, state: BilevelState, batches: tuple[PyTree, PyTree], index: Any, rates: Rates
+        self,
+        state: BilevelState,
+        batches: tuple[PyTree, PyTree],
+        index: Any,
+        rates: Rates,
+        key: jax.Array,
     ) -> BilevelState:
         """Take step `index`, and end the episode where it ends with that step."""
         state = self.advance(state, batches, index, rates)
         ends = self.timetable.ends_episode(index)
-        return where_due(ends, lambda state: self.close(state, rates), state)
+        return where_due(ends, lambda state: self.close(state, index, rates, key), state)
 
     def calibrate(
         self, state: BilevelState, key: jax.Array, index: Any, data: PyTree, host: PyTree = None

@@ -25,7 +25,7 @@ from gradhpo.parallel.data import DataParallel
 from gradhpo.parallel.mesh import put, to_host
 from gradhpo.problem import Problem
 from gradhpo.state import METRICS, BilevelState, PyTree, as_array, prepare
-from gradhpo.timetable import Timetable
+from gradhpo.timetable import EpisodeInit, Timetable, starts_fresh
 from gradhpo.trial import Rates, Trial, guard
 
 MOST_SLOTS = 2**20
@@ -60,6 +60,7 @@ class Population:
       episode_length: as in `solve`: steps after which a trial's weights start anew from its φ,
         moved by Reptile; None for one long episode.
       lr_reptile: Reptile step size, with `episode_length`.
+      episode_init: as in `solve`: where an episode starts, "reptile" or "fresh".
 
     Raises:
       ValueError: for host data, or an argument out of range.
@@ -78,6 +79,7 @@ class Population:
         steps: int = 1000,
         episode_length: int | None = None,
         lr_reptile: float = 1.0,
+        episode_init: EpisodeInit = "reptile",
     ) -> None:
         if problem.batch is None:
             accepted = "Problem.batch, drawn on the device; arrays of the host go into Problem.data"
@@ -93,7 +95,9 @@ class Population:
             mesh = optimizer.mesh
         self.problem, self.optimizer, self.mesh = problem, optimizer, mesh
         within = optimizer.within if isinstance(optimizer, DataParallel) else optimizer
-        self._trial = Trial(problem, within, Timetable.of(optimizer, episode_length))
+        timetable = Timetable.of(optimizer, episode_length)
+        fresh = starts_fresh(episode_init, episode_length, lr_reptile)
+        self._trial = Trial(problem, within, timetable, fresh=fresh)
         self._lr_reptile = check_number("lr_reptile", lr_reptile, -np.inf, np.inf)
         self._given_data_key = data_key
         self._programs: dict[Any, Compiled] = {}
@@ -323,7 +327,7 @@ class Population:
             def body(state: BilevelState, _: None) -> Any:
                 index, running = state.metadata["trial_step"], _running(state)
                 state = trial.calibrate_if_due(state, key, index, data, running)
-                new = trial.step(state, trial.draw(key, data, index), index, rates)
+                new = trial.step(state, trial.draw(key, data, index), index, rates, key)
                 return _guarded(state, new)
 
             return jax.lax.scan(body, state, length=steps)

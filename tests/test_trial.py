@@ -17,7 +17,6 @@ from tests.small import OPTIMIZERS, REFERENCES, X, Y, build, start, train_loss, 
 pytestmark = pytest.mark.compiler
 
 STEPS, T = 24, 4
-METHODS = [*OPTIMIZERS, *(pytest.param(name, marks=pytest.mark.slow) for name in REFERENCES)]
 
 
 def batch(key):
@@ -53,14 +52,24 @@ def trials_state(state):
     return dataclasses.replace(slot, metadata=kept)
 
 
-@pytest.mark.parametrize("episode_length", [None, T])
-@pytest.mark.parametrize("name", METHODS)
-def test_one_trial_is_the_same_at_every_door(name, episode_length, tmp_path):
-    optimizer, key = made(name), trial_key(3, 0)
-    solution = solved(optimizer, key, episode_length=episode_length, lr_reptile=0.5)
+EPISODES = {
+    "no": {},
+    "reptile": {"episode_length": T, "lr_reptile": 0.5},
+    "fresh": {"episode_length": T, "episode_init": "fresh"},
+}
 
-    trials = Population(PROBLEM, optimizer, 1, batching="map",
-                        episode_length=episode_length, lr_reptile=0.5)  # fmt: skip
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, kind) for name in OPTIMIZERS for kind in ("no", "reptile")]
+    + [("one-step", "fresh")]
+    + [pytest.param(n, k, marks=pytest.mark.slow) for n in REFERENCES for k in ("no", "reptile")],
+)
+def test_one_trial_is_the_same_at_every_door(name, kind, tmp_path):
+    optimizer, key, episodes = made(name), trial_key(3, 0), EPISODES[kind]
+    solution = solved(optimizer, key, **episodes)
+
+    trials = Population(PROBLEM, optimizer, 1, batching="map", **episodes)
     rate = () if optimizer.outer_optimizer else (falling,)
     state, rows = trials.init(key[None]), []
     for _ in range(3):
@@ -74,8 +83,7 @@ def test_one_trial_is_the_same_at_every_door(name, episode_length, tmp_path):
     rated = {} if optimizer.outer_optimizer else {"lr_hyper": 1.0}
     result = Sweep(
         PROBLEM, optimizer, SearchSpace(**rated), population=1, generations=3,
-        steps_per_generation=STEPS // 3, storage=tmp_path, seed=3, batching="map",
-        episode_length=episode_length, lr_reptile=0.5,
+        steps_per_generation=STEPS // 3, storage=tmp_path, seed=3, batching="map", **episodes,
         lr_schedule=falling if rated else None, executor="local", progress=False,
     ).run()  # fmt: skip
     for metric in (*gradhpo.state.METRICS, "first"):
@@ -83,7 +91,7 @@ def test_one_trial_is_the_same_at_every_door(name, episode_length, tmp_path):
         np.testing.assert_array_equal(result.table[metric][-1], of_trial)
     # The best generation need not be the last.
     steps = (result.best.generation + 1) * (STEPS // 3)
-    then = solved(optimizer, key, steps, episode_length=episode_length, lr_reptile=0.5)
+    then = solved(optimizer, key, steps, **episodes)
     best = jax.tree.map(lambda x: x[None], jax.device_get(result.best.state))
     assert_same_bits(trials_state(best), jax.device_get(then.state))
 

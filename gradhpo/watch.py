@@ -1,0 +1,89 @@
+"""What a run is watched for at its evaluations: the best state so far, and when to stop."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from gradhpo.errors import check_count, check_number
+from gradhpo.solution import Best
+
+
+@dataclasses.dataclass(frozen=True)
+class Stop:
+    """When `solve` ends before its last step; asked at every evaluation, of the same metric.
+
+    In a batch of keys the runs go on together until all of them would stop.
+
+    Args:
+      patience: stop after so many evaluations in a row that were not the best so far.
+      target: stop at a metric this good.
+
+    Raises:
+      ValueError: for neither, or a number out of range.
+    """
+
+    patience: int | None = None
+    target: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.patience is None and self.target is None:
+            raise ValueError("Stop takes patience, target or both; got neither")
+        if self.patience is not None:
+            check_count("patience", self.patience)
+        if self.target is not None:
+            check_number("target", self.target, -float("inf"), float("inf"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """The metric that says which evaluation is the best, and when it is good enough."""
+
+    metric: str
+    mode: Literal["min", "max"]
+    stop: Stop | None
+    every: int
+    """Steps between evaluations."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("min", "max"):
+            raise ValueError(f'mode must be "min" or "max", got {self.mode!r}')
+        if not isinstance(self.metric, str):
+            raise TypeError(f"metric must be a name, got {self.metric!r}")
+        if self.stop is not None and not isinstance(self.stop, Stop):
+            raise TypeError(f"stop must be a gradhpo.Stop, got {self.stop!r}")
+
+    def check(
+        self, rows: Mapping[str, Any], evals: Mapping[str, Any], runs: tuple[int, ...]
+    ) -> None:
+        """Raise if the metric is not one number of a run; by shapes, before anything compiles."""
+        there = {**rows, **evals}
+        if self.metric not in there:
+            raise ValueError(f"metric must be one of {sorted(there)}, got {self.metric!r}")
+        shape = getattr(there[self.metric], "shape", None)
+        if shape != runs:
+            got = f"shape {shape[len(runs) :]}" if shape is not None else "a tree"
+            raise ValueError(f"metric={self.metric!r} must be one number, got {got}")
+
+    def better(self, score: np.ndarray, best: Best | None) -> np.ndarray:
+        """Return which runs have their best score now, `()` or `(n,)`; the first one always is."""
+        if best is None:
+            return np.ones(np.shape(score), bool)
+        with np.errstate(invalid="ignore"):
+            than = score < best.score if self.mode == "min" else score > best.score
+        return than | (np.isnan(best.score) & ~np.isnan(score))
+
+    def over(self, done: int, score: np.ndarray, best: Best, alive: np.ndarray) -> bool:
+        """Whether every run that has not diverged would stop here."""
+        if self.stop is None:
+            return False
+        ends = np.zeros(np.shape(score), bool)
+        if self.stop.patience is not None:
+            ends |= done - np.asarray(best.step) >= self.stop.patience * self.every
+        if self.stop.target is not None:
+            good = score <= self.stop.target if self.mode == "min" else score >= self.stop.target
+            ends |= good
+        return bool((ends | ~alive).all())
