@@ -23,7 +23,7 @@ from gradhpo.cluster import checkpoints, importing
 from gradhpo.cluster.checkpoints import DamagedFile, Saved
 from gradhpo.cluster.incarnations import check_owner
 from gradhpo.cluster.space import LR_HYPER, SearchSpace
-from gradhpo.errors import UnreachedWarning
+from gradhpo.errors import UnreachedWarning, check_hashable
 from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.parallel import Population, compilations, compiled, data_parallel, make_mesh
 from gradhpo.parallel.mesh import to_host
@@ -164,6 +164,8 @@ class Variant:
         )  # fmt: skip
         schedule = spec.lr_schedule
         self.schedule = importing.load(schedule) if isinstance(schedule, str) else schedule
+        if schedule is not None:
+            check_hashable("lr_schedule", self.schedule)
         self.optimizer = optimizer
         self.programs: dict[str, Any] = {}
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), spec.slots))

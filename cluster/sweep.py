@@ -201,6 +201,7 @@ class Sweep:
         if isinstance(data, str):
             importing.check_reference("data", data)
         _check_episodes(episode_length, lr_reptile, episode_init)
+        episode_length = None if episode_length is None else int(episode_length)
         self.lr_schedule = _checked_schedule(lr_schedule, space)
         self.episode_length, self.lr_reptile = episode_length, float(lr_reptile)
         self.episode_init: EpisodeInit = episode_init
@@ -493,7 +494,7 @@ class Sweep:
                 raise SweepError(
                     f"storage {str(self.storage)!r} was begun by gradhpo "
                     f"{theirs.get('gradhpo')}, whose trials drew their batches otherwise: its "
-                    "result can be read, and to go on install that version again"
+                    "result can be read here; to go on, use the gradhpo that began it"
                 )
             for name in IDENTITY:
                 if mine[name] != theirs.get(name):

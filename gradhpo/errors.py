@@ -77,6 +77,12 @@ def check_callable(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a function, got {type(value).__name__}: {value!r}")
 
 
+def check_instance(name: str, value: Any, kind: type) -> None:
+    """Raise unless `value` is of a class of this library."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
+
+
 def check_hashable(name: str, value: Any) -> None:
     """Raise unless `value` can be a static argument of `jax.jit`."""
     check_callable(name, value)

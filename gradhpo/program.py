@@ -58,12 +58,11 @@ class Program:
         with a leading axis of `capacity` the metrics, what is kept of λ, and which of `METRICS`
         were not finite.
         """
-        trial, on_device = self.trial, self.trial.problem.batch is not None
+        trial = self.trial
 
         def one(state: BilevelState, key: jax.Array, data: PyTree, index: Any, pair: Any) -> Any:
-            if on_device:  # a stack of T host batches is a segment of its own
-                state = trial.calibrate_if_due(state, key, index, data)
-            state = trial.step(state, trial.draw(key, data, index, pair), index, rates, key)
+            state = trial.begin(state, key, index, data)
+            state = trial.step(state, trial.draw(key, data, index, pair), index, rates)
             values = {name: state.metadata[name] for name in names}
             return state, values, self.kept(state.hyperparams), faults(state.metadata)
 
@@ -82,13 +81,17 @@ class Program:
             and value.shape == runs
             and jnp.issubdtype(value.dtype, jnp.floating)
         ]
-        kept = jax.eval_shape(self._each(self.kept), state.hyperparams)
+        kept = self.kept_shapes(state.hyperparams)
         rows = ({name: state.metadata[name] for name in names}, kept)
         values, record = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), rows)
         bad = jnp.zeros((capacity, *runs, len(METRICS)), bool)
         start = (state, [values, record, bad])
         state, (values, record, bad) = jax.lax.fori_loop(0, span["n"], body, start)
         return state, values, record, bad
+
+    def kept_shapes(self, hyperparams: PyTree) -> dict[str, Any]:
+        """Return the shapes of what is kept of the λ of each run at a step."""
+        return jax.eval_shape(self._each(self.kept), hyperparams)
 
     def kept(self, hyperparams: PyTree) -> dict[str, Any]:
         """Return what is kept of one run's λ.
@@ -122,6 +125,7 @@ class Program:
         """Estimate the algorithm's own settings from a stack of host batches."""
 
         def one(state: BilevelState, key: jax.Array, data: PyTree) -> BilevelState:
+            state = self.trial.begin_if_fresh(state, key, index)
             return self.trial.calibrate(state, key, index, data, host)
 
         return self._each(one)(state, key, data)

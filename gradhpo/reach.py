@@ -104,7 +104,8 @@ def _reasons(
     in_val = depends(val, (w, lam))
     seen = _leading_to({i for i in range(n) if in_val[i]}, behind)
     before, direct = len(behind), in_val[n:]
-    moves = [any(before + i in of for of in behind) for i in range(len(leaves))]
+    to_weights = [x for x in _leading_to(set(range(n)), behind) if x < before]
+    moves = [any(before + i in behind[x] for x in to_weights) for i in range(len(leaves))]
     reached = [
         d or leaf.size == 0 or any(before + i in behind[x] for x in seen if x < before)
         for i, (d, leaf) in enumerate(zip(direct, leaves, strict=True))
@@ -124,7 +125,7 @@ def _reasons(
         if moves[i]:
             return "val_loss_fn has no gradient in the weights, which it moves: is it an accuracy?"
         if used[i] or shown[i]:
-            blocked = "stop_gradient, a comparison, rounding or integers"
+            blocked = "stop_gradient, a sign, a comparison, rounding or integers"
             return f"it is used, but no derivative goes through ({blocked})"
         return "neither the update of the weights nor val_loss_fn uses it"
 

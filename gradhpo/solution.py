@@ -20,11 +20,15 @@ class Best:
       state: the `BilevelState` at that evaluation.
       score: `()`: the metric there; NaN if it never was a number.
       step: int `()`: how many steps had been taken.
+      metric: what was compared.
+      mode: "min" or "max".
     """
 
     state: BilevelState
     score: np.ndarray
     step: np.ndarray
+    metric: str = dataclasses.field(default="val_loss", metadata={"static": True})
+    mode: str = dataclasses.field(default="min", metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -84,5 +88,14 @@ def check_resume(resume: Any, key: jax.Array, episode_length: int | None) -> Non
                 f"and key has {has.tolist()}"
             )
     if (resume.phi is None) != (episode_length is None):
-        had, has = ("none", episode_length) if resume.phi is None else ("episodes", None)
-        raise ValueError(f"resume had {had} for episode_length, and now it is {has}")
+        had, has = ("no", "has one") if resume.phi is None else ("an", "has none")
+        raise ValueError(f"resume is of a run with {had} episode_length, and this one {has}")
+
+
+def check_same_names(what: str, now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Raise if rows of other names would be put after those that a resumed run has."""
+    if sorted(now) != sorted(before):
+        raise ValueError(
+            f"{what} must be as in the run that is resumed, which has {sorted(before)}, "
+            f"got {sorted(now)}"
+        )

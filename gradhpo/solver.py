@@ -19,6 +19,7 @@ from gradhpo.errors import (
     check_callable,
     check_count,
     check_hashable,
+    check_instance,
     check_number,
     check_same_tree,
 )
@@ -27,9 +28,9 @@ from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.problem import Problem
 from gradhpo.program import Program
 from gradhpo.progress import Bar
-from gradhpo.solution import Best, Solution, check_resume
+from gradhpo.solution import Best, Solution, check_resume, check_same_names
 from gradhpo.state import METRICS, BilevelState, PyTree, prepare
-from gradhpo.timetable import EpisodeInit, Timetable, starts_fresh
+from gradhpo.timetable import EpisodeInit, Timetable, schedule_and_rate, starts_fresh
 from gradhpo.trial import PHI, Rates, Trial
 from gradhpo.watch import Stop, Watch
 
@@ -90,8 +91,10 @@ def solve(
         that are scalars. `[]` keeps nothing.
       resume: a solution of the same problem, optimizer and key, to go on from. An iterator of
         host batches is read on from where it stands (exactly the batches used were read, unless
-        the run diverged, which is found at the end of a chunk); a list,
-        or a function that makes an iterator, is started anew, and the batches used are skipped.
+        the run diverged, or was stopped by `stop` or `callback`: more were read ahead then); a
+        list, or a function that makes an iterator, is started anew, and the batches used are
+        skipped. `record` and the names of `Problem.metrics` must be as before; with another
+        `metric` or `mode` the best is looked for anew.
       callback: called as `callback(steps, state, evals)` at every evaluation, `evals` being what
         `problem.metrics` gave there; or, if it takes two arguments, without. Returning True stops.
       progress: whether to draw a progress bar (needs tqdm); None draws one on a terminal.
@@ -112,6 +115,8 @@ def solve(
       UnreachedWarning: if a hyperparameter gets no hypergradient, whatever the numbers.
       DivergenceWarning: if a metric stops being finite.
     """
+    check_instance("problem", problem, Problem)
+    check_instance("optimizer", optimizer, BilevelOptimizer)
     check_count("steps", steps)
     key = _check_key(key)
     optimizer.check_step(problem.train_loss, problem.val_loss, lr_hyper)
@@ -125,11 +130,9 @@ def solve(
         check_callable("callback", callback)
     fresh = starts_fresh(episode_init, episode_length, lr_reptile)
     lr_reptile = check_number("lr_reptile", lr_reptile, -np.inf, np.inf)
-    schedule, rate = None, None
-    if callable(lr_hyper):
-        schedule = lr_hyper
-    elif lr_hyper is not None:
-        rate = check_number("lr_hyper", lr_hyper, -np.inf, np.inf)
+    schedule, rate = schedule_and_rate(lr_hyper)
+    if rate is not None:
+        rate = check_number("lr_hyper", rate, -np.inf, np.inf)
     rates = Rates(rate, None if episode_length is None else lr_reptile)
     # Compiled code is kept by the problem; it must not keep the host data too.
     described = problem if problem.batches is None else dataclasses.replace(problem, batches=())
@@ -181,6 +184,7 @@ class _Run:
         self.program, self.key, self.watch, self.callback = program, key, watch, callback
         self.stopped = False
         self._best: Best | None = None
+        self._resumed: Solution | None = None
         self.rates = jax.tree.map(lambda rate: np.asarray(rate, jnp.result_type(float)), rates)
         self.done = 0
         self.latest: dict[str, float] = {}
@@ -198,7 +202,9 @@ class _Run:
                 self._state = self._state.update(metadata={PHI: resume.phi})
             self.done = resume.steps
             self._metrics, self._evals = [resume.metrics], [resume.evals]
-            self._record, self._best = [resume.record], resume.best
+            self._record, self._resumed = [resume.record], resume
+            if resume.best is not None and watch.asks_as(resume.best):
+                self._best = resume.best
             self._eval_steps = resume.eval_steps.tolist()
             self._evaluated = max(self._eval_steps, default=0)
             if program.batched:  # a run alone goes on, with a lower rate perhaps
@@ -243,6 +249,10 @@ class _Run:
         first = jax.eval_shape(self.program.init, self.key, data, pair)
         evals = jax.eval_shape(self.program.evaluate, first, data)
         self.watch.check(first.metadata, evals, self.key.shape)
+        if self._resumed is not None:
+            kept = self.program.kept_shapes(first.hyperparams)
+            check_same_names("record", kept, self._resumed.record)
+            check_same_names("Problem.metrics", evals, self._resumed.evals)
         if not segment.calibrate:
             span = dict.fromkeys(("start", "n", "offset"), np.int32(0))
             args = (first, self.key, data, self.rates, span, segment.host)
@@ -291,24 +301,36 @@ class _Run:
             self._evals.append(jax.tree.map(lambda row: row[None], evals))
             self._eval_steps.append(self.done)
         self._evaluated = self.done
-        row = {name: rows[-1] for name, rows in self._metrics[-1].items() if len(rows)}
-        score = np.asarray({**row, **evals}.get(self.watch.metric, np.full(self.key.shape, np.nan)))
-        self._keep_best(state, score)
-        assert self._best is not None
+        self._best = self._better(state, evals)
         asked = self.callback(self.done, state, evals)
-        over = self.watch.over(self.done, score, self._best, self.alive)
-        self.stopped = over or (isinstance(asked, bool | np.bool_) and bool(asked))
+        over = self.watch.over(self.done, self._best, self.alive)
+        said = isinstance(asked, bool | np.bool_ | np.ndarray | jax.Array)
+        self.stopped = over or (said and np.shape(asked) == () and bool(asked))
 
-    def _keep_best(self, state: BilevelState, score: np.ndarray) -> None:
-        better, step = self.watch.better(score, self._best), np.full(score.shape, self.done)
+    def _better(self, state: BilevelState, evals: dict[str, Any]) -> Best:
+        """Return the best of each run, now that it has this state."""
+        metric, mode = self.watch.metric, self.watch.mode
+        # A run that has diverged is as it was before that.
+        step = np.where(self._diverged > 0, self._diverged - 1, self.done)
+        if metric in evals:
+            score = np.asarray(evals[metric])
+        else:
+            score = self._metrics[-1][metric][-1]
+            if not self.alive.all():
+                rows = _concatenate(self._metrics)[metric]
+                score = np.take_along_axis(rows, np.maximum(step, 1)[None] - 1, axis=0)[0]
+        better = self.watch.better(score, self._best)
         if self._best is None or better.all():
-            self._best = Best(state, score, step)
-        elif better.any():
-            self._best = Best(
-                self.program.merge(self._best.state, state, better),
-                np.where(better, score, self._best.score),
-                np.where(better, step, self._best.step),
-            )
+            return Best(state, score, step, metric, mode)
+        if not better.any():
+            return self._best
+        return Best(
+            self.program.merge(self._best.state, state, better),
+            np.where(better, score, self._best.score),
+            np.where(better, step, self._best.step),
+            metric,
+            mode,
+        )
 
     def solution(self) -> Solution:
         """Return what there is."""
@@ -378,7 +400,8 @@ def _recorded(record: Record) -> Callable[[PyTree], dict[str, Any]] | tuple[str,
     if callable(record):
         check_hashable("record", record)
         return record
-    if isinstance(record, str) or not all(isinstance(name, str) for name in record):
+    named = isinstance(record, Sequence) and not isinstance(record, str)
+    if not named or not all(isinstance(name, str) for name in record):
         accepted = "a function of the hyperparameters, or a list of names of their leaves"
         raise TypeError(f"record must be {accepted}, got {record!r}")
     return tuple(record)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, Protocol, TypeAlias
 
-from gradhpo.errors import check_count
+from gradhpo.errors import check_count, check_hashable
 
 EpisodeInit: TypeAlias = Literal["reptile", "fresh"]
 """Where an episode starts: from φ, or from weights that `Problem.init` makes anew."""
@@ -65,11 +65,27 @@ class Timetable:
         """Whether an episode ends with this step."""
         return False if self.episode_length is None else (step + 1) % self.episode_length == 0
 
+    def begins_episode(self, step: Any) -> Any:
+        """Whether an episode after the first begins with this step."""
+        return False if self.episode_length is None else (step > 0) & self.ends_episode(step - 1)
+
     def next_calibration(self, step: int) -> int | None:
         """Return the first step after this one before which a calibration comes, if any does."""
         if not self.T or not self.period:
             return None
         return (step // self.period + 1) * self.period
+
+
+def schedule_and_rate(lr_hyper: Any) -> tuple[Any, Any]:
+    """Return `lr_hyper` as a schedule, if it is a function of the step, or else as a rate.
+
+    Raises:
+      TypeError: if a compiled program cannot be looked up by the function.
+    """
+    if not callable(lr_hyper):
+        return None, lr_hyper
+    check_hashable("lr_hyper", lr_hyper)
+    return lr_hyper, None
 
 
 def starts_fresh(episode_init: Any, episode_length: int | None, lr_reptile: Any) -> bool:

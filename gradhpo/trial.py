@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from gradhpo.branches import where_due
+from gradhpo.errors import tracing
 from gradhpo.problem import Problem, stream
 from gradhpo.state import BilevelState, LossFn, PyTree, as_array, faults, prepare
 from gradhpo.timetable import Calibrated, Timetable
@@ -113,17 +114,34 @@ class Trial:
         """Take step `index`, in the episode that it belongs to."""
         lr_hyper = rates.lr_hyper
         if self.schedule is not None:
-            scheduled = jnp.asarray(self.schedule(index), jnp.result_type(float))
+            with tracing("lr_hyper, a function of the step,", step=index):
+                scheduled = jnp.asarray(self.schedule(index), jnp.result_type(float))
+            if scheduled.shape != ():
+                got = f"shape {scheduled.shape}"
+                raise ValueError(f"lr_hyper must return one number at a step, got {got}")
             lr_hyper = scheduled if lr_hyper is None else lr_hyper * scheduled
         return self.optimizer.advance(state, *batches, *self._losses, lr_hyper)
 
-    def close(self, state: BilevelState, index: Any, rates: Rates, key: jax.Array) -> BilevelState:
-        """End an episode with step `index`: move φ by Reptile or make it anew, and begin there."""
-        if self.fresh:
+    def begin_if_fresh(
+        self, state: BilevelState, key: jax.Array, index: Any, running: Any = True
+    ) -> BilevelState:
+        """Begin an episode before step `index` with weights made anew, where that is asked for.
+
+        Not at the end of the one before: what is measured there, and kept, are its weights.
+        """
+
+        def anew(state: BilevelState) -> BilevelState:
             first = self.problem.start(jax.random.fold_in(stream(key, "episodes"), index))[0]
             phi = jax.tree.map(lambda x, like: as_array(x, like.dtype), first, state.params)
-        else:
-            phi = reptile(state.metadata[PHI], state.params, rates.lr_reptile)
+            return self.optimizer.reset(state, phi).update(metadata={PHI: phi})
+
+        if not self.fresh:
+            return state
+        return where_due(self.timetable.begins_episode(index) & running, anew, state)
+
+    def close(self, state: BilevelState, rates: Rates) -> BilevelState:
+        """End an episode: move φ by Reptile, and begin the next one there."""
+        phi = reptile(state.metadata[PHI], state.params, rates.lr_reptile)
         return self.optimizer.reset(state, phi).update(metadata={PHI: phi})
 
     def step(
@@ -132,12 +150,11 @@ class Trial:
         batches: tuple[PyTree, PyTree],
         index: Any,
         rates: Rates,
-        key: jax.Array,
     ) -> BilevelState:
         """Take step `index`, and end the episode where it ends with that step."""
         state = self.advance(state, batches, index, rates)
-        ends = self.timetable.ends_episode(index)
-        return where_due(ends, lambda state: self.close(state, index, rates, key), state)
+        ends = False if self.fresh else self.timetable.ends_episode(index)
+        return where_due(ends, lambda state: self.close(state, rates), state)
 
     def calibrate(
         self, state: BilevelState, key: jax.Array, index: Any, data: PyTree, host: PyTree = None
@@ -158,10 +175,17 @@ class Trial:
         """Estimate the algorithm's own settings from a stack of `T` training batches."""
         return self.optimizer.calibrate(state, trains, val, *self._losses)
 
-    def calibrate_if_due(
+    def begin(
         self, state: BilevelState, key: jax.Array, index: Any, data: PyTree, running: Any = True
     ) -> BilevelState:
-        """Calibrate before step `index` where the timetable says so, and the trial still runs."""
+        """Do what comes before step `index` by the timetable, if the trial still runs.
+
+        Calibrates only where batches are drawn on the device: a stack of host batches is a program
+        of its own.
+        """
+        state = self.begin_if_fresh(state, key, index, running)
+        if self.problem.batch is None:
+            return state
         due = self.timetable.calibrates_at(index)
         due = due if due is False else due & running
         return where_due(due, lambda state: self.calibrate(state, key, index, data), state)

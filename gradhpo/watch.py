@@ -68,6 +68,10 @@ class Watch:
             got = f"shape {shape[len(runs) :]}" if shape is not None else "a tree"
             raise ValueError(f"metric={self.metric!r} must be one number, got {got}")
 
+    def asks_as(self, best: Best) -> bool:
+        """Whether that was the best by this metric."""
+        return (best.metric, best.mode) == (self.metric, self.mode)
+
     def better(self, score: np.ndarray, best: Best | None) -> np.ndarray:
         """Return which runs have their best score now, `()` or `(n,)`; the first one always is."""
         if best is None:
@@ -76,11 +80,11 @@ class Watch:
             than = score < best.score if self.mode == "min" else score > best.score
         return than | (np.isnan(best.score) & ~np.isnan(score))
 
-    def over(self, done: int, score: np.ndarray, best: Best, alive: np.ndarray) -> bool:
+    def over(self, done: int, best: Best, alive: np.ndarray) -> bool:
         """Whether every run that has not diverged would stop here."""
         if self.stop is None:
             return False
-        ends = np.zeros(np.shape(score), bool)
+        ends, score = np.zeros(np.shape(best.score), bool), np.asarray(best.score)
         if self.stop.patience is not None:
             ends |= done - np.asarray(best.step) >= self.stop.patience * self.every
         if self.stop.target is not None:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gradhpo import convolutions
-from gradhpo.errors import check_count, check_hashable, check_number
+from gradhpo.errors import check_count, check_instance, check_number
 from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.parallel import batching as layouts
 from gradhpo.parallel import compiled
@@ -25,8 +25,8 @@ from gradhpo.parallel.data import DataParallel
 from gradhpo.parallel.mesh import put, to_host
 from gradhpo.problem import Problem
 from gradhpo.state import METRICS, BilevelState, PyTree, as_array, prepare
-from gradhpo.timetable import EpisodeInit, Timetable, starts_fresh
-from gradhpo.trial import Rates, Trial, guard
+from gradhpo.timetable import EpisodeInit, Timetable, schedule_and_rate, starts_fresh
+from gradhpo.trial import PHI, Rates, Trial, guard
 
 MOST_SLOTS = 2**20
 """On one device, that "fit" tries."""
@@ -81,6 +81,8 @@ class Population:
         lr_reptile: float = 1.0,
         episode_init: EpisodeInit = "reptile",
     ) -> None:
+        check_instance("problem", problem, Problem)
+        check_instance("optimizer", optimizer, BilevelOptimizer)
         if problem.batch is None:
             accepted = "Problem.batch, drawn on the device; arrays of the host go into Problem.data"
             raise ValueError(f"a population needs {accepted}")
@@ -206,6 +208,7 @@ class Population:
         Raises:
           ValueError: if `parents` is not one index for each slot, all in range.
         """
+        _check_slots("state", state, self.slots)
         parents = np.asarray(parents)
         wanted = f"parents must be {self.slots} integers, each a slot from 0 to {self.slots - 1}"
         if parents.shape != (self.slots,) or not np.issubdtype(parents.dtype, np.integer):
@@ -326,8 +329,8 @@ class Population:
         def one(state: BilevelState, key: jax.Array, rates: Rates, data: PyTree) -> Any:
             def body(state: BilevelState, _: None) -> Any:
                 index, running = state.metadata["trial_step"], _running(state)
-                state = trial.calibrate_if_due(state, key, index, data, running)
-                new = trial.step(state, trial.draw(key, data, index), index, rates, key)
+                state = trial.begin(state, key, index, data, running)
+                new = trial.step(state, trial.draw(key, data, index), index, rates)
                 return _guarded(state, new)
 
             return jax.lax.scan(body, state, length=steps)
@@ -426,17 +429,15 @@ class Population:
             losses = (self.problem.train_loss, self.problem.val_loss)
             self.optimizer.check_step(*losses, lr_hyper)
         _check_slots("state", state, self.slots)
-        if not {"trial_step", "diverged_at"} <= set(state.metadata):
+        episodes = set[str]() if self._trial.timetable.episode_length is None else {PHI}
+        if not {"trial_step", "diverged_at"} | episodes <= set(state.metadata):
             raise ValueError("state must come from the population's init, run or select")
         if not isinstance(keys, jax.Array) or not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
             raise TypeError(f"keys must be an array of keys from jax.random.key, got {keys!r}")
         if keys.shape != (self.slots,):
             raise ValueError(f"keys must have shape ({self.slots},), one a slot; got {keys.shape}")
-        schedule, rate = None, lr_hyper
-        if callable(lr_hyper):
-            check_hashable("lr_hyper", lr_hyper)
-            schedule, rate = lr_hyper, None
-        elif lr_hyper is not None:
+        schedule, rate = schedule_and_rate(lr_hyper)
+        if rate is not None:
             if np.asarray(lr_hyper).dtype.kind not in "fiu":
                 raise TypeError(f"lr_hyper must be a number or one for each slot, got {lr_hyper!r}")
             if np.shape(lr_hyper) not in ((), (self.slots,)):

@@ -187,6 +187,16 @@ def test_an_outer_optimizer_that_takes_signs_is_told_too(outer):
     assert len(texts) == 1
 
 
+@pytest.mark.parametrize("inner", [optax.lion(0.1), optax.sign_sgd(0.1)])
+def test_an_inner_optimizer_that_takes_signs_is_not_taken_for_unread_weights(inner):
+    """Lion remembers λ's part of the gradient, and moves by its sign."""
+    train, val = losses("direct in the training loss alone")
+    optimizer = gradhpo.OneStepOptimizer(inner, OUTER)
+    lam = {"decay": jnp.asarray(-1.0)}
+    with pytest.raises(ValueError, match="no derivative goes through .*a sign"):
+        optimizer.step(optimizer.init(WEIGHTS, lam), BATCH, BATCH, train, val)
+
+
 def test_a_leaf_that_moves_only_weights_that_validation_does_not_read_is_told():
     def train(w, lam, batch):
         return jnp.sum((w["seen"] - lam["seen"]) ** 2) + lam["unseen"] * jnp.sum(w["unseen"] ** 2)

@@ -9,7 +9,7 @@ import pytest
 
 import gradhpo
 from gradhpo import Problem, Stop, solve
-from tests.problems import assert_same_bits
+from tests.problems import assert_close, assert_same_bits
 from tests.small import BATCH, OPTIMIZERS, build, start, train_loss, val_loss
 
 KEY = jax.random.key(7)
@@ -144,20 +144,78 @@ def test_fresh_episodes_start_from_new_weights(name, x64):
     firsts, state = [], optimizer.init(*problem.start(KEY))
     stream = gradhpo.problem.stream(KEY, "episodes")
     for episode in range(3):
-        if name == "hyperdistill" and not episode:
+        if episode:
+            firsts.append(problem.start(jax.random.fold_in(stream, 4 * episode))[0])
+            state = optimizer.reset(state, firsts[-1])
+        elif name == "hyperdistill":
             theta = optimizer.estimate_theta(state, [BATCH] * 4, BATCH, train_loss, val_loss)
             state = state.update(metadata={"theta": theta})
         for _ in range(4):
             state = optimizer.step(state, BATCH, BATCH, train_loss, val_loss)
-        fresh = problem.start(jax.random.fold_in(stream, 4 * episode + 3))[0]
-        firsts.append(fresh)
-        state = optimizer.reset(state, fresh)
-    assert len({tuple(w.tolist()) for w in firsts}) == 3
-    np.testing.assert_allclose(found.state.params, firsts[-1], rtol=1e-12)
-    for leaf, expected in zip(
-        *map(jax.tree.leaves, (found.state.hyperparams, state.hyperparams)), strict=True
+    assert len({tuple(w.tolist()) for w in firsts}) == 2
+    # What was trained, and scored, is what there is; the next start is made when it is needed.
+    assert found.state.step == 4
+    assert_close(found.state.params, state.params, rtol=1e-9)
+    assert_close(found.state.hyperparams, state.hyperparams, rtol=1e-9)
+    assert_close(found.phi, firsts[-1], rtol=1e-12)
+    part = solve(problem, optimizer, 8, KEY, episode_length=4, episode_init="fresh")
+    again = solve(problem, optimizer, 12, KEY, episode_length=4, episode_init="fresh", resume=part)
+    assert_same_bits(again.state, found.state)
+
+
+def test_a_host_run_starts_its_episodes_anew_as_one_on_the_device():
+    settings = {"episode_length": 4, "episode_init": "fresh"}
+    optimizer = build("hyperdistill", outer=True, T=4, estimation_period=1)[0]
+    on_device = solve(PROBLEM, optimizer, 12, KEY, **settings)
+    host = dataclasses.replace(PROBLEM, batch=None, batches=[(BATCH, BATCH)] * 24)
+    on_host = solve(host, optimizer, 12, KEY, **settings)
+    assert_close(on_host.state.params, on_device.state.params, rtol=1e-5)
+    assert_close(on_host.record["decay"], on_device.record["decay"], rtol=1e-5)
+
+
+def test_another_metric_looks_for_the_best_anew():
+    part = solve(PROBLEM, OPTIMIZER, 5, KEY, eval_every=5)
+    found = solve(PROBLEM, OPTIMIZER, 20, KEY, eval_every=5, metric="far", resume=part)
+    assert found.best.score == found.evals["far"][1:].min()
+    assert (found.best.metric, found.best.mode) == ("far", "min")
+
+
+def test_the_best_of_a_diverged_run_is_before_that():
+    def loss(w, lam, batch):
+        return train_loss(w, lam, batch) + jnp.where(lam["decay"] < -2.85, 0, jnp.nan)
+
+    problem = dataclasses.replace(PROBLEM, train_loss=loss, metrics=None)
+    for key in (KEY, KEYS):
+        with pytest.warns(gradhpo.DivergenceWarning):
+            found = solve(problem, OPTIMIZER, 40, key)
+        last = found.diverged_at - 1
+        assert (last > 0).all()
+        np.testing.assert_array_equal(found.best.step, last)
+        rows = solve(problem, OPTIMIZER, int(np.max(last)), key).metrics["val_loss"]
+        assert_same_bits(found.best.score, rows[np.max(last) - 1])
+
+
+def test_what_a_resumed_run_keeps_must_stay_the_same():
+    part = solve(PROBLEM, OPTIMIZER, 5, KEY)
+    with pytest.raises(
+        ValueError, match=r"record must be as in the run .*\['decay'\], got \['l'\]"
     ):
-        np.testing.assert_allclose(leaf, expected, rtol=1e-9)
+        solve(PROBLEM, OPTIMIZER, 9, KEY, record=["l"], resume=part)
+    fewer = dataclasses.replace(PROBLEM, metrics=lambda w, lam: {"far": lam["decay"]})
+    with pytest.raises(ValueError, match=r"Problem.metrics must be as in the run that is resumed"):
+        solve(fewer, OPTIMIZER, 9, KEY, resume=part)
+
+
+def test_a_callback_may_answer_with_an_array():
+    found = solve(
+        PROBLEM,
+        OPTIMIZER,
+        40,
+        KEY,
+        eval_every=2,
+        callback=lambda n, s: s.metadata["val_loss"] < 1e9,
+    )
+    assert found.steps == 2
 
 
 @pytest.mark.parametrize(
@@ -170,6 +228,8 @@ def test_fresh_episodes_start_from_new_weights(name, x64):
         ({"stop": 3, "eval_every": 1}, TypeError, r"stop must be a gradhpo.Stop, got 3"),
         ({"record": ["decai"]}, ValueError, "record has 'decai'; λ has 'decay', 'l'"),
         ({"record": lambda lam: lam["l"]}, TypeError, "record must return a dict of arrays"),
+        ({"record": 3}, TypeError, "record must be a function .*, got 3"),
+        ({"lr_hyper": lambda t: 0.1}, ValueError, "exactly one of"),
         ({"record": "decay"}, TypeError, "record must be a function .*, or a list of names"),
         ({"episode_init": "fresh"}, ValueError, "needs episode_length"),
         ({"episode_init": "new"}, ValueError, 'must be "reptile" or "fresh"'),
@@ -185,3 +245,19 @@ def test_a_stop_that_never_stops_is_refused():
         Stop()
     with pytest.raises(ValueError, match="patience"):
         Stop(patience=0)
+
+
+def test_a_rate_that_is_a_function_is_named_in_what_goes_wrong():
+    optimizer = build("one-step")[0]
+    with pytest.raises(jax.errors.TracerBoolConversionError) as raised:
+        solve(PROBLEM, optimizer, 4, KEY, lr_hyper=lambda t: 0.1 if t < 2 else 0.0)
+    assert any("lr_hyper, a function of the step" in note for note in raised.value.__notes__)
+    with pytest.raises(ValueError, match=r"lr_hyper must return one number .* shape \(1,\)"):
+        solve(PROBLEM, optimizer, 4, KEY, lr_hyper=lambda t: jnp.ones(1))
+
+
+def test_things_of_the_wrong_kind_are_named():
+    with pytest.raises(TypeError, match="optimizer must be a BilevelOptimizer, got Gradient"):
+        solve(PROBLEM, build("one-step")[0].inner_optimizer, 4, KEY)
+    with pytest.raises(TypeError, match="problem must be a Problem, got dict"):
+        solve({}, OPTIMIZER, 4, KEY)
