@@ -193,7 +193,7 @@ def test_an_inner_optimizer_that_takes_signs_is_not_taken_for_unread_weights(inn
     train, val = losses("direct in the training loss alone")
     optimizer = gradhpo.OneStepOptimizer(inner, OUTER)
     lam = {"decay": jnp.asarray(-1.0)}
-    with pytest.raises(ValueError, match="no derivative goes through .*a sign"):
+    with pytest.raises(ValueError, match=r"no derivative goes through .*a sign"):
         optimizer.step(optimizer.init(WEIGHTS, lam), BATCH, BATCH, train, val)
 
 
