@@ -208,7 +208,6 @@ def test_arguments_of_solve():
         "key must be made by jax.random.key, .* got 0": {"key": 0},
         r"got keys of shape \(2, 2\)": {"key": jax.random.split(jax.random.key(0), (2, 2))},
         "episode_length must be at least 1": {"episode_length": 0},
-        "eval_every needs Problem.metrics or a callback": {"eval_every": 2},
         "eval_every must be an integer": {"eval_every": 2.0},
         "callback must be a function": {"callback": "print"},
     }
