@@ -154,16 +154,13 @@ def solve(
         run = _Run(program, key, rates, resume, watch, _called(callback))
         for segment in segments:
             run.begin(segment)
-            while run.done < segment.end and run.alive.any():
-                every = eval_every or steps
-                evaluated = min(steps, (run.done // every + 1) * every)
+            while run.done < segment.end and not run.over:
+                evaluated = min(steps, (run.done // watch.every + 1) * watch.every)
                 taken = run.advance(segment, until=min(segment.end, evaluated))
                 bar.advance(taken, **run.latest)
                 if run.done == evaluated and run.alive.any():
                     run.evaluate()
-                if run.stopped:
-                    break
-            if run.stopped or not run.alive.any():
+            if run.over:
                 break
     run.finish(steps)
     return run.solution()
@@ -184,7 +181,6 @@ class _Run:
         self.program, self.key, self.watch, self.callback = program, key, watch, callback
         self.stopped = False
         self._best: Best | None = None
-        self._resumed: Solution | None = None
         self.rates = jax.tree.map(lambda rate: np.asarray(rate, jnp.result_type(float)), rates)
         self.done = 0
         self.latest: dict[str, float] = {}
@@ -202,7 +198,7 @@ class _Run:
                 self._state = self._state.update(metadata={PHI: resume.phi})
             self.done = resume.steps
             self._metrics, self._evals = [resume.metrics], [resume.evals]
-            self._record, self._resumed = [resume.record], resume
+            self._record = [resume.record]
             if resume.best is not None and watch.asks_as(resume.best):
                 self._best = resume.best
             self._eval_steps = resume.eval_steps.tolist()
@@ -219,6 +215,11 @@ class _Run:
     def alive(self) -> np.ndarray:
         """Which runs have not diverged: bools, `()` or `(n,)`."""
         return self._diverged == 0
+
+    @property
+    def over(self) -> bool:
+        """Whether it ends before its last step: stopped, or diverged."""
+        return self.stopped or not self.alive.any()
 
     @functools.cached_property
     def data(self) -> PyTree:
@@ -249,10 +250,10 @@ class _Run:
         first = jax.eval_shape(self.program.init, self.key, data, pair)
         evals = jax.eval_shape(self.program.evaluate, first, data)
         self.watch.check(first.metadata, evals, self.key.shape)
-        if self._resumed is not None:
+        if self._metrics and self._metrics[0]:  # rows of a resumed run; a state by hand has none
             kept = self.program.kept_shapes(first.hyperparams)
-            check_same_names("record", kept, self._resumed.record)
-            check_same_names("Problem.metrics", evals, self._resumed.evals)
+            check_same_names("record", kept, self._record[0])
+            check_same_names("Problem.metrics", evals, self._evals[0])
         if not segment.calibrate:
             span = dict.fromkeys(("start", "n", "offset"), np.int32(0))
             args = (first, self.key, data, self.rates, span, segment.host)
@@ -314,11 +315,9 @@ class _Run:
         step = np.where(self._diverged > 0, self._diverged - 1, self.done)
         if metric in evals:
             score = np.asarray(evals[metric])
-        else:
-            score = self._metrics[-1][metric][-1]
-            if not self.alive.all():
-                rows = _concatenate(self._metrics)[metric]
-                score = np.take_along_axis(rows, np.maximum(step, 1)[None] - 1, axis=0)[0]
+        else:  # of the last step, which is infinite before the first
+            last = np.asarray(state.metadata[metric])
+            score = np.where(step > 0, last, np.nan).astype(last.dtype)
         better = self.watch.better(score, self._best)
         if self._best is None or better.all():
             return Best(state, score, step, metric, mode)

@@ -206,6 +206,14 @@ def test_what_a_resumed_run_keeps_must_stay_the_same():
         solve(fewer, OPTIMIZER, 9, KEY, resume=part)
 
 
+def test_a_state_by_hand_goes_on_without_rows():
+    part = solve(PROBLEM, OPTIMIZER, 5, KEY)
+    by_hand = gradhpo.Solution(part.state, {}, {}, np.zeros(0, int), 5, None, np.zeros((), int))
+    found = solve(PROBLEM, OPTIMIZER, 9, KEY, resume=by_hand)
+    assert_same_bits(found.state, solve(PROBLEM, OPTIMIZER, 9, KEY).state)
+    assert found.best.score == found.metrics["val_loss"][-1]
+
+
 def test_a_callback_may_answer_with_an_array():
     found = solve(
         PROBLEM,
