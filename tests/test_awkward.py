@@ -143,7 +143,7 @@ def test_resume_takes_a_solution_of_the_same_run():
         solve(PROBLEM, optimizer, 6, key, resume=batched)
     with pytest.raises(ValueError, match=r"resume must be .* shape \(2,\), got \(3,\)"):
         solve(PROBLEM, optimizer, 6, jax.random.split(key, 2), resume=batched)
-    with pytest.raises(ValueError, match="resume had none for episode_length, and now it is 3"):
+    with pytest.raises(ValueError, match="resume is of a run with no episode_length, and this one has one"):
         solve(PROBLEM, optimizer, 6, key, resume=solution, episode_length=3)
     with pytest.raises(ValueError, match=r"resume lacks the leaf .*metadata"):
         solve(PROBLEM, other, 6, key, resume=solution)
