@@ -27,14 +27,17 @@ from gradhpo.compat import (
 from gradhpo.diagnose import diagnose
 from gradhpo.diagnosis import Diagnosis
 from gradhpo.errors import DivergenceWarning, RecompileWarning, UnreachedWarning
+from gradhpo.models import EquinoxModel, FlaxModel
 from gradhpo.optimizer import BilevelOptimizer, Estimate
 from gradhpo.problem import Problem
 from gradhpo.solution import Best, Solution
 from gradhpo.solver import solve
 from gradhpo.state import BilevelState, DataBatch, LossFn, PyTree
+from gradhpo.task import Aux, Task
 from gradhpo.watch import Stop
 
 __all__ = [
+    "Aux",
     "Best",
     "BilevelOptimizer",
     "BilevelState",
@@ -42,8 +45,10 @@ __all__ = [
     "Diagnosis",
     "DivergenceWarning",
     "DrMADOptimizer",
+    "EquinoxModel",
     "Estimate",
     "FOOptimizer",
+    "FlaxModel",
     "ForwardOptimizer",
     "GreedyOptimizer",
     "ImplicitOptimizer",
@@ -58,6 +63,7 @@ __all__ = [
     "Solution",
     "Stop",
     "T1T2Optimizer",
+    "Task",
     "UnreachedWarning",
     "UnrolledOptimizer",
     "__version__",

@@ -13,6 +13,7 @@ from gradhpo.errors import check_count, stack_length
 from gradhpo.inner import Moved
 from gradhpo.optimizer import HypergradientMethod
 from gradhpo.state import BilevelState, PyTree
+from gradhpo.task import Carried, Task
 
 Remat: TypeAlias = Literal["none", "sqrt", "step"]
 """What reverse mode keeps of an unroll: see `UnrolledOptimizer`."""
@@ -52,37 +53,41 @@ class UnrollingMethod(HypergradientMethod):
 
     def unroll(
         self,
-        step: Callable[[PyTree, PyTree, PyTree, PyTree], Moved],
+        step: Callable[[PyTree, Carried, PyTree, PyTree], Moved],
         state: BilevelState,
+        task: Task,
         hyperparams: PyTree,
-        train_batch: PyTree,
         remat: Remat = "none",
     ) -> Moved:
         """Take the T inner steps `step(w, s, λ, D)` from the state's weights; a `scan`.
 
-        The training loss returned is that of the last step. `remat` is what reverse mode keeps.
+        The loss and metrics returned are those of the last step. `remat` is what reverse mode
+        keeps.
         """
-        batch_at, T = self.batch_at(train_batch), self.unroll_steps
+        batch_at, T = self.batch_at(task.train_batch), self.unroll_steps
 
-        def body(carry: tuple[PyTree, PyTree], t: Any) -> tuple[tuple[PyTree, PyTree], jax.Array]:
-            moved = step(*carry, hyperparams, batch_at(t))
-            return (moved.params, moved.opt_state), moved.train_loss
+        def body(carry: tuple[PyTree, Carried], t: Any) -> tuple[Any, Any]:
+            w, s, *told = step(*carry, hyperparams, batch_at(t))
+            return (w, s), told
 
-        def segment(carry: Any, steps: jax.Array) -> tuple[Any, jax.Array]:
-            carry, losses = jax.lax.scan(body, carry, steps)
-            return carry, losses[-1]
+        def last(told: Any) -> Any:
+            return jax.tree.map(lambda rows: rows[-1], told)
+
+        def segment(carry: Any, steps: jax.Array) -> tuple[Any, Any]:
+            carry, told = jax.lax.scan(body, carry, steps)
+            return carry, last(told)
 
         if remat == "step":
             body = jax.checkpoint(body, prevent_cse=False)
-        start, steps = (state.params, state.inner_opt_state), jnp.arange(T)
+        start, steps = task.start(state), jnp.arange(T)
         length = math.isqrt(T - 1) + 1  # ⌈√T⌉
         if remat != "sqrt" or length == T:
-            (w, s), loss = segment(start, steps)
-            return Moved(w, s, loss)
+            carry, told = segment(start, steps)
+            return Moved(*carry, *told)
         segment = jax.checkpoint(segment, prevent_cse=False)
         whole = T - T % length
-        (w, s), losses = jax.lax.scan(segment, start, steps[:whole].reshape(-1, length))
+        carry, told = jax.lax.scan(segment, start, steps[:whole].reshape(-1, length))
         if whole == T:
-            return Moved(w, s, losses[-1])
-        (w, s), loss = segment((w, s), steps[whole:])
-        return Moved(w, s, loss)
+            return Moved(*carry, *last(told))
+        carry, told = segment(carry, steps[whole:])
+        return Moved(*carry, *told)

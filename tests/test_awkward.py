@@ -6,7 +6,14 @@ import numpy as np
 import optax
 import pytest
 
-from gradhpo import OneStepOptimizer, OnlineHypergradientOptimizer, Problem, T1T2Optimizer, solve
+from gradhpo import (
+    OneStepOptimizer,
+    OnlineHypergradientOptimizer,
+    Problem,
+    T1T2Optimizer,
+    Task,
+    solve,
+)
 from tests.problems import assert_close
 from tests.small import BATCH, OPTIMIZERS, CompileCounter, build, start, train_loss, val_loss
 
@@ -143,7 +150,9 @@ def test_resume_takes_a_solution_of_the_same_run():
         solve(PROBLEM, optimizer, 6, key, resume=batched)
     with pytest.raises(ValueError, match=r"resume must be .* shape \(2,\), got \(3,\)"):
         solve(PROBLEM, optimizer, 6, jax.random.split(key, 2), resume=batched)
-    with pytest.raises(ValueError, match="resume is of a run with no episode_length, and this one has one"):
+    with pytest.raises(
+        ValueError, match="resume is of a run with no episode_length, and this one has one"
+    ):
         solve(PROBLEM, optimizer, 6, key, resume=solution, episode_length=3)
     with pytest.raises(ValueError, match=r"resume lacks the leaf .*metadata"):
         solve(PROBLEM, other, 6, key, resume=solution)
@@ -163,7 +172,7 @@ def test_a_first_state_may_be_donated(name):
     optimizer, rate = build(name, **({"gamma": 0.5} if name == "t1t2" else {}))
 
     def step(state):
-        return optimizer.advance(state, BATCH, BATCH, train_loss, val_loss, *rate)
+        return optimizer.advance(state, Task(BATCH, BATCH, train_loss, val_loss), *rate)
 
     state = optimizer.init(*start())
     jax.block_until_ready(jax.jit(step, donate_argnums=0)(state))
