@@ -16,6 +16,7 @@ import numpy as np
 
 from gradhpo.errors import (
     DivergenceWarning,
+    advice,
     check_callable,
     check_count,
     check_hashable,
@@ -370,7 +371,7 @@ class _Run:
         which = f" of run {run}" if self.program.batched else ""
         warnings.warn(
             f"{metric} stopped being finite at step {step}{which}: the state after step "
-            f"{step - 1} is kept. Lower the learning rates, or clip",
+            f"{step - 1} is kept. {advice(metric)}",
             DivergenceWarning,
             stacklevel=4,
         )

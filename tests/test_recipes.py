@@ -1,4 +1,4 @@
-"""The recipes of docs/schedules.md, as they stand there."""
+"""The code of the pages in docs/, as it stands there."""
 
 import re
 from pathlib import Path
@@ -36,6 +36,14 @@ def recipes():
 def loss(w, lam, batch):
     x, y = batch
     return jnp.mean((x @ w - y) ** 2)
+
+
+@pytest.mark.parametrize("page", ["models"])
+def test_the_code_of_a_page_runs(page):
+    text, made = (PAGE.parent / f"{page}.md").read_text(), {}
+    with jax.enable_x64(False):
+        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+            exec(compile(block, page, "exec"), made)
 
 
 def test_every_recipe_is_tried():
