@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import jax
-import numpy as np
 
 from gradhpo.errors import check_exactly_one, check_hashable, described, tracing
+from gradhpo.host import Source
 from gradhpo.state import LossFn, PyTree
 
 Batches: TypeAlias = Iterable[tuple[Any, Any]]
@@ -53,7 +53,7 @@ class Problem:
     train_loss: LossFn
     val_loss: LossFn
     batch: Callable[..., tuple[PyTree, PyTree]] | None = None
-    batches: Batches | Callable[[np.random.Generator], Batches] | None = dataclasses.field(
+    batches: Batches | Callable[..., Batches] | None = dataclasses.field(
         default=None, compare=False
     )
     metrics: Callable[..., dict[str, Any]] | None = None
@@ -65,10 +65,8 @@ class Problem:
         check_exactly_one("Problem", batch=self.batch, batches=self.batches)
         if self.batch is not None:
             check_hashable("Problem.batch", self.batch)
-        elif not callable(self.batches) and not isinstance(self.batches, Iterable):
-            got = type(self.batches).__name__
-            accepted = "an iterable of (train, val) pairs, or a function of a NumPy generator"
-            raise TypeError(f"Problem.batches must be {accepted}, got {got}")
+        else:
+            Source(self.batches)
         for name in ("metrics", "data"):
             if getattr(self, name) is not None:
                 check_hashable(f"Problem.{name}", getattr(self, name))
