@@ -21,7 +21,7 @@ HOST_CHUNK_STEPS = 64
 """Batches in a stack of host data, at most."""
 HOST_CHUNK_BYTES = 2**26
 """Bytes of a stack of host data, at most, unless one batch has more."""
-READ_SECONDS = 0.5
+READ_SECONDS = 0.1
 """How long a stack may take to read, so that a slow loader does not keep the device waiting."""
 
 
@@ -136,10 +136,13 @@ class HostFeed:
 
     def example(self, lanes: int | None) -> PyTree:
         """Return a full stack like those of `lanes`, on the device: one pair, repeated."""
-        leading = (*([] if lanes is None else [lanes]), self.capacity(lanes))
-        form, put = self.source.form, self._put[lanes is not None]
-        stack = jax.tree.map(lambda x: np.broadcast_to(x, (*leading, *x.shape)), form.pair)
-        return form.on_device(stack, put)
+        stack = _repeated(self.source.form.pair, lanes, self.capacity(lanes))
+        return self._place(stack, lanes is not None)
+
+    def example_calibration(self, lanes: int | None) -> PyTree:
+        """Return such a stack for a calibration."""
+        stack = _repeated(self.source.form.pair, lanes, self._timetable.T)
+        return self._place(stack, lanes is not None)
 
     def capacity(self, lanes: int | None) -> int:
         """Return how many pairs a stack holds; `lanes` is its leading axis, None for none."""
@@ -191,19 +194,25 @@ class HostFeed:
         """Return the segment of a calibration of all lanes now, whose pairs stay there."""
         self._settle()
         lanes, T = self._lanes(seeds, ages, running), self._timetable.T
-        read, host = self._stack(lanes, T, T, lanes.running, Stream.peek)
+        read, stack = self._stack(lanes, T, T, lanes.running, Stream.peek)
         self._open |= lanes.open()
         if read < T:
             raise ValueError(f"Problem.batches ended: {read} of the {T} pairs were left")
+        host = self._place(stack, lanes.apart)
         return Segment(0, 0, T, True, host, lanes.apart, np.ones(len(running), bool))
 
     def first_pairs(self, seeds: np.ndarray, running: np.ndarray) -> PyTree:
         """Return the first pair of each lane, after an axis of lanes where stacks have one."""
         self._settle()
+        axis = self._axis and self.source.own
+        if not running.any():  # any numbers do
+            return self._place(
+                _repeated(self.source.form.pair, len(running) if axis else None), axis
+            )
         lanes = self._lanes(seeds, np.zeros(len(running), int), running)
         host = self._stack(lanes, 1, 1, lanes.running, Stream.peek)[1]
         self._open |= lanes.open()
-        return jax.tree.map(lambda x: x[:, 0] if lanes.apart else x[0], host)
+        return self._place(jax.tree.map(lambda x: x[:, 0] if axis else x[0], host), axis)
 
     def _settle(self) -> None:
         """Wait for the reader, and raise what it raised."""
@@ -243,10 +252,10 @@ class HostFeed:
         while done < steps:
             due, before = lanes.due(self._timetable, done), after
             if due.any():
-                read, host = self._stack(lanes, T, T, due)
+                read, stack = self._stack(lanes, T, T, due)
                 if read < T:
                     return
-                at = first + done
+                at, host = first + done, self._place(stack, lanes.apart)
                 yield Segment(at, at, T, True, host, lanes.apart, due, before, before)
             stop = lanes.until(self._timetable, done, steps)
             while done < stop:
@@ -254,9 +263,10 @@ class HostFeed:
                     return
                 capacity = self.capacity(None if lanes.of is None else len(lanes.of))
                 wanted, began = min(self._rows, capacity, stop - done), time.perf_counter()
-                read, host = self._stack(lanes, wanted, capacity, lanes.running)
+                read, stack = self._stack(lanes, wanted, capacity, lanes.running)
                 after = lanes.places()
                 if read:
+                    host = self._place(stack, lanes.apart)
                     self._set_pace(read, time.perf_counter() - began, capacity)
                     at, end = first + done, first + done + read
                     yield Segment(at, end, capacity, False, host, lanes.apart, None, before, after)
@@ -275,7 +285,7 @@ class HostFeed:
         using: np.ndarray,
         take: Callable[[Stream, int], list[Any]] = Stream.take,
     ) -> tuple[int, PyTree]:
-        """Return how many pairs there were of those wanted for some lanes, and their stack."""
+        """Return how many of the pairs wanted for some lanes there were, and their NumPy stack."""
         pairs = {index: take(lanes.streams[index], wanted) for index in lanes.read_by(using)}
         read = min(len(found) for found in pairs.values())
         if not read:
@@ -290,5 +300,13 @@ class HostFeed:
             return stack if lanes.apart else stack[0]
 
         flat = [pair for found in rows for pair in found]
-        form, put = self.source.form, self._put[lanes.apart]
-        return read, form.on_device(jax.tree.map(fill, form.pair, *flat), put)
+        return read, jax.tree.map(fill, self.source.form.pair, *flat)
+
+    def _place(self, stack: PyTree, apart: bool) -> PyTree:
+        return self.source.form.on_device(stack, self._put[apart])
+
+
+def _repeated(pair: PyTree, *leading: int | None) -> PyTree:
+    """Return a pair with more axes, those that are not None, in front."""
+    axes = [n for n in leading if n is not None]
+    return jax.tree.map(lambda x: np.broadcast_to(x, (*axes, *x.shape)), pair)

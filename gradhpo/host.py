@@ -51,6 +51,7 @@ class Source:
             raise TypeError(f"Problem.batches must be {ACCEPTED}, got {type(batches).__name__}")
         self._form: Form | None = None
         self._only: Stream | None = None
+        """The stream of an iterator; or of another source that was opened to see a pair."""
 
     own: bool
     """Whether every trial has a stream of its own, seeded by its key, or all have the same."""
@@ -75,10 +76,8 @@ class Source:
         return self._form
 
     def _peek(self) -> Stream:
-        if not self.once:
-            return self.open([0], 0)
         if self._only is None:
-            self._only = Stream(self, self._batches, None)
+            self._only = Stream(self, self._batches, None) if self.once else self.open([0], 0)
         return self._only
 
     def open(self, seed: Sequence[int], position: int, saved: Saved | None = None) -> Stream:
@@ -96,6 +95,9 @@ class Source:
         saved = saved or {}
         if self.once:
             return self._stand(position, saved)
+        if self._only is not None and not (self.own or position or saved):
+            stream, self._only = self._only, None
+            return stream
         if not self._function:
             made = self._batches
         else:
@@ -112,8 +114,9 @@ class Source:
     def _stand(self, position: int, saved: Saved) -> Stream:
         if (stream := self._only) is None:
             at = _set_state(self._batches, position, saved)
-            stream = self._only = Stream(self, self._batches, position if at is None else at)
-            stream.skip(position - stream.position)
+            at = position if at is None else at
+            stream = self._only = Stream(self, self._batches, at)
+            stream.skip(position - at)
         elif stream.position is None:
             stream.position = position
         elif stream.position != position:
@@ -170,7 +173,8 @@ class Form:
 
         def stacked(leaf: np.ndarray, kind: str) -> jax.ShapeDtypeStruct:
             def make() -> jax.Array:
-                return self._typed(jnp.zeros((*leading, *leaf.shape), leaf.dtype), kind)
+                dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+                return self._typed(jnp.zeros((*leading, *leaf.shape), dtype), kind)
 
             return jax.eval_shape(make)
 

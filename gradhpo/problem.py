@@ -31,11 +31,15 @@ class Problem:
       batch: `key -> (train_batch, val_batch)`, two pytrees of arrays for the two losses: drawn on
         the device, inside the compiled run, with a key of their own at every step; with `data`,
         `(key, data) -> (train_batch, val_batch)`. For all data at every step, ignore the key.
-      batches: host data: an iterable of `(train_batch, val_batch)`, each a pytree of NumPy arrays
-        (typed PRNG keys may be among them), all pairs of one shape; or a function
-        `rng -> iterable` of a `numpy.random.Generator`, which `solve` seeds by its key. Read a
-        pair a step, in order, and sent ahead; use `drop_last` where a loader's last batch is
-        smaller.
+      batches: host data, a stream of pairs `(train_batch, val_batch)`, each a pytree of NumPy
+        arrays or what becomes one (PyTorch's CPU tensors), typed PRNG keys too, all pairs of one
+        shape (`drop_last`). Read a pair a step, in order, and sent ahead. One of:
+        `rng -> iterable`, of a `numpy.random.Generator` seeded by the key of each run or trial;
+        `() -> iterable`, the same stream for all; either with an argument `start`, the number of
+        pairs before the first one wanted, so that it begins in the middle; or an iterable itself,
+        the same stream for all: a list, a loader, a dataset of Grain. What is read again must give
+        the same pairs again. Where its iterator has `get_state` and `set_state`, as Grain's,
+        nothing is read twice. An iterator, or a generator, is read on from where it stands.
       metrics: `(params, hyperparams) -> {name: array}`, or with `data`
         `(params, hyperparams, data) -> {name: array}`: what else to follow, a test accuracy say.
         Evaluated now and then, see `solve(eval_every=…)`; arrays of any shape (in a sweep,

@@ -101,11 +101,9 @@ class Population:
         within = optimizer.within if isinstance(optimizer, DataParallel) else optimizer
         timetable = Timetable.of(optimizer, episode_length)
         fresh = starts_fresh(episode_init, episode_length, lr_reptile)
-        self._feed: HostFeed | None = None
-        if problem.batch is None:
-            put_both = (self.place_shared, self.place)
-            self._feed = HostFeed(Source(problem.batches), timetable, axis=True, put=put_both)
         self._trial = Trial(problem, within, timetable, fresh=fresh)
+        self._source = None if problem.batch is not None else Source(problem.batches)
+        self._feed = None if self._source is None else self.new_feed()
         self._lr_reptile = check_number("lr_reptile", lr_reptile, -np.inf, np.inf)
         self._given_data_key = data_key
         self._programs: dict[Any, Compiled] = {}
@@ -161,7 +159,7 @@ class Population:
         _check_slots("key", keys, self.slots)
         pairs = None
         if self._feed is not None and self.optimizer.remembers_batch:
-            pairs = self.first_pairs(_seeds(keys), np.ones(self.slots, bool))
+            pairs = self._feed.first_pairs(_seeds(keys), np.ones(self.slots, bool))
         args = (self.place(keys), self.place(given), self.data, pairs)
         return self._call("init", self.trace_init, *args)
 
@@ -410,26 +408,22 @@ class Population:
 
     # --- host data ------------------------------------------------------------------------------
 
-    @property
-    def feed(self) -> HostFeed | None:
-        """What reads `Problem.batches`; None where batches are drawn on the device."""
-        return self._feed
+    def new_feed(self) -> HostFeed:
+        """Return what reads `Problem.batches` for the slots, and places it on the devices."""
+        assert self._source is not None
+        put_both = (self.place_shared, self.place)
+        return HostFeed(self._source, self._trial.timetable, axis=True, put=put_both)
 
     @property
     def own_batches(self) -> bool:
         """Whether every slot has a stream of host batches of its own."""
-        return self._feed is not None and self._feed.source.own
-
-    def first_pairs(self, seeds: np.ndarray, starting: np.ndarray) -> PyTree:
-        """Return what `trace_init` takes for the slots that start, on the devices."""
-        assert self._feed is not None
-        return self._feed.first_pairs(seeds, starting)
+        return self._source is not None and self._source.own
 
     def first_pair_shapes(self, slots: int) -> PyTree:
         """Return its shapes; None where `trace_init` takes none."""
-        if self._feed is None or not self.optimizer.remembers_batch:
+        if self._source is None or not self.optimizer.remembers_batch:
             return None
-        return self._feed.source.form.shapes(*([slots] if self.own_batches else []))
+        return self._source.form.shapes(*([slots] if self.own_batches else []))
 
     def chunk_arguments(self, n: int) -> tuple[PyTree, jax.Array]:
         """Return what a chunk takes after the data, on the devices: an example."""
