@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradhpo.errors import check_same_tree
+from gradhpo.errors import check_same_tree, warn_user
 
 ACCEPTED = (
     "an iterable of (train_batch, val_batch) pairs, or a function of a NumPy generator, or of none "
@@ -98,18 +98,28 @@ class Source:
         if self._only is not None and not (self.own or position or saved):
             stream, self._only = self._only, None
             return stream
-        if not self._function:
-            made = self._batches
-        else:
-            given = [np.random.default_rng(list(seed))] if self.own else []
-            made = self._batches(*given, **({"start": position} if self._starts else {}))
-        pairs = iter(made)
+        pairs = self._begin(seed, position)
         if self._starts:
             return Stream(self, pairs, position)
-        at = _set_state(pairs, position, saved) or 0
+        try:
+            at = _set_state(pairs, position, saved) or 0
+        except Exception as error:  # what it is made of has another name than before, perhaps
+            why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            warn_user(
+                "the iterator of Problem.batches refuses the state that it was in "
+                f"({why}); the {position} pairs before are read again",
+                RuntimeWarning,
+            )
+            pairs, at = self._begin(seed, position), 0
         stream = Stream(self, pairs, at, saved.get("first"))
         stream.skip(position - at)
         return stream
+
+    def _begin(self, seed: Sequence[int], position: int) -> Iterator[Any]:
+        if not self._function:
+            return iter(self._batches)
+        given = [np.random.default_rng(list(seed))] if self.own else []
+        return iter(self._batches(*given, **({"start": position} if self._starts else {})))
 
     def _stand(self, position: int, saved: Saved) -> Stream:
         if (stream := self._only) is None:
@@ -358,4 +368,8 @@ def _kind_of_key(leaf: Any) -> str:
 
 def _on_host(leaf: Any) -> np.ndarray:
     """Return a copy, since its owner may use the buffer again; of a typed key, its numbers."""
-    return np.array(jax.random.key_data(leaf) if _kind_of_key(leaf) else leaf)
+    if _kind_of_key(leaf):
+        leaf = jax.random.key_data(leaf)
+    elif hasattr(leaf, "numpy"):  # a tensor of PyTorch or TensorFlow
+        leaf = leaf.numpy()
+    return np.array(leaf)

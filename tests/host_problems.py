@@ -36,7 +36,10 @@ def dataset(seed=3):
 
 
 class Rows:
-    """A data source for Grain's `DataLoader`."""
+    """A data source for Grain's `DataLoader`, which goes on only with a source of the same name."""
+
+    def __repr__(self):
+        return "Rows()"
 
     def __len__(self):
         return len(ROWS)
@@ -62,9 +65,11 @@ SOURCES = {
 }
 
 
+def metrics(w, lam):
+    """The first weight."""
+    return {"first": w[0]}
+
+
 def problem(batches="dataset"):
-    """The small problem on one of these."""
-    return gradhpo.Problem(
-        start, train_loss, val_loss, batches=SOURCES[batches](),
-        metrics=lambda w, lam: {"first": w[0]},
-    )  # fmt: skip
+    """The small problem on one of these; all of them share compiled code."""
+    return gradhpo.Problem(start, train_loss, val_loss, batches=SOURCES[batches](), metrics=metrics)
