@@ -179,6 +179,7 @@ class HostFeed:
                 yield segment
         finally:
             wait([self._reading])
+            self._reading = None
         self._keep(lanes)
 
     def read_on(self) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 import gradhpo
 from gradhpo.cluster import PBT, SearchSpace, SuccessiveHalving, Sweep, trial_key, uniform
-from gradhpo.parallel import Population, make_mesh
+from gradhpo.parallel import Population, data_parallel, make_mesh
 from gradhpo.timetable import Timetable
 from tests import host_problems
 from tests.host_problems import ROWS, SOURCES, drawn, pair, problem, shuffled
@@ -153,6 +153,15 @@ def test_divided_over_a_mesh(name, layout):
     apart = Population(problem(name), HYPERDISTILL, 4, mesh, layout)
     alone = Population(problem(name), HYPERDISTILL, 4, batching=layout.removeprefix("shard/"))
     found, expected = (p.run(p.init(keys), 6, keys)[1]["val_loss"] for p in (apart, alone))
+    assert_close(found, expected, rtol=1e-5)
+
+
+def test_batches_of_slots_are_divided_too():
+    keys = jax.random.split(KEY, 4)
+    mesh = make_mesh(trial=2, data=2, devices=jax.devices()[:4])
+    both = Population(problem("start"), data_parallel(ONE_STEP, mesh), 4, batching="shard/map")
+    alone = Population(problem("start"), ONE_STEP, 4, batching="map")
+    found, expected = (p.run(p.init(keys), 6, keys)[1]["val_loss"] for p in (both, alone))
     assert_close(found, expected, rtol=1e-5)
 
 
@@ -492,8 +501,9 @@ def test_what_a_reader_raises_is_raised_by_the_run():
 
     given = dataclasses.replace(problem(), batches=broken)
     trials = Population(given, ONE_STEP, 2, batching="map")
-    with pytest.raises(OSError, match="the disk is gone"):
-        trials.run(trials.init(KEYS[:2]), 6, KEYS[:2])
+    for _ in range(2):
+        with pytest.raises(OSError, match="the disk is gone"):
+            trials.run(trials.init(KEYS[:2]), 6, KEYS[:2])
     with pytest.raises(OSError, match="the disk is gone"):
         gradhpo.solve(given, ONE_STEP, 6, KEY)
 
