@@ -34,6 +34,7 @@ from gradhpo.errors import (
     check_number,
     warn_user,
 )
+from gradhpo.host import check_once
 from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.problem import Problem
 from gradhpo.timetable import EpisodeInit, starts_fresh
@@ -69,7 +70,9 @@ class Sweep:
     Args:
       problem: `"package.module:name"` or `"folder/file.py:name"` of a `Problem` or of a function
         that returns one (it may take choices of the space, and `data`); or such an object itself,
-        which the command line cannot resume.
+        which the command line cannot resume. `Problem.batches` may be anything but an iterator,
+        which could not be read again after a failure; a trial's n-th step takes the n-th pair of
+        its stream, see `Problem`.
       optimizer: likewise, a `BilevelOptimizer`.
       space: what differs between trials.
       population: trials at a time, in all. With choices in the space it is divided equally among
@@ -160,6 +163,8 @@ class Sweep:
             elif not isinstance(value, kind) and not callable(value):
                 accepted = f"{importing.ACCEPTED}, a {kind.__name__}, or a function that makes one"
                 raise TypeError(f"{name} must be {accepted}, got {value!r}")
+        if isinstance(problem, Problem):
+            check_once(problem.batches)
         if not isinstance(space, SearchSpace):
             raise TypeError(f"space must be a SearchSpace, got {space!r}")
         self.population = check_count("population", population)

@@ -26,6 +26,8 @@ class Program:
     """Whether keys, states and data have a leading axis of runs."""
     record: Callable[[PyTree], dict[str, Any]] | tuple[str, ...] | None = ()
     """What to keep of λ after each step: a function of it, names of leaves, or None for scalars."""
+    own_batches: bool = False
+    """Whether each run has host batches of its own, with a leading axis of runs."""
 
     @functools.partial(jit, static_argnums=0)
     def data(self, key: jax.Array) -> PyTree:
@@ -36,10 +38,10 @@ class Program:
     def init(self, key: jax.Array, data: PyTree, host_pair: PyTree) -> BilevelState:
         """Make the weights, the hyperparameters and the state of each run."""
 
-        def one(key: jax.Array, data: PyTree) -> BilevelState:
-            return self.trial.start(key, data, host=host_pair)
+        def one(key: jax.Array, data: PyTree, pair: PyTree) -> BilevelState:
+            return self.trial.start(key, data, host=pair)
 
-        return self._each(one)(key, data)
+        return self._each(one, self._axes(2))(key, data, host_pair)
 
     @functools.partial(jit, static_argnums=(0, 7))
     def chunk(
@@ -68,8 +70,9 @@ class Program:
 
         def body(i: jax.Array, loop: Any) -> Any:
             state, buffers = loop
-            pair = jax.tree.map(lambda x: x[span["offset"] + i], host)
-            step = self._each(one, in_axes=(0, 0, 0, None, None))
+            row, own = span["offset"] + i, self.own_batches
+            pair = jax.tree.map(lambda x: x[:, row] if own else x[row], host)
+            step = self._each(one, in_axes=(0, 0, 0, None, self._axes(0)[0]))
             state, *made = step(state, key, data, span["start"] + i, pair)
             return state, jax.tree.map(lambda buffer, row: buffer.at[i].set(row), buffers, made)
 
@@ -124,11 +127,11 @@ class Program:
     ) -> BilevelState:
         """Estimate the algorithm's own settings from a stack of host batches."""
 
-        def one(state: BilevelState, key: jax.Array, data: PyTree) -> BilevelState:
+        def one(state: BilevelState, key: jax.Array, data: PyTree, host: PyTree) -> BilevelState:
             state = self.trial.begin_if_fresh(state, key, index)
             return self.trial.calibrate(state, key, index, data, host)
 
-        return self._each(one)(state, key, data)
+        return self._each(one, self._axes(3))(state, key, data, host)
 
     @functools.partial(jit, static_argnums=0)
     def evaluate(self, state: BilevelState, data: PyTree) -> dict[str, Any]:
@@ -142,6 +145,10 @@ class Program:
             lambda mask, a, b: jax.tree.map(lambda x, y: jnp.where(mask, y, x), a, b)
         )
         return choose(mask, state, other)
+
+    def _axes(self, n: int) -> tuple[int | None, ...]:
+        """Return where n arguments have the axis of runs, and host batches after them."""
+        return (*[0] * n, 0 if self.own_batches else None)
 
     def _each(self, function: Callable[..., Any], in_axes: Any = 0) -> Callable[..., Any]:
         return jax.vmap(function, in_axes=in_axes) if self.batched else function

@@ -59,6 +59,9 @@ class Solution:
         `step`.
       record: `{name: array}`, each `(steps, …)`: what `solve(record=…)` kept of λ after every step;
         by default its scalar leaves, by their path.
+      data_state: where the host's batches stand, after those that the steps used: with `resume=`,
+        an iterator with `get_state` and `set_state` goes on from there; None without host data, or
+        where nothing is to be known. No leaf of the pytree.
     """
 
     state: BilevelState
@@ -71,6 +74,7 @@ class Solution:
     key_data: np.ndarray | None = None
     best: Best | None = None
     record: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    data_state: bytes | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 def check_resume(resume: Any, key: jax.Array, episode_length: int | None) -> None:

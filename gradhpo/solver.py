@@ -24,7 +24,8 @@ from gradhpo.errors import (
     check_number,
     check_same_tree,
 )
-from gradhpo.feed import Segment, device_feed, host_feed, host_pairs
+from gradhpo.feed import HostFeed, Segment, device_feed
+from gradhpo.host import Source, decode, encode, seeds_of
 from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.problem import Problem
 from gradhpo.program import Program
@@ -72,7 +73,8 @@ def solve(
       optimizer: any `BilevelOptimizer`.
       steps: steps to take in all, those before `resume` included.
       key: a key from `jax.random.key`, or an array of n keys: n runs, batched by `vmap` in one
-        program, each with its own weights, hyperparameters and device data. Host data is shared.
+        program, each with its own weights, hyperparameters and data: a run of a batch takes the
+        batches that it takes alone. Host data of an iterable is shared.
       lr_hyper: step size of plain gradient descent on λ, where the optimizer has no
         `outer_optimizer`: a number, or a traceable function of the step, counted from 0.
       episode_length: steps in an episode, after which the weights start anew from φ, moved by
@@ -90,12 +92,14 @@ def solve(
       record: what to keep of λ after every step: a function of the hyperparameters that returns a
         dict of arrays by name; or names of their leaves, as `"layer.decay"`; by default the leaves
         that are scalars. `[]` keeps nothing.
-      resume: a solution of the same problem, optimizer and key, to go on from. An iterator of
-        host batches is read on from where it stands (exactly the batches used were read, unless
-        the run diverged, or was stopped by `stop` or `callback`: more were read ahead then); a
-        list, or a function that makes an iterator, is started anew, and the batches used are
-        skipped. `record` and the names of `Problem.metrics` must be as before; with another
-        `metric` or `mode` the best is looked for anew.
+      resume: a solution of the same problem, optimizer and key, to go on from. Host batches go on
+        after those that were used: a function that takes `start` begins there; an iterator with
+        `get_state` and `set_state` is put there by `Solution.data_state`; an iterable, or another
+        function, is read anew, and the batches used are skipped. A plain iterator is read on from
+        where it stands (exactly the batches used were read, unless the run diverged, or was
+        stopped by `stop` or `callback`: more were read ahead then). `record` and the names of
+        `Problem.metrics` must be as before; with another `metric` or `mode` the best is looked for
+        anew.
       callback: called as `callback(steps, state, evals)` at every evaluation, `evals` being what
         `problem.metrics` gave there; or, if it takes two arguments, without. Returning True stops.
       progress: whether to draw a progress bar (needs tqdm); None draws one on a terminal.
@@ -139,18 +143,23 @@ def solve(
     described = problem if problem.batches is None else dataclasses.replace(problem, batches=())
     batched = jnp.shape(key) != ()
     trial = Trial(described, optimizer, timetable, schedule, fresh)
-    program = Program(trial, batched, _recorded(record))
+    source = None if problem.batch is not None else Source(problem.batches)
+    own_batches = batched and source is not None and source.own
+    program = Program(trial, batched, _recorded(record), own_batches)
     if resume is not None:
         check_resume(resume, key, episode_length)
     first = 0 if resume is None else resume.steps
     if first > steps:
         raise ValueError(f"resume has taken {first} steps already, more than steps={steps}")
-    if problem.batch is not None:
+    if source is None:
         segments = device_feed(first, steps)
     else:
-        seed = np.asarray(jax.random.key_data(key)).ravel().tolist()
-        pairs = host_pairs(problem.batches, seed, timetable, first)
-        segments = host_feed(timetable, first, steps, pairs)
+        feed, seeds = HostFeed(source, timetable, axis=batched), seeds_of(key)
+        feed.know(decode(None if resume is None else resume.data_state))
+        runs = len(seeds)
+        segments = feed.segments(
+            seeds, np.full(runs, first), np.ones(runs, bool), steps - first, first
+        )
     with Bar(progress, total=steps, unit="step", done=first) as bar:
         run = _Run(program, key, rates, resume, watch, _called(callback))
         for segment in segments:
@@ -193,11 +202,13 @@ class _Run:
         self._eval_steps: list[int] = []
         self._diverged = np.zeros(key.shape, int)
         self._frozen: BilevelState | None = None
+        self._segment: Segment | None = None
+        self._data_state: bytes | None = None
         if resume is not None:
             self._state = prepare(resume.state)
             if resume.phi is not None:
                 self._state = self._state.update(metadata={PHI: resume.phi})
-            self.done = resume.steps
+            self.done, self._data_state = resume.steps, resume.data_state
             self._metrics, self._evals = [resume.metrics], [resume.evals]
             self._record = [resume.record]
             if resume.best is not None and watch.asks_as(resume.best):
@@ -229,8 +240,10 @@ class _Run:
 
     def begin(self, segment: Segment) -> None:
         """Make the first state if there is none, and calibrate where the segment says so."""
+        self._segment = segment
         if not self._checked:
-            pair = jax.tree.map(lambda x: x[0], segment.host)
+            own = self.program.own_batches
+            pair = jax.tree.map(lambda x: x[:, 0] if own else x[0], segment.host)
             first = self._check(segment, pair)
             if self._state is None:
                 self._state = self.program.init(self.key, self.data, pair)
@@ -332,6 +345,14 @@ class _Run:
             mode,
         )
 
+    def data_state(self) -> bytes | None:
+        """Return where the host's batches stand: after those of the steps that are done."""
+        segment = self._segment
+        if segment is None:
+            return self._data_state
+        over = self.done >= segment.end and not segment.calibrate
+        return encode(segment.after if over else segment.before)
+
     def solution(self) -> Solution:
         """Return what there is."""
         state = self._mended()
@@ -347,6 +368,7 @@ class _Run:
             np.asarray(jax.random.key_data(self.key)),
             self._best,
             jax.tree.map(lambda rows: rows[: self.done], _concatenate(self._record)),
+            self.data_state(),
         )
 
     def _chunk(self, state: BilevelState | None, segment: Segment, n: int) -> Any:
