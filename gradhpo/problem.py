@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -13,6 +13,11 @@ from gradhpo.errors import check_exactly_one, check_hashable, described, tracing
 from gradhpo.state import LossFn, PyTree
 
 Batches: TypeAlias = Iterable[tuple[Any, Any]]
+
+READ_AGAIN = (
+    "must be readable again from the start: a list, or a function of a numpy.random.Generator that "
+    "makes the iterator"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +77,32 @@ class Problem:
         for name in ("metrics", "data"):
             if getattr(self, name) is not None:
                 check_hashable(f"Problem.{name}", getattr(self, name))
+
+    def described(self) -> Problem:
+        """Return the problem without its host data, which compiled code must not keep."""
+        return self if self.batches is None else dataclasses.replace(self, batches=())
+
+    @property
+    def reopens(self) -> bool:
+        """Whether its data can be read again from the start, in a new process too."""
+        return callable(self.batches) or not isinstance(self.batches, Iterator)
+
+    def first_pair(self) -> PyTree:
+        """Return the first of `batches`, read from a start of its own, for its shapes; else None.
+
+        Raises:
+          ValueError: if `batches` cannot be read twice, or are empty.
+        """
+        if self.batches is None:
+            return None
+        if not self.reopens:
+            got = type(self.batches).__name__
+            raise ValueError(f"Problem.batches {READ_AGAIN}; got {got}, an iterator")
+        given: Any = self.batches
+        pairs: Any = given(np.random.default_rng(0)) if callable(given) else given
+        for pair in pairs:
+            return pair
+        raise ValueError("Problem.batches is empty")
 
     def start(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         """Return the weights and hyperparameters from which `solve` starts with this key."""
