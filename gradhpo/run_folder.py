@@ -60,8 +60,8 @@ class RunFolder:
         self._every, self._problem, self._kind = every, problem, dict(kind)
         self.told = False
         """Whether the callback had stopped the run that was found."""
-        self._saved: tuple[int, bool, bool] | None = None
-        """Of the newest checkpoint: its steps, and whether the run stopped or diverged there."""
+        self._saved: tuple[int, bool, list[int]] | None = None
+        """Of the newest checkpoint: its steps, whether it was told to stop, and what diverged."""
         self._due = 0.0
 
     def __enter__(self) -> RunFolder:
@@ -101,7 +101,7 @@ class RunFolder:
         pair = self._problem.first_pair() if program.trial.optimizer.remembers_batch else None
         solution = unpacked(arrays, about, templates(program, key, pair), self.name)
         self.told = about["told"]
-        self._saved = solution.steps, about["told"], about["diverged"]
+        self._saved = _moment(solution, self.told)
         return solution
 
     def next(self, done: int) -> int:
@@ -121,12 +121,12 @@ class RunFolder:
           solution: what there is.
           told: whether the callback stopped the run there.
         """
-        now = solution.steps, told, bool(np.any(solution.diverged_at))
+        now = _moment(solution, told)
         if solution.steps == 0 or self._saved == now:
             return
         started = time.monotonic()
         arrays, about = packed(solution)
-        about = {**about, "kind": self._kind, "told": told, "diverged": now[2]}
+        about = {**about, "kind": self._kind, "told": told, "diverged": any(now[2])}
         number = max((int(path.name.split("-")[0]) for path in self._files()), default=0) + 1
         try:
             checkpoints.save(self.path, f"{number:08d}-step-{solution.steps}", arrays, about)
@@ -148,7 +148,7 @@ class RunFolder:
         return sorted(self.path.glob(f"{'[0-9]' * 8}-step-*.npz"), reverse=True)
 
     def _newest(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-        damaged: list[str] = []
+        damaged: dict[Path, str] = {}
         for path in self._files():
             digest = checkpoints.checksum(path)
             try:
@@ -156,17 +156,25 @@ class RunFolder:
                     raise DamagedFile(path.name, "its checksum does not match")
                 found = checkpoints.load(self.path, Saved(path.name, digest))
             except DamagedFile as error:
-                damaged.append(str(error))
+                damaged[path] = str(error)
                 continue
             if damaged:
+                told = "; ".join(damaged.values())
                 warn_user(
-                    f"{self.name} is damaged, and goes on from {path.name}: {'; '.join(damaged)}",
+                    f"{self.name} is damaged, and goes on from {path.name}: {told}",
                     RuntimeWarning,
                 )
+                for file in damaged:
+                    file.unlink()
             return found
         if damaged:
-            raise DamagedFile(str(self.path), f"has no whole checkpoint ({'; '.join(damaged)})")
+            told = "; ".join(damaged.values())
+            raise DamagedFile(str(self.path), f"has no whole checkpoint ({told})")
         return None
+
+
+def _moment(solution: Solution, told: bool) -> tuple[int, bool, list[int]]:
+    return solution.steps, told, np.ravel(solution.diverged_at).tolist()
 
 
 def open_folder(

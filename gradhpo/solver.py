@@ -328,7 +328,8 @@ class _Run:
         if self._metrics and self._metrics[0]:  # rows of a resumed run; a state by hand has none
             kept = self.program.kept_shapes(first.hyperparams)
             check_same_names("record", kept, self._record[0])
-            check_same_names("Problem.metrics", evals, self._evals[0])
+            if self._eval_steps:
+                check_same_names("Problem.metrics", evals, self._evals[0])
         if self._state is not None:
             check_same_tree(self._source, self._state, "the state of this run", first)
         if pair is not None or problem.batch is not None:
