@@ -49,7 +49,12 @@ def files(folder):
 # --- a folder -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "kind", ["device", *(pytest.param(kind, marks=SLOW) for kind in ("episodes", "host"))]
+)
 def test_chunks_and_checkpoints_change_no_bit_and_a_run_goes_on_by_itself(tmp_path, kind):
     whole = long_program.run(kind)
     calls = []
@@ -112,6 +117,7 @@ def diverging(w, lam, batch):
     return train_loss(w, lam, batch) + jnp.where(lam["decay"] < -2.85, 0, jnp.nan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [KEY, KEYS], ids=["one", "batch"])
 def test_a_diverged_run_comes_back(tmp_path, key):
     problem = dataclasses.replace(PROBLEM, train_loss=diverging)
@@ -127,6 +133,7 @@ def test_a_diverged_run_comes_back(tmp_path, key):
     assert_same(found, whole)
 
 
+@pytest.mark.slow
 def test_after_a_divergence_a_lower_rate_goes_on_and_otherwise_none(tmp_path):
     optimizer = build("one-step")[0]
 
