@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from gradhpo.cluster import checkpoints, importing
-from gradhpo.cluster.checkpoints import DamagedFile, Saved
+from gradhpo import checkpoints
+from gradhpo.checkpoints import DamagedFile, Saved
+from gradhpo.cluster import importing
 from gradhpo.cluster.host_turns import HostTurns
 from gradhpo.cluster.incarnations import check_owner
 from gradhpo.cluster.space import LR_HYPER, SearchSpace

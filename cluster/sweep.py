@@ -6,23 +6,22 @@ import contextlib
 import hashlib
 import json
 import os
-import signal
 import sys
-import threading
 import time
 import tomllib
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import jax
 import numpy as np
 
+from gradhpo import checkpoints
 from gradhpo._version import __version__
-from gradhpo.cluster import checkpoints, executors, importing, report, schedulers
+from gradhpo.cluster import executors, importing, report, schedulers
 from gradhpo.cluster.controller import Controller, Layout, Rules
 from gradhpo.cluster.executors import Executor, RayExecutor, RaySettings, SweepError
-from gradhpo.cluster.journal import FILE, DriverLock, Journal
+from gradhpo.cluster.journal import FILE, Journal
 from gradhpo.cluster.result import Report, SweepResult
 from gradhpo.cluster.schedulers import PBT, Scheduler
 from gradhpo.cluster.shard import Prepared, Spec
@@ -35,6 +34,8 @@ from gradhpo.errors import (
     warn_user,
 )
 from gradhpo.host import check_once
+from gradhpo.interrupts import deferred
+from gradhpo.lock import FolderLock
 from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.problem import Problem
 from gradhpo.timetable import EpisodeInit, starts_fresh
@@ -310,7 +311,7 @@ class Sweep:
         """
         self._check_storage()
         self.events = []
-        lock = DriverLock(self.storage)
+        lock = FolderLock(self.storage, "storage", "sweep")
         try:
             data = self._load_data()
             self._claim(data)
@@ -365,7 +366,12 @@ class Sweep:
                 controller = Controller(self.storage, journal, executor, self.layout, rules, notify)
                 display.begin()
                 started = time.perf_counter()
-                with _stops(controller, display):
+
+                def stop(name: str) -> None:
+                    controller.stop = True
+                    display.say(f"{name}: finishing this generation; once more to stop at once")
+
+                with deferred(stop):
                     controller.run(self.generations)
                 seconds = time.perf_counter() - started
                 compiles = executor.xla_compiles() if isinstance(executor, RayExecutor) else []
@@ -684,29 +690,6 @@ def read_manifest(storage: Path) -> dict[str, Any]:
         raise SweepError(f"there is no sweep in {str(storage)!r}: no {MANIFEST}") from None
     except ValueError as error:
         raise SweepError(f"{path} is damaged: {error}") from None
-
-
-@contextlib.contextmanager
-def _stops(controller: Controller, display: report.Display) -> Generator[None]:
-    """Let SIGINT and SIGTERM finish the generation in flight; a second one ends at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        del frame
-        if controller.stop:
-            raise KeyboardInterrupt
-        controller.stop = True
-        name = signal.Signals(number).name
-        display.say(f"{name}: finishing this generation; once more to stop at once")
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _sys_path() -> tuple[str, ...]:

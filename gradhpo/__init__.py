@@ -12,6 +12,7 @@ from gradhpo.algorithms import (
     T1T2Optimizer,
     UnrolledOptimizer,
 )
+from gradhpo.checkpoints import DamagedFile
 from gradhpo.compat import (
     LossFunctions,
     MetricDict,
@@ -27,6 +28,7 @@ from gradhpo.compat import (
 from gradhpo.diagnose import diagnose
 from gradhpo.diagnosis import Diagnosis
 from gradhpo.errors import DivergenceWarning, RecompileWarning, UnreachedWarning
+from gradhpo.lock import StorageInUse
 from gradhpo.models import EquinoxModel, FlaxModel
 from gradhpo.optimizer import BilevelOptimizer, Estimate
 from gradhpo.problem import Problem
@@ -41,6 +43,7 @@ __all__ = [
     "Best",
     "BilevelOptimizer",
     "BilevelState",
+    "DamagedFile",
     "DataBatch",
     "Diagnosis",
     "DivergenceWarning",
@@ -62,6 +65,7 @@ __all__ = [
     "RecompileWarning",
     "Solution",
     "Stop",
+    "StorageInUse",
     "T1T2Optimizer",
     "Task",
     "UnreachedWarning",

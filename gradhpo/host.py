@@ -62,6 +62,20 @@ class Source:
         return not self._function and isinstance(self._batches, Iterator)
 
     @property
+    def reopens(self) -> bool:
+        """Whether a position can be gone to again, in a new process too."""
+        return not self.once or _has_state(self._batches)
+
+    def shapes(self) -> Any:
+        """Return the shapes of a pair, and leave an iterator with a state where it stands."""
+        if not self.once:
+            return self.form.shapes()
+        state = self._batches.get_state()
+        shapes = self.form.shapes()
+        self._batches.set_state(state)
+        return shapes
+
+    @property
     def form(self) -> Form:
         """What every pair looks like, from one that is read for it.
 

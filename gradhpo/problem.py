@@ -15,6 +15,11 @@ from gradhpo.task import wanted
 
 Batches: TypeAlias = Iterable[tuple[Any, Any]]
 
+READ_AGAIN = (
+    "must be readable again: a list, a function of a numpy.random.Generator that makes the "
+    "iterator, or an iterator with get_state and set_state"
+)
+
 
 class Start(NamedTuple):
     """What a run starts from."""
@@ -92,6 +97,28 @@ class Problem:
         for name in ("metrics", "data"):
             if getattr(self, name) is not None:
                 check_hashable(f"Problem.{name}", getattr(self, name))
+
+    def described(self) -> Problem:
+        """Return the problem without its host data, which compiled code must not keep."""
+        return self if self.batches is None else dataclasses.replace(self, batches=())
+
+    @property
+    def reopens(self) -> bool:
+        """Whether a position in its data can be gone to again, in a new process too."""
+        return self.batches is None or Source(self.batches).reopens
+
+    def first_pair(self) -> PyTree:
+        """Return the shapes of a pair of `batches`; None where there are none.
+
+        Raises:
+          ValueError: if `batches` cannot be read twice, or are empty.
+        """
+        if self.batches is None:
+            return None
+        if not self.reopens:
+            got = type(self.batches).__name__
+            raise ValueError(f"Problem.batches {READ_AGAIN}; got {got}, an iterator")
+        return Source(self.batches).shapes()
 
     def start(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         """Return the weights and hyperparameters from which `solve` starts with this key."""

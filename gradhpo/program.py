@@ -13,6 +13,7 @@ from jax.tree_util import keystr
 
 from gradhpo.compilation import jit
 from gradhpo.errors import check_floating, described, tracing
+from gradhpo.fingerprint import Fingerprint, checksum, settings, versions
 from gradhpo.state import METRICS, BilevelState, PyTree, faults
 from gradhpo.trial import Rates, Trial
 
@@ -43,6 +44,52 @@ class Program:
 
         return self._each(one, self._axes(2))(key, data, host_pair)
 
+    @functools.partial(jax.jit, static_argnums=0, inline=True)
+    def step(
+        self,
+        state: BilevelState,
+        key: jax.Array,
+        data: PyTree,
+        rates: Rates,
+        index: Any,
+        pair: PyTree,
+    ) -> BilevelState:
+        """Take step `index` of each run, and what comes before it; a part of `chunk`."""
+        trial = self.trial
+
+        def one(state: BilevelState, key: jax.Array, data: PyTree, pair: PyTree) -> BilevelState:
+            state = trial.begin(state, key, index, data)
+            return trial.step(state, trial.task(key, data, index, pair), index, rates)
+
+        return self._each(one, self._axes(3))(state, key, data, pair)
+
+    def fingerprint(
+        self, state: BilevelState, key: jax.Array, data: PyTree, pair: PyTree
+    ) -> Fingerprint:
+        """Return what the runs compute; of arrays it needs the shapes and dtypes.
+
+        What may change while a run goes on is left out: rates, and what is kept of λ. A step that
+        is traced for this is not traced again for a chunk.
+        """
+        trial = dataclasses.replace(self.trial, schedule=None)
+        plain = dataclasses.replace(self, trial=trial, record=())
+        optimizer: Any = trial.optimizer
+        number = jax.ShapeDtypeStruct((), jnp.result_type(float))
+        rates = Rates(
+            None if optimizer.outer_optimizer is not None else number,
+            None if trial.timetable.episode_length is None else number,
+        )
+        index = jax.ShapeDtypeStruct((), jnp.int32)
+        step = plain.step.trace(plain, state, key, data, rates, index, pair).jaxpr
+        made = None if data is None else self.data.trace(self, key).jaxpr
+        return Fingerprint(
+            versions(),
+            settings(optimizer),
+            checksum(self.init.trace(self, key, data, pair).jaxpr),
+            None if made is None else checksum(made),
+            checksum(step),
+        )
+
     @functools.partial(jit, static_argnums=(0, 7))
     def chunk(
         self,
@@ -60,20 +107,18 @@ class Program:
         with a leading axis of `capacity` the metrics, what is kept of λ, and which of `METRICS`
         were not finite.
         """
-        trial = self.trial
+        alone = dataclasses.replace(self, record=())  # whatever is kept, a step is traced once
 
-        def one(state: BilevelState, key: jax.Array, data: PyTree, index: Any, pair: Any) -> Any:
-            state = trial.begin(state, key, index, data)
-            state = trial.step(state, trial.task(key, data, index, pair), index, rates)
+        def measured(state: BilevelState) -> Any:
             values = {name: state.metadata[name] for name in names}
-            return state, values, self.kept(state.hyperparams), faults(state.metadata)
+            return values, self.kept(state.hyperparams), faults(state.metadata)
 
         def body(i: jax.Array, loop: Any) -> Any:
             state, buffers = loop
             row, own = span["offset"] + i, self.own_batches
             pair = jax.tree.map(lambda x: x[:, row] if own else x[row], host)
-            step = self._each(one, in_axes=(0, 0, 0, None, self._axes(0)[0]))
-            state, *made = step(state, key, data, span["start"] + i, pair)
+            state = alone.step(state, key, data, rates, span["start"] + i, pair)
+            made = list(self._each(measured)(state))
             return state, jax.tree.map(lambda buffer, row: buffer.at[i].set(row), buffers, made)
 
         runs = key.shape
@@ -92,9 +137,13 @@ class Program:
         state, (values, record, bad) = jax.lax.fori_loop(0, span["n"], body, start)
         return state, values, record, bad
 
+    def keep(self, hyperparams: PyTree) -> dict[str, Any]:
+        """Return what is kept of the λ of each run at a step."""
+        return self._each(self.kept)(hyperparams)
+
     def kept_shapes(self, hyperparams: PyTree) -> dict[str, Any]:
         """Return the shapes of what is kept of the λ of each run at a step."""
-        return jax.eval_shape(self._each(self.kept), hyperparams)
+        return jax.eval_shape(self.keep, hyperparams)
 
     def kept(self, hyperparams: PyTree) -> dict[str, Any]:
         """Return what is kept of one run's λ.
@@ -106,10 +155,10 @@ class Program:
         if callable(self.record):
             with tracing("record", hyperparams=hyperparams):
                 made = self.record(hyperparams)
-            if not isinstance(made, dict) or not all(isinstance(name, str) for name in made):
-                raise TypeError(
-                    f"record must return a dict of arrays by name, got {described(made)}"
-                )
+            by_name = isinstance(made, dict) and all(isinstance(name, str) for name in made)
+            if not by_name or not jax.tree_util.all_leaves(list(made.values())):
+                got = "a tree in it" if by_name else described(made)
+                raise TypeError(f"record must return a dict of arrays by name, got {got}")
             check_floating("record", made) if made else None
             return jax.tree.map(jnp.asarray, made)
         paths = jax.tree_util.tree_flatten_with_path(hyperparams)[0]

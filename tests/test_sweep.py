@@ -20,6 +20,7 @@ import pytest
 from optax import contrib
 
 import gradhpo
+from gradhpo import checkpoints
 from gradhpo.cluster import (
     NEW,
     PBT,
@@ -30,7 +31,6 @@ from gradhpo.cluster import (
     SuccessiveHalving,
     Sweep,
     SweepError,
-    checkpoints,
     choice,
     executors,
     loguniform,
@@ -38,7 +38,7 @@ from gradhpo.cluster import (
 )
 from gradhpo.cluster.controller import Rules, first_plan, orders
 from gradhpo.cluster.incarnations import Incarnations, Superseded
-from gradhpo.cluster.journal import DriverLock
+from gradhpo.lock import FolderLock
 from gradhpo.parallel import compiled
 from tests import sweep_problems
 from tests.small import OPTIMIZERS
@@ -505,7 +505,7 @@ def test_code_that_changed_is_refused(tmp_path):
 
 def test_a_second_driver_is_refused(tmp_path):
     sweep(tmp_path, generations=1).run()
-    lock = DriverLock(tmp_path)
+    lock = FolderLock(tmp_path, "storage", "sweep")
     with pytest.raises(StorageInUse, match=f"process {os.getpid()}"):
         sweep(tmp_path).run()
     lock.release()
