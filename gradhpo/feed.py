@@ -189,7 +189,7 @@ class HostFeed:
         """
         if not self.source.once:
             streams, rows = list(self._open.values()), self._rows
-            self._reading = self._reader.submit(lambda: [s.ahead(rows) for s in streams])
+            self._reading = self._reader.submit(self._ahead, streams, rows)
 
     def calibration(self, seeds: np.ndarray, ages: np.ndarray, running: np.ndarray) -> Segment:
         """Return the segment of a calibration of all lanes now, whose pairs stay there."""
@@ -260,23 +260,31 @@ class HostFeed:
                 yield Segment(at, at, T, True, host, lanes.apart, due, before, before)
             stop = lanes.until(self._timetable, done, steps)
             while done < stop:
-                if not lanes.streams[0].ahead(1):
+                wanted = self._rows
+                self._ahead(lanes.streams[:1], 1)  # to know a pair's size
+                if not lanes.streams[0].there:
                     return
                 capacity = self.capacity(None if lanes.of is None else len(lanes.of))
-                wanted, began = min(self._rows, capacity, stop - done), time.perf_counter()
+                wanted = min(wanted, capacity, stop - done)
+                self._ahead(lanes.streams, wanted)
                 read, stack = self._stack(lanes, wanted, capacity, lanes.running)
                 after = lanes.places()
                 if read:
                     host = self._place(stack, lanes.apart)
-                    self._set_pace(read, time.perf_counter() - began, capacity)
                     at, end = first + done, first + done + read
                     yield Segment(at, end, capacity, False, host, lanes.apart, None, before, after)
                 if read < wanted:
                     return
                 done, before = done + read, after
 
-    def _set_pace(self, rows: int, seconds: float, capacity: int) -> None:
-        self._rows = max(1, min(capacity, int(rows * READ_SECONDS / max(seconds, 1e-6))))
+    def _ahead(self, streams: list[Stream], wanted: int) -> None:
+        """Read ahead in streams, and see how many pairs can be read in `READ_SECONDS`."""
+        lacking, began = max(wanted - stream.there for stream in streams), time.perf_counter()
+        for stream in streams:
+            stream.ahead(wanted)
+        if lacking > 0:  # what was there already says nothing of the reader
+            seconds = max(time.perf_counter() - began, 1e-6) / lacking
+            self._rows = max(1, min(HOST_CHUNK_STEPS, int(READ_SECONDS / seconds)))
 
     def _stack(
         self,

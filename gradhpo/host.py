@@ -237,6 +237,11 @@ class Stream:
         """The number of the next pair that is read."""
         return (self.position or 0) + len(self._ahead)
 
+    @property
+    def there(self) -> int:
+        """How many pairs were read ahead."""
+        return len(self._ahead)
+
     def ahead(self, wanted: int) -> int:
         """Read until so many pairs are there, untaken; return how many are."""
         if not self._ahead and self.position is not None:

@@ -165,6 +165,19 @@ def test_batches_of_slots_are_divided_too():
     assert_close(found, expected, rtol=1e-5)
 
 
+def test_lists_and_tuples_are_programs_of_their_own():
+    def lists(rng, start):
+        return ([list(train), val] for train, val in drawn(rng, start))
+
+    rows = []
+    for batches in (drawn, lists, drawn):
+        given = dataclasses.replace(problem(), batches=batches)
+        trials = Population(given, ONE_STEP, 3, batching="map")
+        rows.append(trials.run(trials.init(KEYS), 3, KEYS)[1])
+    assert_same_bits(rows[0], rows[1])
+    assert_same_bits(rows[0], rows[2])
+
+
 @pytest.mark.compiler
 def test_the_first_pair_is_remembered_and_keys_are_typed():
     """HyperDistill's distilled batch starts from the slot's own first pair."""
