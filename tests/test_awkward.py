@@ -7,14 +7,16 @@ import optax
 import pytest
 
 from gradhpo import OneStepOptimizer, OnlineHypergradientOptimizer, Problem, T1T2Optimizer, solve
+from gradhpo.parallel.compilations import CompileCounter
 from tests.problems import assert_close
-from tests.small import BATCH, OPTIMIZERS, CompileCounter, build, start, train_loss, val_loss
+from tests.quick import slow_but
+from tests.small import BATCH, OPTIMIZERS, build, start, train_loss, val_loss
 
 NOISY = optax.chain(optax.add_noise(0.01, 0.55, key=jax.random.key(7)), optax.sgd(0.05))
 PROBLEM = Problem(start, train_loss, val_loss, batch=lambda key: (BATCH, BATCH))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", slow_but(OPTIMIZERS, "one-step"))
 def test_an_optimizer_with_a_key_in_its_state(name):
     optimizer, rate = build(name, inner_optimizer=NOISY)
     state = optimizer.init(*start())
@@ -27,7 +29,7 @@ def test_an_optimizer_with_a_key_in_its_state(name):
     assert_close(resumed.state.params, whole.state.params, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", [OneStepOptimizer, T1T2Optimizer])
+@pytest.mark.parametrize("kind", slow_but([OneStepOptimizer, T1T2Optimizer], OneStepOptimizer))
 def test_embedding_rows_that_no_batch_has_used_under_adam(kind):
     # Their v is 0, so Adam's derivative there is 1/1e-8; their mixed derivative is 0.
     rng = np.random.default_rng(0)
@@ -64,6 +66,7 @@ def test_embedding_rows_that_no_batch_has_used_under_adam(kind):
         assert np.abs(expected).max() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [OneStepOptimizer, T1T2Optimizer])
 def test_rectified_adam_before_its_first_rectified_step(kind, x64):
     optimizer = kind(optax.radam(0.01), optax.sgd(0.0))
@@ -143,7 +146,9 @@ def test_resume_takes_a_solution_of_the_same_run():
         solve(PROBLEM, optimizer, 6, key, resume=batched)
     with pytest.raises(ValueError, match=r"resume must be .* shape \(2,\), got \(3,\)"):
         solve(PROBLEM, optimizer, 6, jax.random.split(key, 2), resume=batched)
-    with pytest.raises(ValueError, match="resume is of a run with no episode_length, and this one has one"):
+    with pytest.raises(
+        ValueError, match="resume is of a run with no episode_length, and this one has one"
+    ):
         solve(PROBLEM, optimizer, 6, key, resume=solution, episode_length=3)
     with pytest.raises(ValueError, match=r"resume lacks the leaf .*metadata"):
         solve(PROBLEM, other, 6, key, resume=solution)

@@ -20,9 +20,11 @@ from gradhpo.parallel import (
     make_mesh,
     pad_batch,
 )
+from gradhpo.parallel.compilations import CompileCounter
 from tests import loops
 from tests.problems import assert_close
-from tests.small import OPTIMIZERS, REFERENCES, UNROLLING, CompileCounter
+from tests.quick import slow_but
+from tests.small import OPTIMIZERS, REFERENCES, UNROLLING
 
 ROWS, EXAMPLES = 16, 32
 _rng = np.random.default_rng(0)
@@ -93,8 +95,11 @@ class OwnOptimizer(gradhpo.BilevelOptimizer):
 
 @pytest.mark.parametrize(
     ("name", "devices"),
-    [(name, devices) for name in OPTIMIZERS for devices in (2, 4, 8)]
-    + [(name, 4) for name in REFERENCES],
+    slow_but(
+        [(name, 4) for name in [*OPTIMIZERS, *REFERENCES]]
+        + [("one-step", devices) for devices in (2, 8)],
+        *((name, 4) for name in OPTIMIZERS),
+    ),
 )
 def test_shard_map_equals_one_device(name, devices, x64):
     optimizer = build(name)
@@ -111,7 +116,7 @@ def test_shard_map_equals_one_device(name, devices, x64):
 
 
 @pytest.mark.parametrize("backend", ["auto", "pmap"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", slow_but(OPTIMIZERS, "one-step"))
 def test_other_backends_equal_one_device(name, backend, x64):
     optimizer = build(name)
     many = walk(data_parallel(optimizer, make_mesh(data=4), backend=backend), 5)
@@ -132,22 +137,18 @@ def assert_loops_equal_one_device(model, name, backend="shard_map"):
     assert abs(one.hyperparams["scale"] - loops.LAM["scale"]) > 1e-3
 
 
-def slow(names, *which):
-    return [pytest.param(n, marks=pytest.mark.slow) if n in which else n for n in names]
-
-
-@pytest.mark.parametrize("model", slow(loops.MODELS, "ctc"))
+@pytest.mark.parametrize("model", slow_but(loops.MODELS, "scan_from_zeros"))
 def test_loops_that_start_from_a_constant(model, x64):
     assert_loops_equal_one_device(model, "one-step")
 
 
-@pytest.mark.parametrize(
-    "name", slow([*(n for n in OPTIMIZERS if n != "one-step"), *REFERENCES], *REFERENCES)
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*(n for n in OPTIMIZERS if n != "one-step"), *REFERENCES])
 def test_loops_that_start_from_a_constant_in_every_method(name, x64):
     assert_loops_equal_one_device("scan_from_zeros", name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["auto", "pmap"])
 def test_loops_that_start_from_a_constant_in_other_backends(backend, x64):
     assert_loops_equal_one_device("scan_from_zeros", "one-step", backend)
@@ -175,6 +176,7 @@ def test_a_mixed_mode_reduces_no_more():
     assert reductions(data_parallel(optimizer, make_mesh(data=4))) == 3
 
 
+@pytest.mark.slow
 def test_greedys_reductions_do_not_grow_with_its_unroll():
     counts = {
         n: reductions(data_parallel(build("greedy", unroll_steps=n), make_mesh(data=4)))
@@ -184,7 +186,7 @@ def test_greedys_reductions_do_not_grow_with_its_unroll():
 
 
 @pytest.mark.filterwarnings("ignore:.*'decay'. gets no hypergradient")  # these losses have none
-@pytest.mark.parametrize("backend", ["shard_map", "pmap"])
+@pytest.mark.parametrize("backend", slow_but(["shard_map", "pmap"], "shard_map"))
 def test_losses_that_sum(backend, x64):
     def sums(loss):
         return lambda params, lam, batch: jnp.sum(loss(params, lam, batch))
@@ -204,7 +206,10 @@ def update_fn(params, lam, batch):
 
 @pytest.mark.parametrize(
     ("name", "backend"),
-    [(name, "shard_map") for name in [*OPTIMIZERS, "unrolled"]] + [("t1t2", "pmap")],
+    slow_but(
+        [(name, "shard_map") for name in [*OPTIMIZERS, "unrolled"]] + [("t1t2", "pmap")],
+        ("one-step", "shard_map"),
+    ),
 )
 def test_an_update_function(name, backend, x64):
     optimizer = build(name, update_fn=update_fn)
@@ -234,6 +239,7 @@ class PartOptimizer(OwnOptimizer):
 
 
 @pytest.mark.parametrize("backend", ["shard_map", "pmap"])
+@pytest.mark.slow
 def test_an_optimizer_that_uses_its_part_of_the_batch(backend, x64):
     def many(average):
         return data_parallel(PartOptimizer(average), make_mesh(data=4), backend=backend)
@@ -248,7 +254,7 @@ def test_an_optimizer_that_uses_its_part_of_the_batch(backend, x64):
 
 
 @pytest.mark.filterwarnings("ignore:.*'decay'. gets no hypergradient")  # these losses have none
-@pytest.mark.parametrize("backend", ["shard_map", "pmap"])
+@pytest.mark.parametrize("backend", slow_but(["shard_map", "pmap"], "shard_map"))
 def test_statistics_of_the_whole_batch_inside_a_loss(backend, x64):
     def centred(mean):
         def loss(params, lam, batch):
@@ -290,7 +296,7 @@ def problem():
     )
 
 
-@pytest.mark.parametrize("name", ["one-step", "hyperdistill"])
+@pytest.mark.parametrize("name", slow_but(["one-step", "hyperdistill"], "one-step"))
 def test_under_solve_with_calibration(name, x64):
     settings = {"T": 4} if name == "hyperdistill" else {}
     optimizer = build(name, **settings)
@@ -300,7 +306,7 @@ def test_under_solve_with_calibration(name, x64):
     assert_close(jax.device_get(many.state), jax.device_get(one.state), atol=1e-13)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", slow_but(OPTIMIZERS, "one-step"))
 def test_run_in_episodes(name, x64):
     own = {"T": 3} if name in ("t1t2", "hyperdistill") else {}
     length = (3,) if name in ("first-order", "one-step") else ()

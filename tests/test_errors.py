@@ -12,12 +12,12 @@ import pytest
 
 import gradhpo
 from gradhpo import Problem, solve
+from gradhpo.parallel.compilations import CompileCounter
 from tests.small import (
     BATCH,
     INNER,
     OPTIMIZERS,
     OUTER,
-    CompileCounter,
     build,
     run_arguments,
     start,

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-pytestmark = pytest.mark.compiler
-
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
@@ -34,6 +32,7 @@ def test_code_in_the_readme_runs(block):
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 
 
+@pytest.mark.compiler
 @pytest.mark.slow
 def test_hyperclean_digits(tmp_path):
     """Two methods of the demo, each a sweep, on a Ray that it starts and stops; then resumed."""

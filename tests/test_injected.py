@@ -249,6 +249,7 @@ def test_every_way_to_need_a_number_is_told(read):
         optimizer.init(problems.W0, LAM)
 
 
+@pytest.mark.slow
 def test_the_line_that_works_works():
     shape = optax.warmup_cosine_decay_schedule(0, 1.0, warmup_steps=2, decay_steps=10)
 

@@ -1,6 +1,7 @@
 """The inner step: its optimizer's state, hyperparameters inside the optimizer, roots at zero."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from gradhpo import (
 from gradhpo.finite_derivatives import with_finite_derivatives
 from tests import problems
 from tests.problems import as_jax, assert_close
+from tests.quick import slow_but
 
 pytestmark = pytest.mark.usefixtures("only_x64")
 
@@ -75,8 +77,14 @@ def plain_loop(inner, batches):
     return w, s
 
 
-@pytest.mark.parametrize("inner", PLAIN)
-@pytest.mark.parametrize("name", ["FO", "One-Step", "T1-T2", "T1-T2 at w*", "HyperDistill"])
+@pytest.mark.parametrize(
+    ("name", "inner"),
+    slow_but(
+        itertools.product(["FO", "One-Step", "T1-T2", "T1-T2 at w*", "HyperDistill"], PLAIN),
+        *(("One-Step", inner) for inner in PLAIN),
+        *((name, "adam") for name in ("FO", "T1-T2 at w*", "HyperDistill")),
+    ),
+)
 def test_ten_steps_are_those_of_a_plain_optax_loop(name, inner):
     inner = PLAIN[inner]
     optimizer = {
@@ -105,7 +113,7 @@ def test_ten_steps_of_greedy_are_those_of_a_plain_optax_loop(inner):
     assert_close((state.params, state.inner_opt_state), expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("inner", COMPOSED)
+@pytest.mark.parametrize("inner", slow_but(COMPOSED, "clip and adam"))
 def test_optimizers_with_branches_and_loops_are_taken_and_differentiated_as_they_are(inner):
     # The differentiated update is a replay of the optimizer's operations: it must be the same.
     inner = COMPOSED[inner]
@@ -280,7 +288,7 @@ def hypergradients(optimizer, params, steps=2):
     return found
 
 
-@pytest.mark.parametrize("inner", DEAD)
+@pytest.mark.parametrize("inner", slow_but(DEAD, "adam"))
 def test_dead_units_leave_the_hypergradient_of_the_network_without_them(inner):
     optimizer = OneStepOptimizer(DEAD[inner])
     found = hypergradients(optimizer, with_dead_units(2))
@@ -289,6 +297,7 @@ def test_dead_units_leave_the_hypergradient_of_the_network_without_them(inner):
     assert np.abs(expected[-1]).max() > 1e-6  # there is something to lose
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["T1-T2", "HyperDistill", "Greedy"])
 def test_dead_units_leave_every_algorithm_what_it_finds_without_them(name):
     optimizer = {
@@ -302,6 +311,7 @@ def test_dead_units_leave_every_algorithm_what_it_finds_without_them(name):
     assert_close(found, expected, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_dead_units_leave_theta_what_it_is_without_them():
     optimizer = OnlineHypergradientOptimizer(ADAM, gamma=0.9)
     found, expected = (

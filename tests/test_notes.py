@@ -10,7 +10,8 @@ import pytest
 import gradhpo
 from gradhpo.cluster import SearchSpace, Sweep, uniform
 from gradhpo.parallel import Population
-from tests.small import BATCH, INNER, OUTER, CompileCounter, start, train_loss, val_loss
+from gradhpo.parallel.compilations import CompileCounter
+from tests.small import BATCH, INNER, OUTER, start, train_loss, val_loss
 
 KEY = jax.random.key(0)
 OPTIMIZER = gradhpo.OneStepOptimizer(INNER, OUTER)

@@ -10,6 +10,7 @@ import pytest
 import gradhpo
 from gradhpo import Problem, Stop, solve
 from tests.problems import assert_close, assert_same_bits
+from tests.quick import slow_but
 from tests.small import BATCH, OPTIMIZERS, build, start, train_loss, val_loss
 
 KEY = jax.random.key(7)
@@ -130,7 +131,7 @@ def test_a_callback_sees_the_evaluation_and_stops():
     assert_same_bits(whole.state, solve(PROBLEM, OPTIMIZER, 10, KEY).state)
 
 
-@pytest.mark.parametrize("name", ["one-step", "hyperdistill"])
+@pytest.mark.parametrize("name", slow_but(["one-step", "hyperdistill"], "one-step"))
 def test_fresh_episodes_start_from_new_weights(name, x64):
     """Each episode is a run from new weights, with λ and its optimizer going on."""
 
