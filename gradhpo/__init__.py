@@ -26,7 +26,12 @@ from gradhpo.compat import (
 )
 from gradhpo.diagnose import diagnose
 from gradhpo.diagnosis import Diagnosis
-from gradhpo.errors import DivergenceWarning, RecompileWarning, UnreachedWarning
+from gradhpo.errors import (
+    DivergenceWarning,
+    FrozenWarning,
+    RecompileWarning,
+    UnreachedWarning,
+)
 from gradhpo.optimizer import BilevelOptimizer, Estimate
 from gradhpo.problem import Problem
 from gradhpo.solution import Best, Solution
@@ -45,6 +50,7 @@ __all__ = [
     "Estimate",
     "FOOptimizer",
     "ForwardOptimizer",
+    "FrozenWarning",
     "GreedyOptimizer",
     "ImplicitOptimizer",
     "LossFn",

@@ -29,6 +29,10 @@ class RecompileWarning(UserWarning):
     """A step is compiled over and over, because its loss is a new function every time."""
 
 
+class FrozenWarning(UserWarning):
+    """`Problem.batch` draws by Python or NumPy, and would give the same numbers at every step."""
+
+
 def warn_user(message: str, category: type[Warning]) -> None:
     """Issue a warning at the innermost line that is neither this library's nor JAX's."""
     frame, level = inspect.currentframe(), 1
@@ -197,9 +201,10 @@ def described(value: Any) -> str:
 def scalar_loss(name: str, loss_fn: LossFn) -> Callable[[Any, Any, Any], jax.Array]:
     """Return `loss_fn`, checked while it is traced to give one real floating-point scalar."""
     known_as = f"{name} (Problem.{name.removesuffix('_fn')})"
+    kind = f"{name.removesuffix('_loss_fn')}_batch"
 
     def loss(params: PyTree, hyperparams: PyTree, batch: PyTree) -> jax.Array:
-        with tracing(known_as, params=params, hyperparams=hyperparams, batch=batch):
+        with tracing(known_as, params=params, hyperparams=hyperparams, **{kind: batch}):
             value = loss_fn(params, hyperparams, batch)
         accepted = f"{name} must return one floating-point scalar"
         if not isinstance(value, jax.Array | np.ndarray | np.generic | float | int):

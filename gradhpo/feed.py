@@ -133,7 +133,13 @@ class _Reader:
             pair = jax.tree.map(_on_host, tuple(given))
             if self._first is None:
                 self._first, self._kinds = pair, jax.tree.map(_kind_of_key, tuple(given))
-            check_same_tree(f"Problem.batches: pair {self._count}", pair, "pair 0", self._first)
+            try:
+                check_same_tree(f"Problem.batches: pair {self._count}", pair, "pair 0", self._first)
+            except ValueError as error:
+                error.add_note(
+                    "a loader's last batch may be smaller: drop it (drop_last, drop_remainder)"
+                )
+                raise
             self._count += 1
             pairs.append(pair)
         return pairs

@@ -113,6 +113,7 @@ def solve(
 
     Warns:
       UnreachedWarning: if a hyperparameter gets no hypergradient, whatever the numbers.
+      FrozenWarning: if `Problem.batch` draws by NumPy, once for all steps.
       DivergenceWarning: if a metric stops being finite.
     """
     check_instance("problem", problem, Problem)
@@ -197,8 +198,10 @@ class _Run:
             if resume.phi is not None:
                 self._state = self._state.update(metadata={PHI: resume.phi})
             self.done = resume.steps
-            self._metrics, self._evals = [resume.metrics], [resume.evals]
-            self._record = [resume.record]
+            # Without the row of a divergence: that step is taken anew.
+            rows = (resume.metrics, resume.record)
+            metrics, kept = jax.tree.map(lambda rows: rows[: resume.steps], rows)
+            self._metrics, self._evals, self._record = [metrics], [resume.evals], [kept]
             if resume.best is not None and watch.asks_as(resume.best):
                 self._best = resume.best
             self._eval_steps = resume.eval_steps.tolist()
@@ -335,9 +338,10 @@ class _Run:
         """Return what there is."""
         state = self._mended()
         episodes = self.program.trial.timetable.episode_length is not None
+        ends = max(self.done, int(self._diverged.max()))  # a diverged step has a row too, of NaN
         return Solution(
             state,
-            jax.tree.map(lambda rows: rows[: self.done], _concatenate(self._metrics)),
+            jax.tree.map(lambda rows: rows[:ends], _concatenate(self._metrics)),
             _concatenate(self._evals),
             np.asarray(self._eval_steps, int),
             self.done,
@@ -345,7 +349,7 @@ class _Run:
             self._diverged,
             np.asarray(jax.random.key_data(self.key)),
             self._best,
-            jax.tree.map(lambda rows: rows[: self.done], _concatenate(self._record)),
+            jax.tree.map(lambda rows: rows[:ends], _concatenate(self._record)),
         )
 
     def _chunk(self, state: BilevelState | None, segment: Segment, n: int) -> Any:

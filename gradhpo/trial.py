@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from gradhpo.branches import where_due
 from gradhpo.errors import tracing
+from gradhpo.frozen import check_frozen
 from gradhpo.problem import Problem, stream
 from gradhpo.state import BilevelState, LossFn, PyTree, as_array, faults, prepare
 from gradhpo.timetable import Calibrated, Timetable
@@ -106,7 +107,10 @@ class Trial:
 
     def draw(self, key: jax.Array, data: PyTree, index: Any, host: PyTree = None) -> Any:
         """Return the training and the validation batch of step `index`."""
-        return host if self.problem.batch is None else self.problem.draw_at(key, index, data)
+        if self.problem.batch is None:
+            return host
+        check_frozen(self.problem, key, data)
+        return self.problem.draw_at(key, index, data)
 
     def advance(
         self, state: BilevelState, batches: tuple[PyTree, PyTree], index: Any, rates: Rates

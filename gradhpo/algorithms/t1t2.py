@@ -23,7 +23,7 @@ from gradhpo.hypergradient import (
 )
 from gradhpo.inner import InnerStep, Moved
 from gradhpo.optimizer import Estimate, HypergradientMethod
-from gradhpo.state import BilevelState, LossFn, PyTree
+from gradhpo.state import BilevelState, LossFn, PyTree, remembered
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class T1T2Optimizer(HypergradientMethod):
         memory: dict[str, Any] = {}
         if self.gamma > 0:
             keep = ema.keep_fraction(self.gamma, state.step + 1)
-            memory["w_star"] = ema.distilled_point(state.metadata["w_star"], w, keep)
+            memory["w_star"] = ema.distilled_point(remembered(state, "w_star"), w, keep)
         elif self.update_fn is None:
             moved, alpha_b = self._moved_with_difference(inner, w, s, lam, train_batch)
             val = validation(val_loss_fn, moved.params, lam, val_batch)
