@@ -32,14 +32,17 @@ from gradhpo.errors import (
     RecompileWarning,
     UnreachedWarning,
 )
+from gradhpo.models import EquinoxModel, FlaxModel
 from gradhpo.optimizer import BilevelOptimizer, Estimate
 from gradhpo.problem import Problem
 from gradhpo.solution import Best, Solution
 from gradhpo.solver import solve
 from gradhpo.state import BilevelState, DataBatch, LossFn, PyTree
+from gradhpo.task import Aux, Task
 from gradhpo.watch import Stop
 
 __all__ = [
+    "Aux",
     "Best",
     "BilevelOptimizer",
     "BilevelState",
@@ -47,8 +50,10 @@ __all__ = [
     "Diagnosis",
     "DivergenceWarning",
     "DrMADOptimizer",
+    "EquinoxModel",
     "Estimate",
     "FOOptimizer",
+    "FlaxModel",
     "ForwardOptimizer",
     "FrozenWarning",
     "GreedyOptimizer",
@@ -64,6 +69,7 @@ __all__ = [
     "Solution",
     "Stop",
     "T1T2Optimizer",
+    "Task",
     "UnreachedWarning",
     "UnrolledOptimizer",
     "__version__",

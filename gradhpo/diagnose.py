@@ -28,13 +28,14 @@ from gradhpo.compilation import jit
 from gradhpo.diagnosis import Diagnosis, Row
 from gradhpo.errors import check_count, check_number, check_same_tree, stack
 from gradhpo.flops import flops
-from gradhpo.horizon import estimate_at, fresh_state, walk
+from gradhpo.horizon import estimate_at, fresh_state, moved, walk
 from gradhpo.hypergradient import at_least_float32, norm, validation
 from gradhpo.inner import InnerStep
 from gradhpo.optimizer import BilevelOptimizer, HypergradientMethod
 from gradhpo.problem import Problem, stream
 from gradhpo.progress import Bar
-from gradhpo.state import BilevelState, LossFn, PyTree, prepare
+from gradhpo.state import BilevelState, PyTree, prepare
+from gradhpo.task import Task
 from gradhpo.unrolling import UnrollingMethod
 
 METHODS = (
@@ -137,21 +138,20 @@ def diagnose(
         exact.init(state.params, state.hyperparams).inner_opt_state,
     )
     walks = list(_walks(problem, key, T, samples))
-    losses = (problem.train_loss, problem.val_loss)
     # That of the exact hypergradient, of which First-Order's would say less.
-    exact.check_reach(state, walks[0][0], walks[0][1], *losses)
+    exact.check_reach(state, walks[0][0])
     notes: list[str] = []
     compared: dict[str, np.ndarray] = {}
     programs: dict[str, _Program] = {}
     optimizers = {EXACT: exact, **optimizers}
     with Bar(progress, total=len(optimizers) * (samples + 1), unit="estimate") as bar:
         spoken = _Spoken(bar, len(optimizers), progress)
-        truths = [_exact(exact, state, trains, val, *losses) for trains, val, _ in walks]
+        truths = [_exact(exact, state, task) for task, _ in walks]
         for name, optimizer in optimizers.items():
             try:
                 made: list[Any] = []
-                for (trains, val, others), truth in zip(walks, truths, strict=True):
-                    made.append(_compare(optimizer, state, trains, val, others, *losses, truth))
+                for (task, others), truth in zip(walks, truths, strict=True):
+                    made.append(_compare(optimizer, state, task, others, truth))
                     bar.advance(1)
             except ValueError as error:
                 if name == EXACT or isinstance(methods, Mapping):
@@ -160,7 +160,7 @@ def diagnose(
                 continue
             compared[name] = np.asarray(jax.device_get(made), float)
             if rounds:
-                programs[name] = _Program(optimizer, state, T, walks[0][0], walks[0][1], *losses)
+                programs[name] = _Program(optimizer, state, T, walks[0][0])
             bar.advance(1)
             spoken.after(name)
         plain = InnerStep(inner_optimizer, update_fn, problem.train_loss)
@@ -260,66 +260,61 @@ def _shared_inner(
 
 
 def _walks(problem: Problem, key: jax.Array, T: int, samples: int) -> Any:
-    """Yield for each sample T training batches, a validation batch, and T others for θ."""
+    """Yield for each sample a task with T training batches, and T other batches for θ."""
     fresh = stream(key, "diagnosis")
+
+    def task(pairs: list[Any], index: int) -> tuple[Task, PyTree]:
+        trains = [train for train, _ in pairs]
+        first = stack("Problem.batch", trains[:T])
+        losses = (problem.train_loss, problem.val_loss)
+        made = Task(first, pairs[T - 1][1], *losses)
+        if made.asks_for_key():
+            made = dataclasses.replace(made, key=jax.random.fold_in(stream(key, "losses"), index))
+        return made, stack("Problem.batch", trains[T:])
+
     if problem.batch is not None:
         data = problem.start_data(key)
         for index in range(samples):
             keys = jax.random.split(jax.random.fold_in(fresh, index), 2 * T)
             pairs = [problem.draw(k, data) for k in keys]
-            yield _stacked(pairs, T)
+            yield task(pairs, index)
         return
     source: Any = problem.batches
     if callable(source):
         seed = np.asarray(jax.random.key_data(fresh)).ravel().tolist()
         source = source(np.random.default_rng(seed))
     iterator = iter(source)
-    for _ in range(samples):
+    for index in range(samples):
         pairs = list(itertools.islice(iterator, 2 * T))
         if len(pairs) < 2 * T:
             needed = f"{samples} samples of 2 x {T} batches"
             raise ValueError(f"Problem.batches ended early: diagnose needs {needed}")
-        yield _stacked(pairs, T)
+        yield task(pairs, index)
 
 
-def _stacked(pairs: list[Any], T: int) -> tuple[PyTree, PyTree, PyTree]:
-    trains = [train for train, _ in pairs]
-    first = stack("Problem.batch", trains[:T])
-    return first, pairs[T - 1][1], stack("Problem.batch", trains[T:])
-
-
-@functools.partial(jit, static_argnums=(0, 4, 5))
-def _exact(
-    exact: UnrolledOptimizer,
-    state: BilevelState,
-    trains: PyTree,
-    val: PyTree,
-    train_loss: LossFn,
-    val_loss: LossFn,
-) -> tuple[PyTree, PyTree]:
+@functools.partial(jit, static_argnums=0)
+def _exact(exact: UnrolledOptimizer, state: BilevelState, task: Task) -> tuple[PyTree, PyTree]:
     """Return the exact hypergradient, and its direct term."""
-    done = exact.estimate(state, trains, val, train_loss, val_loss)
-    direct = validation(val_loss, done.params, state.hyperparams, val).direct
-    return at_least_float32(done.hypergradient), at_least_float32(direct)
+    g = exact.estimate(state, task).hypergradient
+    end, key = walk(exact.inner_step(task.train_loss), state, task)
+    after = dataclasses.replace(task, key=key).start(end)
+    direct = validation(task, *after, state.hyperparams).direct
+    return at_least_float32(g), at_least_float32(direct)
 
 
-@functools.partial(jit, static_argnums=(0, 5, 6))
+@functools.partial(jit, static_argnums=0)
 def _compare(
     optimizer: BilevelOptimizer,
     state: BilevelState,
-    trains: PyTree,
-    val: PyTree,
+    task: Task,
     others: PyTree,
-    train_loss: LossFn,
-    val_loss: LossFn,
     truth: tuple[PyTree, PyTree],
 ) -> jax.Array:
     """Return cosine, norm ratio and second-order share of a method's estimate, `(3,)`."""
-    rest = (train_loss, val_loss)
-    own = _own_state(optimizer, state, trains)
+    own = _own_state(optimizer, state, task)
     if optimizer.calibration_period:
-        own = optimizer.calibrate(own, others, val, *rest)
-    g = at_least_float32(estimate_at(optimizer, own, trains, val, *rest).hypergradient)
+        own = optimizer.calibrate(own, dataclasses.replace(task, train_batch=others))
+    g = at_least_float32(estimate_at(optimizer, own, task).hypergradient)
     exact, direct = truth
     length, reference = norm(g), norm(exact)
     cosine = jnp.asarray(optax.tree.vdot(g, exact)) / (length * reference)  # NaN with a zero
@@ -328,10 +323,11 @@ def _compare(
     return jnp.stack([cosine, length / reference, share])
 
 
-def _own_state(optimizer: BilevelOptimizer, state: BilevelState, trains: PyTree) -> BilevelState:
+def _own_state(optimizer: BilevelOptimizer, state: BilevelState, task: Task) -> BilevelState:
     memory: dict[str, Any] = {}
     if optimizer.remembers_batch:
-        memory = {"train_batch": jax.tree.map(lambda x: x[0], trains), "key": jax.random.key(0)}
+        first = jax.tree.map(lambda x: x[0], task.train_batch)
+        memory = {"train_batch": first, "key": jax.random.key(0)}
     return fresh_state(optimizer, state, **memory)
 
 
@@ -343,37 +339,28 @@ class _Program:
         optimizer: Any,
         state: BilevelState,
         T: int,
-        trains: PyTree,
-        val: PyTree,
-        train_loss: LossFn,
-        val_loss: LossFn,
+        task: Task,
     ) -> None:
         k = optimizer.unroll_steps if isinstance(optimizer, UnrollingMethod) else 1
         blocks = T // k
         self.steps = blocks * k
-        own = _own_state(optimizer, state, trains)
+        own, trains = _own_state(optimizer, state, task), task.train_batch
         if isinstance(optimizer, UnrollingMethod):
             optimizer = dataclasses.replace(optimizer, batches="stack")  # pyright: ignore[reportArgumentType]
             trains = jax.tree.map(
                 lambda x: x[: self.steps].reshape(blocks, k, *x.shape[1:]), trains
             )
 
-        def along(state: BilevelState, trains: PyTree, val: PyTree) -> Any:
+        def along(state: BilevelState, task: Task) -> Any:
             def block(carry: Any, train: PyTree) -> Any:
                 state, total = carry
-                done: Any = optimizer.estimate(state, train, val, train_loss, val_loss)
-                moved = state.update(
-                    params=done.params,
-                    inner_opt_state=done.inner_opt_state,
-                    step=state.step + 1,
-                    metadata=done.metadata,
-                )
-                return (moved, optax.tree.add(total, done.hypergradient)), None
+                done: Any = optimizer.estimate(state, dataclasses.replace(task, train_batch=train))
+                return (moved(state, done), optax.tree.add(total, done.hypergradient)), None
 
             start = (state, optax.tree.zeros_like(state.hyperparams))
-            return jax.lax.scan(block, start, trains)[0]
+            return jax.lax.scan(block, start, task.train_batch)[0]
 
-        self._args = (own, trains, val)
+        self._args = (own, dataclasses.replace(task, train_batch=trains))
         self.flops = flops(along, *self._args)
         self._compiled = jit(along).lower(*self._args).compile()
 
@@ -397,13 +384,13 @@ class _Program:
 class _Plain(_Program):
     """Training alone along the horizon, with no hypergradient: what costs are relative to."""
 
-    def __init__(self, inner: InnerStep, state: BilevelState, trains: PyTree) -> None:
-        def along(state: BilevelState, trains: PyTree) -> Any:
-            moved = walk(inner, state, trains)
-            return moved.params, moved.inner_opt_state
+    def __init__(self, inner: InnerStep, state: BilevelState, task: Task) -> None:
+        def along(state: BilevelState, task: Task) -> Any:
+            after, _ = walk(inner, state, task)
+            return after.params, after.inner_opt_state, after.model_state
 
-        self.steps = int(jax.tree.leaves(trains)[0].shape[0])
-        self._args = (state, trains)
+        self.steps = int(jax.tree.leaves(task.train_batch)[0].shape[0])
+        self._args = (state, task)
         self.flops = flops(along, *self._args)
         self._compiled = jit(along).lower(*self._args).compile()
 

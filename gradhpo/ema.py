@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from gradhpo.hypergradient import at_least_float32
 from gradhpo.state import PyTree
+from gradhpo.task import split_fixed
 
 
 def geometric_sum(gamma: float, t: jax.Array) -> jax.Array:
@@ -42,7 +43,7 @@ def distilled_start(params: PyTree) -> PyTree:
     In bfloat16 an average would stall on its way: near the weights' own precision its steps round
     to nothing.
     """
-    return jax.tree.map(jnp.copy, at_least_float32(params))
+    return jax.tree.map(jnp.copy, at_least_float32(split_fixed(params)[0]))
 
 
 def distilled_point(w_star: PyTree, params: PyTree, keep: jax.Array) -> PyTree:

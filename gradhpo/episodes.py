@@ -18,12 +18,12 @@ from gradhpo.errors import (
     check_callable,
     check_count,
     check_number,
-    scalar_loss,
     stack,
 )
 from gradhpo.problem import Problem
 from gradhpo.progress import Bar
 from gradhpo.state import METRICS, BilevelState, LossFn, PyTree
+from gradhpo.task import CALIBRATION, Task, typed_key
 from gradhpo.timetable import Timetable
 from gradhpo.trial import Method, Rates, Trial, guard, reptile
 
@@ -38,6 +38,7 @@ class Plan:
     lr_hyper: float | None
     callback: Callable[[int, BilevelState], Any] | None
     progress: bool | None
+    key: jax.Array | None = None
 
     def __post_init__(self) -> None:
         check_count("M", self.M, minimum=0)
@@ -47,6 +48,8 @@ class Plan:
             check_number("lr_hyper", self.lr_hyper, -float("inf"), float("inf"))
         if self.callback is not None:
             check_callable("callback", self.callback)
+        if self.key is not None:
+            object.__setattr__(self, "key", typed_key("key", self.key))
 
     def lr_hyper_at(self, episode: int) -> np.ndarray | None:
         """Return the step size on λ in this episode, counted from 1: linear decay to 0."""
@@ -70,28 +73,37 @@ def run(
     check_callable("get_val_batch", get_val_batch)
     problem = Problem(_started, train_loss_fn, val_loss_fn, batches=())
     trial = Trial(problem, optimizer, Timetable.of(optimizer, plan.T))
-    phi = state.params
+    phi = (state.params, state.model_state)
+
+    def task(train_batch: PyTree, val_batch: PyTree) -> Task:
+        return Task(train_batch, val_batch, train_loss_fn, val_loss_fn, plan.key)
+
     with Bar(plan.progress, total=plan.M * plan.T, unit="step") as bar:
         for episode in range(1, plan.M + 1):
             first = (episode - 1) * plan.T
             state, fault = _begin(trial, state, phi)
             if trial.timetable.calibrates_at(first):
                 batches = stack("get_train_batch", [get_train_batch() for _ in range(plan.T)])
-                state = _calibrate(trial, state, batches, get_val_batch())
+                state = _calibrate(trial, state, task(batches, get_val_batch()), np.int32(first))
             rates = Rates(plan.lr_hyper_at(episode))
-            for _ in range(plan.T):
-                pair = get_train_batch(), get_val_batch()
-                state, fault = _guarded_step(trial, state, fault, pair, rates)
+            for index in range(first, first + plan.T):
+                given = task(get_train_batch(), get_val_batch())
+                if index == first:
+                    state = optimizer.ready(state, given)
+                state, fault = _guarded_step(trial, state, fault, given, rates, np.int32(index))
             bar.advance(plan.T)
             if (message := _describe(np.asarray(fault), episode)) is not None:
                 warnings.warn(message, DivergenceWarning, stacklevel=3)
                 return state
-            phi = _reptile(phi, state.params, plan.lr_reptile)
+            phi = _reptile(phi, (state.params, state.model_state), plan.lr_reptile)
             if plan.callback is not None:
-                val_loss = _val_loss(val_loss_fn, state, get_val_batch())
+                given = task(None, get_val_batch())
+                val_loss = _val_loss(state, given, np.int32(episode * plan.T - 1))
                 state = state.update(metadata={"val_loss": val_loss})
                 plan.callback(episode, state)
-    return state.update(params=phi, metadata={"phi": phi} if "phi" in state.metadata else {})
+    params, model_state = phi
+    memory = {"phi": params} if "phi" in state.metadata else {}
+    return state.update(params=params, metadata=memory, model_state=model_state)
 
 
 def _started(key: jax.Array) -> tuple[PyTree, PyTree]:
@@ -100,29 +112,30 @@ def _started(key: jax.Array) -> tuple[PyTree, PyTree]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _begin(trial: Trial, state: BilevelState, phi: PyTree) -> tuple[BilevelState, jax.Array]:
+def _begin(
+    trial: Trial, state: BilevelState, phi: tuple[PyTree, PyTree]
+) -> tuple[BilevelState, jax.Array]:
     """Start an episode, in buffers of its own, which the steps then donate to one another."""
-    fresh = jax.tree.map(jnp.copy, trial.optimizer.reset(state, phi))
+    fresh = trial.optimizer.reset(state, phi[0]).update(model_state=phi[1])
+    fresh = jax.tree.map(jnp.copy, fresh)
     return fresh, jnp.full(2, -1, dtype=jnp.int32)
 
 
 @functools.partial(jit, static_argnums=0, donate_argnums=(1, 2))
 def _guarded_step(
-    trial: Trial, state: BilevelState, fault: jax.Array, pair: tuple[PyTree, PyTree], rates: Rates
+    trial: Trial, state: BilevelState, fault: jax.Array, task: Task, rates: Rates, index: Any
 ) -> tuple[BilevelState, jax.Array]:
     """Take a step, unless it or an earlier one is not finite; `fault` is (step, metric) of that."""
     running = fault[0] < 0
-    new = trial.advance(state, pair, state.step, rates)
+    new = trial.advance(state, task.at(index), index, rates)
     kept, runs_on, bad = guard(state, new, running)
     found = jnp.stack([new.step, jnp.argmax(bad).astype(jnp.int32)])
     return kept, jnp.where(running & ~runs_on, found, fault)
 
 
 @functools.partial(jit, static_argnums=0)
-def _calibrate(
-    trial: Trial, state: BilevelState, batches: PyTree, val_batch: PyTree
-) -> BilevelState:
-    return trial.calibrate_on(state, batches, val_batch)
+def _calibrate(trial: Trial, state: BilevelState, task: Task, index: Any) -> BilevelState:
+    return trial.optimizer.calibrate(state, task.at(index, CALIBRATION))
 
 
 @jax.jit
@@ -130,10 +143,10 @@ def _reptile(phi: PyTree, params: PyTree, lr_reptile: Any) -> PyTree:
     return reptile(phi, params, lr_reptile)
 
 
-@functools.partial(jit, static_argnums=0)
-def _val_loss(val_loss_fn: LossFn, state: BilevelState, val_batch: PyTree) -> jax.Array:
-    loss = scalar_loss("val_loss_fn", val_loss_fn)
-    value = loss(state.params, state.hyperparams, val_batch)
+@jit
+def _val_loss(state: BilevelState, task: Task, index: Any) -> jax.Array:
+    task = task.at(index)
+    value, _ = task.validate(*task.start(state), state.hyperparams)
     return value.astype(jnp.result_type(state.metadata["val_loss"]))
 
 

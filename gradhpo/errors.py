@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import numbers
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from gradhpo.state import LossFn, PyTree
+from gradhpo.state import PyTree
 
 
 class DivergenceWarning(RuntimeWarning):
@@ -99,24 +99,32 @@ def check_hashable(name: str, value: Any) -> None:
         ) from None
 
 
-def check_floating(name: str, tree: PyTree) -> None:
-    """Raise unless `tree` has leaves and all of them are real floating-point arrays."""
+def check_floating(name: str, tree: PyTree, *, others: bool = False) -> None:
+    """Raise unless `tree` has leaves and all of them are real floating-point arrays.
+
+    With `others`, one of them is enough, and the rest may be any arrays.
+    """
     leaves = tree_flatten_with_path(tree)[0]
     if not leaves:
         raise ValueError(f"{name} has no arrays: got {tree!r}, a pytree without leaves")
     if name == "params":
         _refuse_statistics(name, tree)
+    kinds = [_dtype(leaf) for _, leaf in leaves]
+    if others and any(kind is not None and jnp.issubdtype(kind, jnp.floating) for kind in kinds):
+        leaves = [leaf for leaf, kind in zip(leaves, kinds, strict=True) if kind is None]
     for path, leaf in leaves:
-        try:
-            dtype = jnp.result_type(leaf) if isinstance(leaf, float) else leaf.dtype
-        except AttributeError:
-            dtype = None
+        dtype = _dtype(leaf)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             got = type(leaf).__name__ if dtype is None else dtype
             raise TypeError(
                 f"{name}{keystr(path)} must be a floating-point array, got {got}: it has no "
                 "gradient. Convert it, or keep it out of the tree (nnx.split, eqx.partition)"
             )
+
+
+def _dtype(leaf: Any) -> Any:
+    """Return the dtype of an array or a Python float; None for what is no array."""
+    return jnp.result_type(leaf) if isinstance(leaf, float) else getattr(leaf, "dtype", None)
 
 
 _STATISTICS = {"BatchStat", "Cache", "Intermediate"}
@@ -137,9 +145,8 @@ def _refuse_statistics(name: str, tree: PyTree) -> None:
         if found := kind(node):
             raise TypeError(
                 f"{name}{keystr(path)} is an nnx.{found}, which is not trained: its statistics "
-                "would move by gradient and weight decay. Split the module, "
-                "`graph, params, rest = nnx.split(module, nnx.Param, ...)`, train params, and in "
-                "the losses `nnx.merge(graph, params, rest, copy=True)`"
+                "would move by gradient and weight decay. gradhpo.FlaxModel makes the weights and "
+                "the model state of a module, and its losses"
             )
 
 
@@ -196,26 +203,6 @@ def described(value: Any) -> str:
     if not hasattr(value, "dtype"):
         return type(value).__name__
     return f"{value.dtype}[{','.join(map(str, value.shape))}]"
-
-
-def scalar_loss(name: str, loss_fn: LossFn) -> Callable[[Any, Any, Any], jax.Array]:
-    """Return `loss_fn`, checked while it is traced to give one real floating-point scalar."""
-    known_as = f"{name} (Problem.{name.removesuffix('_fn')})"
-    kind = f"{name.removesuffix('_loss_fn')}_batch"
-
-    def loss(params: PyTree, hyperparams: PyTree, batch: PyTree) -> jax.Array:
-        with tracing(known_as, params=params, hyperparams=hyperparams, **{kind: batch}):
-            value = loss_fn(params, hyperparams, batch)
-        accepted = f"{name} must return one floating-point scalar"
-        if not isinstance(value, jax.Array | np.ndarray | np.generic | float | int):
-            raise TypeError(f"{accepted}, got {type(value).__name__}")
-        if jnp.shape(value) != ():
-            raise ValueError(f"{accepted}, got an array of shape {jnp.shape(value)}: average it")
-        if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-            raise TypeError(f"{accepted}, got {jnp.result_type(value)}")
-        return jnp.asarray(value)
-
-    return loss
 
 
 def stack_length(name: str, stack: PyTree, expected: int | None = None) -> int:

@@ -10,7 +10,8 @@ import jax
 from gradhpo.errors import stack_length
 from gradhpo.inner import InnerStep
 from gradhpo.optimizer import BilevelOptimizer, Estimate
-from gradhpo.state import BilevelState, LossFn, PyTree, prepare
+from gradhpo.state import BilevelState, PyTree, prepare
+from gradhpo.task import NEXT, Carried, Task
 from gradhpo.unrolling import UnrollingMethod
 
 
@@ -26,17 +27,11 @@ def fresh_state(optimizer: BilevelOptimizer, like: BilevelState, **memory: Any) 
       memory: what `init` also takes, where `optimizer.remembers_batch`.
     """
     state = optimizer.init(like.params, like.hyperparams, **memory)
-    return prepare(state.update(inner_opt_state=like.inner_opt_state))
+    same = {"inner_opt_state": like.inner_opt_state, "model_state": like.model_state}
+    return prepare(state.update(**same))
 
 
-def estimate_at(
-    optimizer: BilevelOptimizer,
-    state: BilevelState,
-    train_batches: PyTree,
-    val_batch: PyTree,
-    train_loss_fn: LossFn,
-    val_loss_fn: LossFn,
-) -> Estimate:
+def estimate_at(optimizer: BilevelOptimizer, state: BilevelState, task: Task) -> Estimate:
     """Return the estimate that a method gives after T inner steps from `state`, with λ held.
 
     An online method takes a step at every batch, and its last estimate counts. A method that
@@ -47,52 +42,58 @@ def estimate_at(
     Args:
       optimizer: any `BilevelOptimizer`.
       state: a state of this optimizer, from `init` or `fresh_state`.
-      train_batches: T batches, stacked along a new leading axis.
-      val_batch: a pytree of arrays, passed to `val_loss_fn`.
-      train_loss_fn: `(params, hyperparams, batch) -> scalar`.
-      val_loss_fn: `(params, hyperparams, batch) -> scalar`.
+      task: its `train_batch` is T batches, stacked along a new leading axis.
 
     Raises:
       ValueError: if the method unrolls more than T steps.
     """
-    T, losses = stack_length("train_batches", train_batches), (train_loss_fn, val_loss_fn)
+    T = stack_length("train_batches", task.train_batch)
     if isinstance(optimizer, UnrollingMethod):
         k = optimizer.unroll_steps
         if k > T:
             raise ValueError(f"unroll_steps must be at most the horizon, {T} steps; got {k}")
-        inner = optimizer.inner_step(train_loss_fn)
-        before, last = _part(train_batches, slice(T - k)), _part(train_batches, slice(T - k, T))
-        state = walk(inner, state, before)
+        inner, before = optimizer.inner_step(task.train_loss), _part(task, slice(T - k))
+        state, key = walk(inner, state, before)
         stacked: Any = dataclasses.replace(optimizer, batches="stack")  # pyright: ignore[reportArgumentType]
-        return stacked.estimate(state, last, val_batch, *losses)
+        last = dataclasses.replace(_part(task, slice(T - k, T)), key=key)
+        return stacked.estimate(state, last)
 
-    def step(state: BilevelState, batch: PyTree) -> tuple[BilevelState, None]:
-        done = optimizer.estimate(state, batch, val_batch, *losses)
-        return _moved(state, done), None
+    def step(carry: tuple[BilevelState, Any], batch: PyTree) -> tuple[Any, None]:
+        state, key = carry
+        done = optimizer.estimate(state, dataclasses.replace(task, train_batch=batch, key=key))
+        return (moved(state, done), Carried(None, key=key).draw(NEXT)), None
 
-    state = jax.lax.scan(step, state, _part(train_batches, slice(T - 1)))[0]
-    return optimizer.estimate(state, _part(train_batches, T - 1), val_batch, *losses)
-
-
-def walk(inner: InnerStep, state: BilevelState, train_batches: PyTree) -> BilevelState:
-    """Return the state after a plain inner step at each batch of the stack; λ is held."""
-
-    def step(carry: tuple[PyTree, PyTree], batch: PyTree) -> tuple[tuple[PyTree, PyTree], None]:
-        moved = inner(*carry, state.hyperparams, batch)
-        return (moved.params, moved.opt_state), None
-
-    w, s = jax.lax.scan(step, (state.params, state.inner_opt_state), train_batches)[0]
-    return state.update(params=w, inner_opt_state=s)
+    before = _part(task, slice(T - 1))
+    state, key = jax.lax.scan(step, (state, task.key), before.train_batch)[0]
+    return optimizer.estimate(state, dataclasses.replace(_part(task, T - 1), key=key))
 
 
-def _part(batches: PyTree, index: Any) -> PyTree:
-    return jax.tree.map(lambda x: x[index], batches)
+def walk(inner: InnerStep, state: BilevelState, task: Task) -> tuple[BilevelState, Any]:
+    """Return the state after a plain inner step at each batch of the stack; λ is held.
+
+    And the key of the step after the last.
+    """
+
+    def step(carry: tuple[PyTree, Carried], batch: PyTree) -> tuple[tuple[PyTree, Carried], None]:
+        after = inner(*carry, state.hyperparams, batch)
+        return (after.params, after.carried), None
+
+    w, s = jax.lax.scan(step, task.start(state), task.train_batch)[0]
+    after = {"inner_opt_state": s.opt_state, "model_state": s.model_state}
+    return state.update(params=s.whole(w), **after), s.key
 
 
-def _moved(state: BilevelState, done: Estimate) -> BilevelState:
+def moved(state: BilevelState, done: Estimate) -> BilevelState:
+    """Return the state after an estimate's step of the weights; λ is held."""
     return state.update(
         params=done.params,
         inner_opt_state=done.inner_opt_state,
         step=state.step + 1,
         metadata=done.metadata,
+        model_state=done.model_state,
     )
+
+
+def _part(task: Task, index: Any) -> Task:
+    part = jax.tree.map(lambda x: x[index], task.train_batch)
+    return dataclasses.replace(task, train_batch=part)

@@ -14,9 +14,12 @@ import jax.numpy as jnp
 import optax
 
 from gradhpo.branches import anywhere
-from gradhpo.errors import scalar_loss
 from gradhpo.forward_mode import refuse_custom_vjp
-from gradhpo.state import LossFn, PyTree
+from gradhpo.state import PyTree
+from gradhpo.task import Carried, Task
+
+Loss: TypeAlias = Callable[[PyTree, PyTree], jax.Array]
+"""A loss as a function of the weights and λ alone."""
 
 Mode: TypeAlias = Literal[
     "auto", "reverse-over-reverse", "forward-over-reverse", "reverse-over-forward"
@@ -34,22 +37,25 @@ class Validation(NamedTuple):
     """`α_t = ∂L_val/∂w`."""
     direct: PyTree
     """`g_FO = ∂L_val/∂λ`."""
+    metrics: dict[str, jax.Array]
+    """What else the validation loss returned, by its full name."""
 
 
-def validation(
-    val_loss_fn: LossFn, params: PyTree, hyperparams: PyTree, batch: PyTree
-) -> Validation:
-    """Return the validation loss with `α` and `g_FO`, from one backward pass."""
-    loss_fn = jax.value_and_grad(scalar_loss("val_loss_fn", val_loss_fn), argnums=(0, 1))
-    loss, (alpha, direct) = loss_fn(params, hyperparams, batch)
-    return Validation(loss, alpha, direct)
+def validation(task: Task, params: PyTree, carried: Carried, hyperparams: PyTree) -> Validation:
+    """Return the validation loss after a step with `α` and `g_FO`, from one backward pass."""
+
+    def loss_fn(params: PyTree, hyperparams: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return task.validate(params, carried, hyperparams)
+
+    gradient_of = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
+    (loss, metrics), (alpha, direct) = gradient_of(params, hyperparams)
+    return Validation(loss, alpha, direct, metrics)
 
 
 def second_order(
-    loss_fn: LossFn,
+    loss_fn: Loss,
     params: PyTree,
     hyperparams: PyTree,
-    batch: PyTree,
     u: PyTree,
     loss_bar: jax.Array | None,
     mode: Mode,
@@ -65,14 +71,14 @@ def second_order(
         def gradient(w: PyTree) -> tuple[PyTree, ...]:
             # In both arguments, whatever is asked for: an operation with a VJP of its own has no
             # forward mode, but what reverse mode makes of it has.
-            both = jax.grad(loss_fn, (0, 1))(w, hyperparams, batch)
+            both = jax.grad(loss_fn, (0, 1))(w, hyperparams)
             return tuple(both[i] for i in argnums)
 
         first, along = jax.jvp(gradient, (params,), (u,))
         return along if loss_bar is None else optax.tree.add_scale(along, loss_bar, first)
 
     def slope(params: PyTree, hyperparams: PyTree) -> jax.Array:
-        loss, along = jax.jvp(lambda w: loss_fn(w, hyperparams, batch), (params,), (u,))
+        loss, along = jax.jvp(lambda w: loss_fn(w, hyperparams), (params,), (u,))
         return along if loss_bar is None else along + loss_bar * loss
 
     instead = 'mode="forward-over-reverse"'
@@ -127,10 +133,9 @@ def gradient_difference(
 
 
 def mixed_difference(
-    loss_fn: LossFn,
+    loss_fn: Loss,
     params: PyTree,
     hyperparams: PyTree,
-    batch: PyTree,
     u: PyTree,
     train_gradient: PyTree,
     eps: float | None,
@@ -146,13 +151,13 @@ def mixed_difference(
     """
 
     def grad_lambda(w: PyTree) -> PyTree:
-        return jax.grad(loss_fn, argnums=1)(w, hyperparams, batch)
+        return jax.grad(loss_fn, argnums=1)(w, hyperparams)
 
     live, outsized = _in_two_parts(u, train_gradient)
     rest = gradient_difference(grad_lambda, params, live, eps)
 
     def added() -> PyTree:
-        point = (params, hyperparams, batch, outsized, None)
+        point = (params, hyperparams, outsized, None)
         (exact,) = second_order(loss_fn, *point, "forward-over-reverse", (1,))
         return optax.tree.add(rest, exact)
 

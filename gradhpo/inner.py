@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import optax
 
 from gradhpo.dependence import depends
-from gradhpo.errors import check_same_tree, scalar_loss
+from gradhpo.errors import check_same_tree
 from gradhpo.finite_derivatives import with_finite_derivatives
-from gradhpo.hypergradient import Mode, second_order
+from gradhpo.hypergradient import Loss, Mode, second_order
 from gradhpo.injected import follow
 from gradhpo.state import LossFn, PyTree, as_array
+from gradhpo.task import NEXT, TRAIN, Aux, Carried, evaluate, split_fixed, wanted
 from gradhpo.updates import updated
 
 
@@ -24,11 +25,13 @@ class Moved(NamedTuple):
     """What one inner step leaves behind."""
 
     params: PyTree
-    """`w_t`."""
-    opt_state: PyTree
+    """`w_t`: the floating-point leaves."""
+    carried: Carried
     """`s_t`."""
     train_loss: jax.Array
     """`L_train(w_{t-1}, λ, D_t)`: the loss whose gradient moved the weights."""
+    metrics: dict[str, jax.Array]
+    """What else the training loss returned, by its full name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,60 +44,71 @@ class InnerStep:
     """
 
     inner_optimizer: Any
-    update_fn: Callable[[Any, Any, Any], Any] | None
+    update_fn: Callable[..., Any] | None
     train_loss_fn: LossFn
     mode: Mode = "reverse-over-reverse"
     jointly: bool = False
     """Whether the training gradient is taken in λ too, and that part dropped: an operation on λ
     with a VJP of its own (`jax.custom_vjp`) can then be differentiated again, by forward mode."""
+    through_model_state: bool = False
+    """Whether the model state is differentiated too; else it is a constant of each step."""
 
     def __call__(
-        self, params: PyTree, opt_state: PyTree, hyperparams: PyTree, batch: PyTree
+        self, params: PyTree, carried: Carried, hyperparams: PyTree, batch: PyTree
     ) -> Moved:
         """Take the step."""
-        return self._step(params, opt_state, hyperparams, batch, differentiable=False)
+        return self._step(params, carried, hyperparams, batch, differentiable=False)
 
     def pullback(
-        self, params: PyTree, opt_state: PyTree, hyperparams: PyTree, batch: PyTree
+        self, params: PyTree, carried: Carried, hyperparams: PyTree, batch: PyTree
     ) -> tuple[Moved, Callable[[PyTree], PyTree]]:
         """Take the step, and return with it `α ↦ α·B`; no gradient is computed twice."""
         if self.mode != "reverse-over-reverse":
-            return self._pullback_mixed(params, opt_state, hyperparams, batch)
+            return self._pullback_mixed(params, carried, hyperparams, batch)
 
         def step(hyperparams: PyTree) -> tuple[PyTree, Moved]:
-            moved = self.differentiable(params, opt_state, hyperparams, batch)
+            moved = self.differentiable(params, carried, hyperparams, batch)
             return moved.params, moved
 
         _, pull, moved = jax.vjp(step, hyperparams, has_aux=True)
         return moved, lambda alpha: pull(alpha)[0]
 
     def _pullback_mixed(
-        self, params: PyTree, opt_state: PyTree, hyperparams: PyTree, batch: PyTree
+        self, params: PyTree, carried: Carried, hyperparams: PyTree, batch: PyTree
     ) -> tuple[Moved, Callable[[PyTree], PyTree]]:
-        loss, gradient = self.gradient(params, hyperparams, batch)
-        (new, new_state), pull = self.pullback_move(gradient, opt_state, params, hyperparams, loss)
+        moved, _, pull = self.moved_with_pull(params, carried, hyperparams, batch)
 
         def alpha_b(alpha: PyTree) -> PyTree:
             # α·B = ∇_λ ⟨u, ∇_w L_train⟩ + the optimizer's own terms, u = (∂w_t/∂G)ᵀα.
             u, loss_bar, direct = pull(alpha)
-            arguments = (params, hyperparams, batch, u, loss_bar)
-            (mixed,) = second_order(self.train_loss, *arguments, self.mode, (1,))
+            objective = self.objective(carried, batch)
+            (mixed,) = second_order(objective, params, hyperparams, u, loss_bar, self.mode, (1,))
             return optax.tree.add(mixed, direct)
 
-        return Moved(new, new_state, loss), alpha_b
+        return moved, alpha_b
+
+    def moved_with_pull(
+        self, params: PyTree, carried: Carried, hyperparams: PyTree, batch: PyTree
+    ) -> tuple[Moved, PyTree, Callable[[PyTree], tuple[PyTree, Any, PyTree]]]:
+        """Take the step, and return with it `G` and what `pullback_move` gives."""
+        loss, aux, gradient = self.gradient(params, carried, hyperparams, batch)
+        before = (carried.opt_state, params, hyperparams, loss)
+        (new, new_state), pull = self.pullback_move(gradient, *before)
+        moved = Moved(new, self._after(carried, new_state, aux), loss, aux.metrics)
+        return moved, gradient, pull
 
     def pullback_both(
-        self, params: PyTree, opt_state: PyTree, hyperparams: PyTree, batch: PyTree
+        self, params: PyTree, carried: Carried, hyperparams: PyTree, batch: PyTree
     ) -> Callable[[PyTree], tuple[PyTree, PyTree]]:
         """Return `α ↦ (α·A, α·B)`, A and B being Φ's derivatives in the weights and in λ."""
 
         def step(params: PyTree, hyperparams: PyTree) -> PyTree:
-            return self.differentiable(params, opt_state, hyperparams, batch).params
+            return self.differentiable(params, carried, hyperparams, batch).params
 
         return jax.vjp(step, params, hyperparams)[1]
 
     def differentiable(
-        self, params: PyTree, opt_state: PyTree, hyperparams: PyTree, batch: PyTree
+        self, params: PyTree, carried: Carried, hyperparams: PyTree, batch: PyTree
     ) -> Moved:
         """Take the step as a function to differentiate, in the weights, the state and λ.
 
@@ -102,11 +116,14 @@ class InnerStep:
         reverse rule of its own, so `jax.vjp` and `jax.grad` work on it, and `jax.jvp` does not.
         """
         if self.mode == "reverse-over-reverse":
-            return self._step(params, opt_state, hyperparams, batch, differentiable=True)
-        return _mixed_step(self, params, opt_state, hyperparams, batch)
+            return self._step(params, carried, hyperparams, batch, differentiable=True)
+        opt_state, rest = carried.opt_state, carried._replace(opt_state=None)
+        made: Any = _mixed_step(self, params, opt_state, hyperparams, (rest, batch))
+        new, new_state, loss, aux = made
+        return Moved(new, self._after(carried, new_state, aux), loss, aux.metrics)
 
     def pullback_all(
-        self, params: PyTree, opt_state: PyTree, hyperparams: PyTree, batch: PyTree
+        self, params: PyTree, carried: Carried, hyperparams: PyTree, batch: PyTree
     ) -> Callable[[PyTree, PyTree], tuple[PyTree, PyTree, PyTree]]:
         """Return the map of cotangents of `w_t, s_t` to those of `w_{t-1}, s_{t-1}, λ`.
 
@@ -115,35 +132,62 @@ class InnerStep:
 
         def step(params: PyTree, floating: PyTree, hyperparams: PyTree) -> tuple[PyTree, PyTree]:
             state = jax.tree.map(
-                lambda x, leaf: leaf if x is None else x, floating, opt_state, is_leaf=_is_none
+                lambda x, leaf: leaf if x is None else x,
+                floating,
+                carried.opt_state,
+                is_leaf=_is_none,
             )
-            moved = self.differentiable(params, state, hyperparams, batch)
-            return moved.params, self.differentiable_state(moved.opt_state)
+            before = carried._replace(opt_state=state)
+            moved = self.differentiable(params, before, hyperparams, batch)
+            return moved.params, self.differentiable_state(moved.carried)
 
-        _, pull = jax.vjp(step, params, self.differentiable_state(opt_state), hyperparams)
+        _, pull = jax.vjp(step, params, self.differentiable_state(carried), hyperparams)
         return lambda *cotangents: pull(cotangents)
 
     @staticmethod
-    def differentiable_state(opt_state: PyTree) -> PyTree:
+    def differentiable_state(carried: Carried) -> PyTree:
         """Return the optimizer's state with None in place of counts, keys and flags."""
 
         def keep(leaf: jax.Array) -> jax.Array | None:
             return leaf if jnp.issubdtype(leaf.dtype, jnp.floating) else None
 
-        return jax.tree.map(keep, opt_state)
+        return jax.tree.map(keep, carried.opt_state)
 
     def gradient(
-        self, params: PyTree, hyperparams: PyTree, batch: PyTree
-    ) -> tuple[jax.Array, PyTree]:
-        """Return the training loss and `G`, its gradient in the weights."""
+        self, params: PyTree, carried: Carried, hyperparams: PyTree, batch: PyTree
+    ) -> tuple[jax.Array, Aux, PyTree]:
+        """Return the training loss, what it returned besides, and `G`, its gradient in `w`."""
         argnums = (0, 1) if self.jointly else (0,)
-        loss, gradients = jax.value_and_grad(self.train_loss, argnums)(params, hyperparams, batch)
-        return loss, gradients[0]
+        evaluated = self._evaluated(carried, batch)
+        gradient_of = jax.value_and_grad(evaluated, argnums, has_aux=True)
+        (loss, aux), gradients = gradient_of(params, hyperparams)
+        return loss, aux, gradients[0]
 
-    @property
-    def train_loss(self) -> LossFn:
-        """`train_loss_fn`, checked while it is traced."""
-        return scalar_loss("train_loss_fn", self.train_loss_fn)
+    def objective(self, carried: Carried, batch: PyTree) -> Loss:
+        """Return the training loss as a function of the weights and λ alone."""
+        evaluated = self._evaluated(carried, batch)
+        return lambda params, hyperparams: evaluated(params, hyperparams)[0]
+
+    def _evaluated(
+        self, carried: Carried, batch: PyTree
+    ) -> Callable[[PyTree, PyTree], tuple[jax.Array, Aux]]:
+        model_state = carried.model_state
+        if not self.through_model_state:
+            model_state = jax.lax.stop_gradient(model_state)
+
+        def evaluated(params: PyTree, hyperparams: PyTree) -> tuple[jax.Array, Aux]:
+            arguments = (carried.whole(params), hyperparams, batch)
+            given = {"model_state": model_state, "key": carried.draw(TRAIN)}
+            return evaluate("train_loss_fn", self.train_loss_fn, arguments, **given)
+
+        return evaluated
+
+    def _after(self, before: Carried, opt_state: PyTree, aux: Aux) -> Carried:
+        """Return `s_t` from `s_{t-1}`, the optimizer's new state, and what the loss returned."""
+        new = before.model_state if aux.model_state is None else aux.model_state
+        if not self.through_model_state:
+            new = jax.lax.stop_gradient(new)
+        return Carried(opt_state, new, before.draw(NEXT), before.fixed)
 
     def move(
         self, gradient: PyTree, opt_state: PyTree, params: PyTree, hyperparams: PyTree, loss: Any
@@ -199,55 +243,99 @@ class InnerStep:
     def _step(
         self,
         params: PyTree,
-        opt_state: PyTree,
+        carried: Carried,
         hyperparams: PyTree,
         batch: PyTree,
         differentiable: bool,
     ) -> Moved:
         if self.update_fn is not None:
-            update = self.update_fn
-            if differentiable:
-                # A user's own model is in there: the root of a negative number stays NaN.
-                update = with_finite_derivatives(update)
-            new = update(params, hyperparams, batch)
-            check_same_tree("update_fn", new, "params", params)
-            new = jax.tree.map(as_array, new)
-            return Moved(new, opt_state, self.train_loss(params, hyperparams, batch))
-        loss, gradient = self.gradient(params, hyperparams, batch)
+            return self._own_update(params, carried, hyperparams, batch, differentiable)
+        loss, aux, gradient = self.gradient(params, carried, hyperparams, batch)
         move = with_finite_derivatives(self.move, clamp_roots=True) if differentiable else self.move
-        new_params, new_state = move(gradient, opt_state, params, hyperparams, loss)
-        return Moved(new_params, new_state, loss)
+        new, new_state = move(gradient, carried.opt_state, params, hyperparams, loss)
+        return Moved(new, self._after(carried, new_state, aux), loss, aux.metrics)
+
+    def _own_update(
+        self,
+        params: PyTree,
+        carried: Carried,
+        hyperparams: PyTree,
+        batch: PyTree,
+        differentiable: bool,
+    ) -> Moved:
+        loss, aux = self._evaluated(carried, batch)(params, hyperparams)
+
+        def update(params: PyTree, hyperparams: PyTree) -> tuple[PyTree, PyTree]:
+            whole = carried.whole(params)
+            new, model_state = self._updated(whole, carried, hyperparams, batch)
+            check_same_tree("update_fn", new, "params", whole)
+            return split_fixed(jax.tree.map(as_array, new)), model_state
+
+        # A user's own model is in there: the root of a negative number stays NaN.
+        update = with_finite_derivatives(update) if differentiable else update
+        (new, fixed), model_state = update(params, hyperparams)
+        aux = aux if model_state is None else Aux(model_state, aux.metrics)
+        after = self._after(carried, carried.opt_state, aux)._replace(fixed=fixed)
+        return Moved(new, after, loss, aux.metrics)
+
+    def _updated(
+        self, whole: PyTree, carried: Carried, hyperparams: PyTree, batch: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        """Return what `update_fn` makes of the weights, and of the model state if it returns it."""
+        assert self.update_fn is not None
+        model_state = carried.model_state
+        if not self.through_model_state:
+            model_state = jax.lax.stop_gradient(model_state)
+        there = {"model_state": model_state, "key": carried.draw(TRAIN)}
+        given = wanted("update_fn", self.update_fn, **there)
+        made = self.update_fn(whole, hyperparams, batch, **given)
+        if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], Aux)):
+            return made, None
+        new, aux = made
+        if aux.model_state is not None:
+            like = ("model_state", model_state)
+            check_same_tree("update_fn's model_state", aux.model_state, *like, dtypes=False)
+        return new, aux.model_state
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _mixed_step(
-    inner: InnerStep, params: PyTree, opt_state: PyTree, hyperparams: PyTree, batch: PyTree
-) -> Moved:
+    inner: InnerStep,
+    params: PyTree,
+    opt_state: PyTree,
+    hyperparams: PyTree,
+    rest: tuple[Carried, PyTree],
+) -> tuple[PyTree, PyTree, jax.Array, Aux]:
     """Take the step; backward, in mixed mode (MixFlow-MG, Kemaev et al. ICML 2025).
 
     What is kept for the backward pass is the point and its gradient G, and nothing of the model.
     Cotangents go back through the optimizer first, to one vector u in the place of G; what u meets
-    behind it, ∂G/∂w and ∂G/∂λ, is symmetric to derivatives along u, which need no tape.
+    behind it, ∂G/∂w and ∂G/∂λ, is symmetric to derivatives along u, which need no tape. `rest`,
+    what else is carried and the batch, is not differentiated.
     """
-    return _mixed_forward(inner, params, opt_state, hyperparams, batch)[0]
+    return _mixed_forward(inner, params, opt_state, hyperparams, rest)[0]
 
 
 def _mixed_forward(
-    inner: InnerStep, params: PyTree, opt_state: PyTree, hyperparams: PyTree, batch: PyTree
-) -> tuple[Moved, Any]:
-    loss, gradient = inner.gradient(params, hyperparams, batch)
-    moved = Moved(*inner.move(gradient, opt_state, params, hyperparams, loss), loss)
-    return moved, (gradient, opt_state, params, hyperparams, loss, batch)
+    inner: InnerStep,
+    params: PyTree,
+    opt_state: PyTree,
+    hyperparams: PyTree,
+    rest: tuple[Carried, PyTree],
+) -> tuple[Any, Any]:
+    loss, aux, gradient = inner.gradient(params, rest[0], hyperparams, rest[1])
+    moved = inner.move(gradient, opt_state, params, hyperparams, loss)
+    return (*moved, loss, aux), (gradient, opt_state, params, hyperparams, loss, rest)
 
 
-def _mixed_backward(inner: InnerStep, kept: Any, cotangents: Moved) -> Any:
-    *point, batch = kept
+def _mixed_backward(inner: InnerStep, kept: Any, cotangents: Any) -> Any:
+    *point, rest = kept
     _, _, params, hyperparams, _ = point
     _, pull = jax.vjp(with_finite_derivatives(inner.move, clamp_roots=True), *point)
-    u, state_bar, *direct, loss_bar = pull((cotangents.params, cotangents.opt_state))
+    u, state_bar, *direct, loss_bar = pull(cotangents[:2])
     loss_bar = loss_bar if inner.uses_loss(*point) else None
-    arguments = (params, hyperparams, batch, u, loss_bar)
-    through_model = second_order(inner.train_loss, *arguments, inner.mode, (0, 1))
+    arguments = (params, hyperparams, u, loss_bar)
+    through_model = second_order(inner.objective(*rest), *arguments, inner.mode, (0, 1))
     params_bar, hyperparams_bar = optax.tree.add(through_model, tuple(direct))
     return params_bar, state_bar, hyperparams_bar, None
 

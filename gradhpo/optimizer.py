@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,12 +24,14 @@ from gradhpo.errors import (
     check_hashable,
     check_same_tree,
 )
-from gradhpo.hypergradient import MODES, Mode, norm, validation
+from gradhpo.hypergradient import MODES, Mode, Validation, norm, validation
 from gradhpo.injected import check_initial_state
-from gradhpo.inner import InnerStep, is_optax, optimizer_at
+from gradhpo.inner import InnerStep, Moved, is_optax, optimizer_at
 from gradhpo.reach import Ways, check_reach
 from gradhpo.recompiles import note_compile
+from gradhpo.remembered import about
 from gradhpo.state import BilevelState, LossFn, PyTree, as_array, prepare
+from gradhpo.task import Task, split_fixed, told
 from gradhpo.updates import updated
 
 
@@ -46,6 +50,30 @@ class Estimate(NamedTuple):
     """Scalar, at the weights after the step."""
     metadata: dict[str, Any] | None = None
     """What the algorithm itself remembers, by name."""
+    model_state: PyTree = None
+    """What the losses remember after the step; None where they remember nothing."""
+    metrics: dict[str, jax.Array] | None = None
+    """What else the losses returned: scalars by their full names."""
+
+    @classmethod
+    def of(
+        cls,
+        hypergradient: PyTree,
+        moved: Moved,
+        val: Validation,
+        memory: dict[str, Any] | None = None,
+    ) -> Estimate:
+        """Return the estimate of a step, from the inner step that it took and its validation."""
+        return cls(
+            hypergradient,
+            moved.carried.whole(moved.params),
+            moved.carried.opt_state,
+            moved.train_loss,
+            val.loss,
+            memory,
+            moved.carried.model_state,
+            {**moved.metrics, **val.metrics},
+        )
 
 
 class BilevelOptimizer(abc.ABC):
@@ -58,7 +86,9 @@ class BilevelOptimizer(abc.ABC):
 
     inner_optimizer: Any = None
     outer_optimizer: Any = None
-    update_fn: Callable[[Any, Any, Any], Any] | None = None
+    update_fn: Callable[..., Any] | None = None
+    through_model_state: bool = False
+    """Whether what the losses remember is differentiated too."""
     mode: Mode = "auto"
     """How exact derivatives of the inner step are taken."""
     auto_mode: Mode = "reverse-over-reverse"
@@ -78,13 +108,27 @@ class BilevelOptimizer(abc.ABC):
         self.inner_optimizer = inner_optimizer
         self.outer_optimizer = outer_optimizer
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in ("advance", "estimate", "calibrate"):
+            taken = inspect.signature(vars(cls)[name]).parameters if name in vars(cls) else ()
+            if "train_loss_fn" in taken:
+                raise TypeError(
+                    f"{cls.__name__}.{name} must take (self, state, task): a gradhpo.Task holds "
+                    "train_batch, val_batch, train_loss and val_loss since version 0.3"
+                )
+
     @abc.abstractmethod
-    def init(self, params: PyTree, hyperparams: PyTree) -> BilevelState:
+    def init(
+        self, params: PyTree, hyperparams: PyTree, *, model_state: PyTree = None
+    ) -> BilevelState:
         """Return the state before the first step.
 
         Args:
-          params: weights, a pytree of floating arrays.
+          params: weights, a pytree of floating arrays. With an `update_fn`, arrays of other dtypes
+            may be among them, such as counts: they are carried on as it returns them.
           hyperparams: hyperparameters, a pytree of floating arrays.
+          model_state: what the losses remember, a pytree of arrays, for losses that take it.
 
         Raises:
           TypeError: if a leaf is not a floating array; it is named by its path.
@@ -104,26 +148,21 @@ class BilevelOptimizer(abc.ABC):
     ) -> PyTree:
         """Return the hypergradient that `step` would apply from `state`, shaped like λ."""
 
-    def estimate(
-        self,
-        state: BilevelState,
-        train_batch: PyTree,
-        val_batch: PyTree,
-        train_loss_fn: LossFn,
-        val_loss_fn: LossFn,
-    ) -> Estimate:
+    def hypergradient(self, state: BilevelState, task: Task) -> PyTree:
+        """Return `compute_hypergradient` of a task, whose losses may take more; traceable."""
+        plain = task.plain(state)
+        losses = (plain.train_loss, plain.val_loss)
+        return self.compute_hypergradient(state, task.train_batch, task.val_batch, *losses)
+
+    def estimate(self, state: BilevelState, task: Task) -> Estimate:
         """Return the hypergradient together with the step of the weights it was computed from.
 
         Pure and traceable. By default `compute_hypergradient` beside a separate inner step.
         """
-        hypergradient = self.compute_hypergradient(
-            state, train_batch, val_batch, train_loss_fn, val_loss_fn
-        )
-        moved = self.inner_step(train_loss_fn)(
-            state.params, state.inner_opt_state, state.hyperparams, train_batch
-        )
-        val = validation(val_loss_fn, moved.params, state.hyperparams, val_batch)
-        return Estimate(hypergradient, moved.params, moved.opt_state, moved.train_loss, val.loss)
+        (w, s), lam = task.start(state), state.hyperparams
+        moved = self.inner_step(task.train_loss)(w, s, lam, task.train_batch)
+        val = validation(task, moved.params, moved.carried, lam)
+        return Estimate.of(self.hypergradient(state, task), moved, val)
 
     def step(
         self,
@@ -133,6 +172,8 @@ class BilevelOptimizer(abc.ABC):
         train_loss_fn: LossFn,
         val_loss_fn: LossFn,
         lr_hyper: Any = None,
+        *,
+        key: jax.Array | None = None,
     ) -> BilevelState:
         """Take one step of the weights and one of the hyperparameters.
 
@@ -145,13 +186,16 @@ class BilevelOptimizer(abc.ABC):
           state: from `init` or an earlier step; it stays valid (nothing is donated).
           train_batch: a pytree of arrays, passed to `train_loss_fn`.
           val_batch: a pytree of arrays, passed to `val_loss_fn`.
-          train_loss_fn: `(params, hyperparams, batch) -> scalar`.
-          val_loss_fn: `(params, hyperparams, batch) -> scalar`.
+          train_loss_fn: `(params, hyperparams, batch) -> scalar`, or more: see `Problem`.
+          val_loss_fn: `(params, hyperparams, batch) -> scalar`, or more: see `Problem`.
           lr_hyper: step size of plain gradient descent on λ, where there is no
             `outer_optimizer`; a number or a scalar array, traced.
+          key: for losses that take a `key`: a typed PRNG key. The same one may be given at every
+            step: what the losses get differs with `state.step`.
 
         Returns:
-          The state after the step, with the metrics `METRICS` in its `metadata`.
+          The state after the step, with the metrics `METRICS` in its `metadata`, and those that
+          the losses return.
 
         Raises:
           ValueError: if neither or both of `outer_optimizer` and `lr_hyper` are given, or a loss
@@ -162,9 +206,8 @@ class BilevelOptimizer(abc.ABC):
           UnreachedWarning: if a hyperparameter gets no hypergradient, whatever the numbers.
           RecompileWarning: if a loss is a new function at every call.
         """
-        self.check_step(train_loss_fn, val_loss_fn, lr_hyper)
-        state, lr_hyper = prepare(state), rate(lr_hyper)
-        return _step(self, state, train_batch, val_batch, train_loss_fn, val_loss_fn, lr_hyper)
+        task = Task.of(train_batch, val_batch, train_loss_fn, val_loss_fn, key)
+        return _step(self, *self._checked_step(state, task, lr_hyper))
 
     def lower_step(
         self,
@@ -174,32 +217,58 @@ class BilevelOptimizer(abc.ABC):
         train_loss_fn: LossFn,
         val_loss_fn: LossFn,
         lr_hyper: Any = None,
+        *,
+        key: jax.Array | None = None,
     ) -> jax.stages.Lowered:
         """Return the program of `step`, lowered: its text, and `compile()` for XLA's own figures.
 
-        The arguments are those of `step`; the compiled program takes the state, the two batches
-        and `lr_hyper`.
+        The arguments are those of `step`; the compiled program takes the state, a `Task` and
+        `lr_hyper`.
         """
-        self.check_step(train_loss_fn, val_loss_fn, lr_hyper)
-        state, lr_hyper = prepare(state), rate(lr_hyper)
-        arguments = (state, train_batch, val_batch, train_loss_fn, val_loss_fn, lr_hyper)
-        return _step.lower(self, *arguments)
+        task = Task.of(train_batch, val_batch, train_loss_fn, val_loss_fn, key)
+        return _step.lower(self, *self._checked_step(state, task, lr_hyper))
 
-    def advance(
-        self,
-        state: BilevelState,
-        train_batch: PyTree,
-        val_batch: PyTree,
-        train_loss_fn: LossFn,
-        val_loss_fn: LossFn,
-        lr_hyper: Any = None,
-    ) -> BilevelState:
+    def _checked_step(
+        self, state: BilevelState, task: Task, lr_hyper: Any
+    ) -> tuple[BilevelState, Task, Any]:
+        """Return the arguments of a compiled step."""
+        self.check_step(task.train_loss, task.val_loss, lr_hyper)
+        return self.ready(prepare(state), task), task, rate(lr_hyper)
+
+    def ready(self, state: BilevelState, task: Task) -> BilevelState:
+        """Return the state with a place for each metric of the losses, as it is after a step.
+
+        Needed before a loop of one's own around `advance`, with losses that return metrics; what
+        they return is found by tracing them, once.
+        """
+        memo = about(task.train_loss, task.val_loss)
+        if "metrics" not in memo:
+            memo["metrics"] = list(jax.eval_shape(self.told, state, task))
+        names: list[str] = memo["metrics"]
+        missing = [name for name in names if name not in state.metadata]
+        if not missing:
+            return state
+        dtype = jnp.result_type(float)  # each in a buffer of its own, which may be donated
+        return state.update(metadata={name: jnp.asarray(jnp.inf, dtype) for name in missing})
+
+    def told(self, state: BilevelState, task: Task) -> dict[str, jax.Array]:
+        """Return the metrics that the losses return before a step; traceable."""
+        return told(state, self._with_one_batch(task))
+
+    def _with_one_batch(self, task: Task) -> Task:
+        """Return the task with a training batch for one inner step."""
+        if not self.batch_axis:
+            return task
+        one = jax.tree.map(lambda x: x[0], task.train_batch)
+        return dataclasses.replace(task, train_batch=one)
+
+    def advance(self, state: BilevelState, task: Task, lr_hyper: Any = None) -> BilevelState:
         """Take the step of `step` as a pure function, for use inside another traced program.
 
         In a loop of one's own around it, XLA's CPU compiler runs convolutions slowly: `solve`,
         `run` and a population bring them into the fast form first.
         """
-        done = self.estimate(state, train_batch, val_batch, train_loss_fn, val_loss_fn)
+        done = self.estimate(state, task)
         chex.assert_rank([done.train_loss, done.val_loss], 0)
         check_same_tree("hypergradient", done.hypergradient, "hyperparams", state.hyperparams)
         hyperparams, outer_opt_state = self._outer_update(done, state, lr_hyper)
@@ -207,7 +276,7 @@ class BilevelOptimizer(abc.ABC):
             "train_loss": done.train_loss,
             "val_loss": done.val_loss,
             "hypergrad_norm": norm(done.hypergradient),
-            "param_norm": norm(done.params),
+            "param_norm": norm(split_fixed(done.params)[0]),
             "hyperparam_norm": norm(hyperparams),
         }
         new = state.update(
@@ -216,9 +285,10 @@ class BilevelOptimizer(abc.ABC):
             inner_opt_state=done.inner_opt_state,
             outer_opt_state=outer_opt_state,
             step=state.step + 1,
-            metadata={**metrics, **(done.metadata or {})},
+            metadata={**metrics, **(done.metrics or {}), **(done.metadata or {})},
+            model_state=done.model_state,
         )
-        return _same_types(new, state)
+        return _same_types(new, self.ready(state, task))
 
     def run(
         self,
@@ -232,6 +302,8 @@ class BilevelOptimizer(abc.ABC):
         lr_hyper: float | None = None,
         callback: Callable[[int, BilevelState], Any] | None = None,
         progress: bool | None = None,
+        *,
+        key: jax.Array | None = None,
     ) -> BilevelState:
         """Train for `M` episodes of `T` steps, each from the initialization `φ`.
 
@@ -253,13 +325,14 @@ class BilevelOptimizer(abc.ABC):
             `state.params = w_T` and the loss on a fresh validation batch in
             `state.metadata["val_loss"]`.
           progress: whether to draw a progress bar (needs tqdm); None draws one on a terminal.
+          key: for losses that take a `key`: what they get differs at every step of every episode.
 
         Returns:
           The state after the last episode, with `params = φ`. If a loss or a norm stops being
           finite, the state before that step, after a `DivergenceWarning` that says which and when.
         """
         self.check_step(train_loss_fn, val_loss_fn, lr_hyper)
-        plan = episodes.Plan(M, self.T, lr_reptile, lr_hyper, callback, progress)
+        plan = episodes.Plan(M, self.T, lr_reptile, lr_hyper, callback, progress, key)
         return episodes.run(
             self, prepare(state), plan, get_train_batch, get_val_batch, train_loss_fn, val_loss_fn
         )
@@ -271,26 +344,27 @@ class BilevelOptimizer(abc.ABC):
             fresh = optimizer_at(self.inner_optimizer, state.hyperparams).init(params)
         return _same_types(state.update(params=params, inner_opt_state=fresh, step=0), state)
 
-    def calibrate(
-        self,
-        state: BilevelState,
-        train_batches: PyTree,
-        val_batch: PyTree,
-        train_loss_fn: LossFn,
-        val_loss_fn: LossFn,
-    ) -> BilevelState:
+    def calibrate(self, state: BilevelState, task: Task) -> BilevelState:
         """Return `state` with the algorithm's own settings estimated anew; by default, as it is.
 
         Called before every `calibration_period`-th episode with a stack of `T` training batches.
         """
-        del train_batches, val_batch, train_loss_fn, val_loss_fn
+        del task
         return state
 
     def inner_step(self, train_loss_fn: LossFn) -> InnerStep:
         """Return Φ for this training loss."""
-        auto = self.auto_mode if self.update_fn is None else "reverse-over-reverse"
+        # A mixed mode takes what the losses remember for a constant.
+        reverse = self.update_fn is not None or self.through_model_state
+        auto = "reverse-over-reverse" if reverse else self.auto_mode
         mode = auto if self.mode == "auto" else self.mode
-        return InnerStep(self.inner_optimizer, self.update_fn, train_loss_fn, mode)
+        return InnerStep(
+            self.inner_optimizer,
+            self.update_fn,
+            train_loss_fn,
+            mode,
+            through_model_state=self.through_model_state,
+        )
 
     def check_step(self, train_loss_fn: LossFn, val_loss_fn: LossFn, lr_hyper: Any) -> None:
         """Raise if a step with these arguments could not be compiled."""
@@ -332,62 +406,51 @@ class HypergradientMethod(BilevelOptimizer):
                 f"mode={self.mode!r} needs an inner_optimizer: an update_fn hides its gradient, "
                 'and can only be differentiated by mode="reverse-over-reverse"'
             )
+        if self.through_model_state and self.mode not in ("auto", "reverse-over-reverse"):
+            raise ValueError(
+                f"mode={self.mode!r} takes what the losses remember for a constant: "
+                'through_model_state=True needs mode="reverse-over-reverse"'
+            )
         if self.outer_optimizer is not None and not is_optax(self.outer_optimizer):
             accepted = "an optax.GradientTransformation"
             raise TypeError(f"outer_optimizer must be {accepted}, got {self.outer_optimizer!r}")
 
     @abc.abstractmethod
-    def estimate(
-        self,
-        state: BilevelState,
-        train_batch: PyTree,
-        val_batch: PyTree,
-        train_loss_fn: LossFn,
-        val_loss_fn: LossFn,
-    ) -> Estimate:
+    def estimate(self, state: BilevelState, task: Task) -> Estimate:
         """Return the hypergradient together with the step it was computed from."""
 
-    def init(self, params: PyTree, hyperparams: PyTree) -> BilevelState:
+    def hypergradient(self, state: BilevelState, task: Task) -> PyTree:
+        """Return the hypergradient of a step; traceable."""
+        self.check_reach(state, task)
+        return self.estimate(state, task).hypergradient
+
+    def init(
+        self, params: PyTree, hyperparams: PyTree, *, model_state: PyTree = None
+    ) -> BilevelState:
         """Return the state before the first step; see `BilevelOptimizer.init`."""
-        check_floating("params", params)
+        check_floating("params", params, others=self.update_fn is not None)
         check_floating("hyperparams", hyperparams)
         params, hyperparams = jax.tree.map(as_array, (params, hyperparams))
         outer = self.outer_optimizer
         outer_state = None if outer is None else outer.init(hyperparams)
-        inner_state = self._first_inner_state(params, hyperparams)
-        return prepare(BilevelState.create(params, hyperparams, inner_state, outer_state))
+        states = (self._first_inner_state(params, hyperparams), outer_state)
+        first = BilevelState.create(params, hyperparams, *states, model_state=model_state)
+        return prepare(first)
 
-    def advance(
-        self,
-        state: BilevelState,
-        train_batch: PyTree,
-        val_batch: PyTree,
-        train_loss_fn: LossFn,
-        val_loss_fn: LossFn,
-        lr_hyper: Any = None,
-    ) -> BilevelState:
+    def advance(self, state: BilevelState, task: Task, lr_hyper: Any = None) -> BilevelState:
         """Take the step of `step` as a pure function, for use inside another traced program."""
-        losses = (train_loss_fn, val_loss_fn)
-        self.check_reach(state, train_batch, val_batch, *losses)
-        return super().advance(state, train_batch, val_batch, *losses, lr_hyper)
+        self.check_reach(state, task)
+        return super().advance(state, task, lr_hyper)
 
-    def check_reach(
-        self,
-        state: BilevelState,
-        train_batch: PyTree,
-        val_batch: PyTree,
-        train_loss_fn: LossFn,
-        val_loss_fn: LossFn,
-    ) -> None:
+    def check_reach(self, state: BilevelState, task: Task) -> None:
         """Tell of hyperparameters that get no hypergradient here; see `gradhpo.reach`."""
         ways = Ways(
             type(self).__name__,
-            self.inner_step(train_loss_fn) if self.differentiates_inner else None,
+            self.inner_step(task.train_loss) if self.differentiates_inner else None,
             self.by_values,
             lambda: self._tuned(state.hyperparams),
         )
-        one = jax.tree.map(lambda x: x[0], train_batch) if self.batch_axis else train_batch
-        check_reach(ways, state, one, val_batch, (train_loss_fn, val_loss_fn))
+        check_reach(ways, state, self._with_one_batch(task))
 
     def _tuned(self, hyperparams: PyTree) -> list[bool]:
         """Return for each leaf of λ whether the outer update moves it by its hypergradient."""
@@ -425,6 +488,8 @@ class HypergradientMethod(BilevelOptimizer):
         val_batch: PyTree,
         train_loss_fn: LossFn,
         val_loss_fn: LossFn,
+        *,
+        key: jax.Array | None = None,
     ) -> PyTree:
         """Return the hypergradient that `step` would apply from `state`.
 
@@ -432,16 +497,15 @@ class HypergradientMethod(BilevelOptimizer):
           state: from `init` or a step.
           train_batch: a pytree of arrays, passed to `train_loss_fn`.
           val_batch: a pytree of arrays, passed to `val_loss_fn`.
-          train_loss_fn: `(params, hyperparams, batch) -> scalar`.
-          val_loss_fn: `(params, hyperparams, batch) -> scalar`.
+          train_loss_fn: `(params, hyperparams, batch) -> scalar`, or more: see `Problem`.
+          val_loss_fn: `(params, hyperparams, batch) -> scalar`, or more: see `Problem`.
+          key: for losses that take a `key`.
 
         Returns:
           A pytree with the structure, shapes and dtypes of `state.hyperparams`.
         """
-        check_hashable("train_loss_fn", train_loss_fn)
-        check_hashable("val_loss_fn", val_loss_fn)
-        state = prepare(state)
-        return _hypergradient(self, state, train_batch, val_batch, train_loss_fn, val_loss_fn)
+        task = Task.of(train_batch, val_batch, train_loss_fn, val_loss_fn, key)
+        return _hypergradient(self, prepare(state), task)
 
 
 class StatelessMethod(HypergradientMethod):
@@ -460,10 +524,12 @@ class StatelessMethod(HypergradientMethod):
         lr_hyper: float | None = None,
         callback: Callable[[int, BilevelState], Any] | None = None,
         progress: bool | None = None,
+        *,
+        key: jax.Array | None = None,
     ) -> BilevelState:
         """Train for `M` episodes of `T` steps; the other arguments as in `BilevelOptimizer.run`."""
         self.check_step(train_loss_fn, val_loss_fn, lr_hyper)
-        plan = episodes.Plan(M, T, lr_reptile, lr_hyper, callback, progress)
+        plan = episodes.Plan(M, T, lr_reptile, lr_hyper, callback, progress, key)
         draw = (get_train_batch, get_val_batch)
         return episodes.run(self, prepare(state), plan, *draw, train_loss_fn, val_loss_fn)
 
@@ -483,30 +549,15 @@ def _same_types(new: BilevelState, old: BilevelState) -> BilevelState:
     return jax.tree.map(lambda leaf, like: as_array(leaf, like.dtype), new, old)
 
 
-@functools.partial(jit, static_argnums=(0, 4, 5))
+@functools.partial(jit, static_argnums=0)
 def _step(
-    optimizer: BilevelOptimizer,
-    state: BilevelState,
-    train_batch: PyTree,
-    val_batch: PyTree,
-    train_loss_fn: LossFn,
-    val_loss_fn: LossFn,
-    lr_hyper: Any,
+    optimizer: BilevelOptimizer, state: BilevelState, task: Task, lr_hyper: Any
 ) -> BilevelState:
-    note_compile(optimizer, train_loss_fn, val_loss_fn)
-    return optimizer.advance(state, train_batch, val_batch, train_loss_fn, val_loss_fn, lr_hyper)
+    note_compile(optimizer, task.train_loss, task.val_loss)
+    return optimizer.advance(state, task.at(state.step), lr_hyper)
 
 
-@functools.partial(jit, static_argnums=(0, 4, 5))
-def _hypergradient(
-    optimizer: HypergradientMethod,
-    state: BilevelState,
-    train_batch: PyTree,
-    val_batch: PyTree,
-    train_loss_fn: LossFn,
-    val_loss_fn: LossFn,
-) -> PyTree:
-    note_compile(optimizer, train_loss_fn, val_loss_fn)
-    args = (state, train_batch, val_batch, train_loss_fn, val_loss_fn)
-    optimizer.check_reach(*args)
-    return optimizer.estimate(*args).hypergradient
+@functools.partial(jit, static_argnums=0)
+def _hypergradient(optimizer: HypergradientMethod, state: BilevelState, task: Task) -> PyTree:
+    note_compile(optimizer, task.train_loss, task.val_loss)
+    return optimizer.hypergradient(state, task.at(state.step))

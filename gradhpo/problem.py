@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
 
 from gradhpo.errors import check_exactly_one, check_hashable, described, tracing
 from gradhpo.state import LossFn, PyTree
+from gradhpo.task import wanted
 
 Batches: TypeAlias = Iterable[tuple[Any, Any]]
+
+
+class Start(NamedTuple):
+    """What a run starts from."""
+
+    params: PyTree
+    hyperparams: PyTree
+    model_state: PyTree = None
+    """What the losses remember; None where they remember nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +34,17 @@ class Problem:
 
     Args:
       init: `key -> (params, hyperparams)`: the first weights and hyperparameters, two pytrees of
-        floating-point arrays. `key` is a typed PRNG key, as in all of these.
-      train_loss: `(params, hyperparams, batch) -> scalar`: what trains the weights.
+        floating-point arrays; or `(params, hyperparams, model_state)`, the last being what the
+        losses remember, a pytree of arrays. `key` is a typed PRNG key, as in all of these.
+      train_loss: `(params, hyperparams, batch) -> scalar`: what trains the weights. It may take
+        `model_state`, such as running statistics, and `key`, for dropout say, by these names, and
+        return `(scalar, Aux(model_state=…, metrics=…))`: the model state after the step, and
+        metrics that join those of the step. The key is another one at every inner step, in every
+        run, and on every device that a batch is divided over. What a loss remembers is a constant
+        of each step, and averaged over such devices.
       val_loss: `(params, hyperparams, batch) -> scalar`: what the hyperparameters are tuned for;
-        it needs a gradient in the weights.
+        it needs a gradient in the weights. It may take `model_state`, as the training loss left
+        it, and `key`, and return `(scalar, Aux(metrics=…))`.
       batch: `key -> (train_batch, val_batch)`, two pytrees of arrays for the two losses: drawn on
         the device, inside the compiled run, with a key of their own at every step; with `data`,
         `(key, data) -> (train_batch, val_batch)`. For all data at every step, ignore the key.
@@ -37,7 +54,8 @@ class Problem:
         pair a step, in order, and sent ahead; use `drop_last` where a loader's last batch is
         smaller.
       metrics: `(params, hyperparams) -> {name: array}`, or with `data`
-        `(params, hyperparams, data) -> {name: array}`: what else to follow, a test accuracy say.
+        `(params, hyperparams, data) -> {name: array}`: what else to follow, a test accuracy say;
+        it may take `model_state` too, by this name.
         Evaluated now and then, see `solve(eval_every=…)`; arrays of any shape (in a sweep,
         scalars).
       data: `key -> data`, a pytree of arrays made once for a run and handed to `batch` and
@@ -49,7 +67,7 @@ class Problem:
       TypeError: if something that must be a function is not.
     """
 
-    init: Callable[[jax.Array], tuple[PyTree, PyTree]]
+    init: Callable[[jax.Array], tuple[PyTree, ...]]
     train_loss: LossFn
     val_loss: LossFn
     batch: Callable[..., tuple[PyTree, PyTree]] | None = None
@@ -75,9 +93,15 @@ class Problem:
 
     def start(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         """Return the weights and hyperparameters from which `solve` starts with this key."""
+        return self.first(key)[:2]
+
+    def first(self, key: jax.Array) -> Start:
+        """Return the weights, hyperparameters and model state that `solve` starts from."""
         with tracing("Problem.init", key=key):
             made = self.init(stream(key, "init"))
-        return _pair("init", "(params, hyperparams)", made)
+        if isinstance(made, tuple | list) and len(made) == 3:
+            return Start(*made)
+        return Start(*_pair("init", "(params, hyperparams) or with model_state", made))
 
     def start_data(self, key: jax.Array) -> PyTree:
         """Return the `data` that `solve` uses with this key; None where there is none."""
@@ -98,7 +122,9 @@ class Problem:
         """Return the batches of step `index` of a run with this key."""
         return self.draw(jax.random.fold_in(stream(key, "batches"), index), data)
 
-    def measure(self, params: PyTree, hyperparams: PyTree, data: PyTree) -> dict[str, Any]:
+    def measure(
+        self, params: PyTree, hyperparams: PyTree, data: PyTree, model_state: PyTree = None
+    ) -> dict[str, Any]:
         """Return `metrics`; empty where there are none.
 
         Raises:
@@ -108,18 +134,25 @@ class Problem:
             return {}
         args = {"params": params, "hyperparams": hyperparams}
         args |= {} if self.data is None else {"data": data}
+        more = wanted("Problem.metrics", self.metrics, len(args), model_state=model_state)
         with tracing("Problem.metrics", **args):
-            made = self.metrics(*args.values())
+            made = self.metrics(*args.values(), **more)
         if not isinstance(made, Mapping) or not all(isinstance(name, str) for name in made):
             got = "names that are not strings" if isinstance(made, Mapping) else described(made)
             raise TypeError(f"Problem.metrics must return a dict of arrays by name, got {got}")
         return dict(made)
 
 
+PURPOSES = (
+    *("init", "data", "batches", "calibration", "optimizer", "diagnosis", "episodes"),
+    "losses",
+)
+"""What a run's key is divided into, in an order that stays."""
+
+
 def stream(key: jax.Array, purpose: str) -> jax.Array:
     """Return the part of a run's randomness that serves one purpose."""
-    purposes = ("init", "data", "batches", "calibration", "optimizer", "diagnosis", "episodes")
-    return jax.random.fold_in(key, purposes.index(purpose))
+    return jax.random.fold_in(key, PURPOSES.index(purpose))
 
 
 def _pair(name: str, accepted: str, made: Any) -> tuple[Any, Any]:

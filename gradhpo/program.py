@@ -62,7 +62,7 @@ class Program:
 
         def one(state: BilevelState, key: jax.Array, data: PyTree, index: Any, pair: Any) -> Any:
             state = trial.begin(state, key, index, data)
-            state = trial.step(state, trial.draw(key, data, index, pair), index, rates)
+            state = trial.step(state, trial.task(key, data, index, pair), index, rates)
             values = {name: state.metadata[name] for name in names}
             return state, values, self.kept(state.hyperparams), faults(state.metadata)
 

@@ -7,7 +7,6 @@ by way of the weights. Otherwise its hypergradient is 0 whatever the numbers, an
 from __future__ import annotations
 
 import inspect
-import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,9 +14,11 @@ import jax
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from gradhpo.dependence import depends, influences
-from gradhpo.errors import UnreachedWarning, scalar_loss, warn_user
+from gradhpo.errors import UnreachedWarning, warn_user
 from gradhpo.inner import InnerStep
-from gradhpo.state import BilevelState, LossFn, PyTree
+from gradhpo.remembered import about
+from gradhpo.state import BilevelState, PyTree
+from gradhpo.task import Carried, Task
 
 
 class Ways(NamedTuple):
@@ -33,13 +34,7 @@ class Ways(NamedTuple):
     """Returns for each leaf of λ whether it moves by its hypergradient."""
 
 
-def check_reach(
-    ways: Ways,
-    state: BilevelState,
-    train_batch: PyTree,
-    val_batch: PyTree,
-    losses: tuple[LossFn, LossFn],
-) -> None:
+def check_reach(ways: Ways, state: BilevelState, task: Task) -> None:
     """Warn of leaves of λ that get no hypergradient, once for a problem; raise if none gets any.
 
     A method that does not look at the weights is a baseline, and only warned of.
@@ -47,19 +42,18 @@ def check_reach(
     Args:
       ways: how the method sees λ.
       state: where a step begins.
-      train_batch: one batch.
-      val_batch: one batch.
-      losses: the training and the validation loss.
+      task: with one training batch.
 
     Raises:
       ValueError: if no leaf that should move reaches the validation loss.
     """
     paths = [f"hyperparams{keystr(p)}" for p, _ in tree_flatten_with_path(state.hyperparams)[0]]
     moving = ways.tuned()
-    told, question = _told(losses), (ways.method, _step_key(ways.inner), *moving, *paths)
+    told: set[tuple[Any, ...]] = about(task.train_loss, task.val_loss).setdefault("reach", set())
+    question = (ways.method, _step_key(ways.inner), *moving, *paths)
     if question in told:
         return
-    reasons = _reasons(ways, state, train_batch, val_batch, losses)
+    reasons = _reasons(ways, state, task)
     if any(reasons):
         silent = [
             f"{path} gets no hypergradient: {why}"
@@ -74,29 +68,22 @@ def check_reach(
     told.add(question)
 
 
-def _reasons(
-    ways: Ways,
-    state: BilevelState,
-    train_batch: PyTree,
-    val_batch: PyTree,
-    losses: tuple[LossFn, LossFn],
-) -> list[str]:
+def _reasons(ways: Ways, state: BilevelState, task: Task) -> list[str]:
     """Return for each leaf of λ why it gets no hypergradient; empty where it gets one."""
-    w, s, lam = state.params, state.inner_opt_state, state.hyperparams
-    val_loss = scalar_loss("val_loss_fn", losses[1])
+    (w, s), lam = task.start(state), state.hyperparams
     inner, leaves = ways.inner, jax.tree.leaves(lam)
     none = [False] * len(leaves)
 
-    def move(w: PyTree, s: PyTree, lam: PyTree) -> tuple[PyTree, PyTree]:
+    def move(w: PyTree, s: Carried, lam: PyTree) -> tuple[PyTree, Carried]:
         assert inner is not None
-        moved = inner(w, s, lam, train_batch)
-        return moved.params, moved.opt_state
+        moved = inner(w, s, lam, task.train_batch)
+        return moved.params, moved.carried
 
     def move_by(lam: PyTree) -> PyTree:
         return move(w, s, lam)
 
     def val(both: tuple[PyTree, PyTree]) -> jax.Array:
-        return val_loss(both[0], both[1], val_batch)
+        return task.validate(both[0], s, both[1])[0]
 
     derivative = not ways.by_values
     behind = [] if inner is None else influences(move, (w, s, lam), derivative=derivative)
@@ -145,20 +132,6 @@ def _leading_to(leaves: set[int], behind: list[set[int]]) -> set[int]:
         if more == leaves:
             return leaves
         leaves = more
-
-
-_TOLD: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, set[tuple[Any, ...]]]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
-def _told(losses: tuple[LossFn, LossFn]) -> set[tuple[Any, ...]]:
-    """Return what was asked about these losses before; it is kept as long as they are."""
-    train_loss, val_loss = (inspect.unwrap(loss) for loss in losses)
-    try:
-        return _TOLD.setdefault(train_loss, weakref.WeakKeyDictionary()).setdefault(val_loss, set())
-    except TypeError:  # no weak references to them: it is asked again
-        return set()
 
 
 def _step_key(inner: InnerStep | None) -> int | None:

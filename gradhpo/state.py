@@ -13,8 +13,9 @@ import numpy as np
 PyTree: TypeAlias = Any
 """A nested structure of arrays."""
 
-LossFn: TypeAlias = Callable[[Any, Any, Any], jax.Array]
-"""`(params, hyperparams, batch) -> scalar`, differentiable in its first two arguments."""
+LossFn: TypeAlias = Callable[..., Any]
+"""`(params, hyperparams, batch) -> scalar`, differentiable in its first two arguments; it may take
+`model_state` and `key` too, and return `(scalar, Aux)`: see `Problem`."""
 
 
 METRICS = ("train_loss", "val_loss", "hypergrad_norm", "param_norm", "hyperparam_norm")
@@ -54,6 +55,9 @@ class BilevelState:
     """Steps taken in the current episode: an int32 scalar."""
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     """Metrics of the last step and what the algorithm itself remembers, by name."""
+    model_state: PyTree = None
+    """What the losses remember from step to step, such as running statistics: a pytree of arrays
+    that the training loss updates and no gradient moves; None where they remember nothing."""
 
     @classmethod
     def create(
@@ -63,9 +67,11 @@ class BilevelState:
         inner_opt_state: PyTree = None,
         outer_opt_state: PyTree = None,
         metadata: dict[str, Any] | None = None,
+        model_state: PyTree = None,
     ) -> BilevelState:
         """Return a state at step 0, its leaves strongly typed arrays."""
-        state = cls(params, hyperparams, inner_opt_state, outer_opt_state, 0, dict(metadata or {}))
+        optimizers = (inner_opt_state, outer_opt_state)
+        state = cls(params, hyperparams, *optimizers, 0, dict(metadata or {}), model_state)
         return canonical(state)
 
     def update(
@@ -76,6 +82,7 @@ class BilevelState:
         outer_opt_state: PyTree = None,
         step: Any = None,
         metadata: dict[str, Any] | None = None,
+        model_state: PyTree = None,
     ) -> BilevelState:
         """Return a copy with the given fields replaced.
 
@@ -87,6 +94,7 @@ class BilevelState:
             "inner_opt_state": inner_opt_state,
             "outer_opt_state": outer_opt_state,
             "step": step,
+            "model_state": model_state,
         }
         changes = {name: value for name, value in given.items() if value is not None}
         return dataclasses.replace(self, metadata={**self.metadata, **(metadata or {})}, **changes)

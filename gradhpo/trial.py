@@ -16,11 +16,14 @@ from gradhpo.branches import where_due
 from gradhpo.errors import tracing
 from gradhpo.frozen import check_frozen
 from gradhpo.problem import Problem, stream
-from gradhpo.state import BilevelState, LossFn, PyTree, as_array, faults, prepare
+from gradhpo.state import BilevelState, PyTree, as_array, faults, prepare
+from gradhpo.task import CALIBRATION, Task
 from gradhpo.timetable import Calibrated, Timetable
 
 PHI = "phi"
 """The initialization of the current episode, in a state's `metadata`."""
+PHI_MODEL_STATE = "phi_model_state"
+"""The model state that the current episode started with, where there is one."""
 
 
 class Method(Calibrated, Protocol):
@@ -35,27 +38,16 @@ class Method(Calibrated, Protocol):
         """Return the state before the first step."""
         ...
 
-    def advance(
-        self,
-        state: BilevelState,
-        train_batch: PyTree,
-        val_batch: PyTree,
-        train_loss_fn: LossFn,
-        val_loss_fn: LossFn,
-        lr_hyper: Any = None,
-    ) -> BilevelState:
+    def ready(self, state: BilevelState, task: Task) -> BilevelState:
+        """Return the state with a place for each metric of the losses."""
+        ...
+
+    def advance(self, state: BilevelState, task: Task, lr_hyper: Any = None) -> BilevelState:
         """Take a step."""
         ...
 
-    def calibrate(
-        self,
-        state: BilevelState,
-        train_batches: PyTree,
-        val_batch: PyTree,
-        train_loss_fn: LossFn,
-        val_loss_fn: LossFn,
-    ) -> BilevelState:
-        """Estimate the algorithm's own settings."""
+    def calibrate(self, state: BilevelState, task: Task) -> BilevelState:
+        """Estimate the algorithm's own settings, from a stack of training batches."""
         ...
 
     def reset(self, state: BilevelState, params: PyTree) -> BilevelState:
@@ -95,26 +87,32 @@ class Trial:
           given: may hold `params` and `hyperparams` to start from instead.
           host: the first pair of batches, where they come from the host.
         """
-        drawn = dict(zip(("params", "hyperparams"), self.problem.start(key), strict=True))
-        first, extra = drawn | (given or {}), {}
+        first = self.problem.first(key)._replace(**(given or {}))
+        task, extra = self.task(key, data, 0, host), {}
         if self.optimizer.remembers_batch:
-            train, _ = self.draw(key, data, 0, host)
-            extra = {"train_batch": train, "key": stream(key, "optimizer")}
-        state = prepare(self.optimizer.init(first["params"], first["hyperparams"], **extra))
+            extra = {"train_batch": task.train_batch, "key": stream(key, "optimizer")}
+        state = self.optimizer.init(first.params, first.hyperparams, **extra)
+        model_state = jax.tree.map(as_array, first.model_state)
+        state = self.optimizer.ready(prepare(state.update(model_state=model_state)), task)
         if self.timetable.episode_length is None:
             return state
-        return state.update(metadata={PHI: state.params})
+        return state.update(metadata=_phi(state.params, model_state))
 
-    def draw(self, key: jax.Array, data: PyTree, index: Any, host: PyTree = None) -> Any:
-        """Return the training and the validation batch of step `index`."""
-        if self.problem.batch is None:
-            return host
-        check_frozen(self.problem, key, data)
-        return self.problem.draw_at(key, index, data)
+    def task(self, key: jax.Array, data: PyTree, index: Any, host: PyTree = None) -> Task:
+        """Return what step `index` is given; `host` is a pair of batches that come from there."""
+        pair = host
+        if self.problem.batch is not None:
+            check_frozen(self.problem, key, data)
+            pair = self.problem.draw_at(key, index, data)
+        return self._task(pair, key).at(index)
 
-    def advance(
-        self, state: BilevelState, batches: tuple[PyTree, PyTree], index: Any, rates: Rates
-    ) -> BilevelState:
+    def _task(self, pair: tuple[PyTree, PyTree], key: Any) -> Task:
+        task = Task(*pair, self.problem.train_loss, self.problem.val_loss)
+        if key is None or not task.asks_for_key():
+            return task
+        return dataclasses.replace(task, key=stream(key, "losses"))
+
+    def advance(self, state: BilevelState, task: Task, index: Any, rates: Rates) -> BilevelState:
         """Take step `index`, in the episode that it belongs to."""
         lr_hyper = rates.lr_hyper
         if self.schedule is not None:
@@ -124,7 +122,7 @@ class Trial:
                 got = f"shape {scheduled.shape}"
                 raise ValueError(f"lr_hyper must return one number at a step, got {got}")
             lr_hyper = scheduled if lr_hyper is None else lr_hyper * scheduled
-        return self.optimizer.advance(state, *batches, *self._losses, lr_hyper)
+        return self.optimizer.advance(state, task, lr_hyper)
 
     def begin_if_fresh(
         self, state: BilevelState, key: jax.Array, index: Any, running: Any = True
@@ -135,9 +133,10 @@ class Trial:
         """
 
         def anew(state: BilevelState) -> BilevelState:
-            first = self.problem.start(jax.random.fold_in(stream(key, "episodes"), index))[0]
-            phi = jax.tree.map(lambda x, like: as_array(x, like.dtype), first, state.params)
-            return self.optimizer.reset(state, phi).update(metadata={PHI: phi})
+            made = self.problem.first(jax.random.fold_in(stream(key, "episodes"), index))
+            drawn, now = (made.params, made.model_state), (state.params, state.model_state)
+            first = jax.tree.map(lambda x, like: as_array(x, like.dtype), drawn, now)
+            return self._from(state, *first)
 
         if not self.fresh:
             return state
@@ -145,18 +144,18 @@ class Trial:
 
     def close(self, state: BilevelState, rates: Rates) -> BilevelState:
         """End an episode: move φ by Reptile, and begin the next one there."""
-        phi = reptile(state.metadata[PHI], state.params, rates.lr_reptile)
-        return self.optimizer.reset(state, phi).update(metadata={PHI: phi})
+        before = (state.metadata[PHI], state.metadata.get(PHI_MODEL_STATE))
+        now = (state.params, state.model_state)
+        return self._from(state, *reptile(before, now, rates.lr_reptile))
 
-    def step(
-        self,
-        state: BilevelState,
-        batches: tuple[PyTree, PyTree],
-        index: Any,
-        rates: Rates,
-    ) -> BilevelState:
+    def _from(self, state: BilevelState, params: PyTree, model_state: PyTree) -> BilevelState:
+        """Return the state at the beginning of an episode."""
+        fresh = self.optimizer.reset(state, params)
+        return fresh.update(metadata=_phi(params, model_state), model_state=model_state)
+
+    def step(self, state: BilevelState, task: Task, index: Any, rates: Rates) -> BilevelState:
         """Take step `index`, and end the episode where it ends with that step."""
-        state = self.advance(state, batches, index, rates)
+        state = self.advance(state, task, index, rates)
         ends = False if self.fresh else self.timetable.ends_episode(index)
         return where_due(ends, lambda state: self.close(state, rates), state)
 
@@ -173,11 +172,8 @@ class Trial:
             fresh = jax.random.fold_in(stream(key, "calibration"), index)
             keys = jax.random.split(fresh, self.timetable.T)
             trains, vals = jax.lax.map(lambda key: self.problem.draw(key, data), keys)
-        return self.calibrate_on(state, trains, jax.tree.map(lambda x: x[-1], vals))
-
-    def calibrate_on(self, state: BilevelState, trains: PyTree, val: PyTree) -> BilevelState:
-        """Estimate the algorithm's own settings from a stack of `T` training batches."""
-        return self.optimizer.calibrate(state, trains, val, *self._losses)
+        task = self._task((trains, jax.tree.map(lambda x: x[-1], vals)), key)
+        return self.optimizer.calibrate(state, task.at(index, CALIBRATION))
 
     def begin(
         self, state: BilevelState, key: jax.Array, index: Any, data: PyTree, running: Any = True
@@ -196,11 +192,14 @@ class Trial:
 
     def measure(self, state: BilevelState, data: PyTree) -> dict[str, Any]:
         """Return `Problem.metrics`."""
-        return self.problem.measure(state.params, state.hyperparams, data)
+        there = (state.params, state.hyperparams, data, state.model_state)
+        return self.problem.measure(*there)
 
-    @property
-    def _losses(self) -> tuple[LossFn, LossFn]:
-        return self.problem.train_loss, self.problem.val_loss
+
+def _phi(params: PyTree, model_state: PyTree) -> dict[str, PyTree]:
+    """Return what a state remembers of where its episode starts."""
+    phi = {PHI: params}
+    return phi if model_state is None else {**phi, PHI_MODEL_STATE: model_state}
 
 
 def guard(
@@ -216,9 +215,11 @@ def guard(
 
 
 def reptile(phi: PyTree, params: PyTree, lr_reptile: Any) -> PyTree:
-    """Return `φ - η (φ - w_T)`; exactly `w_T` at η = 1."""
+    """Return `φ - η (φ - w_T)`; exactly `w_T` at η = 1, and in place of φ where no line leads."""
 
     def move(p: jax.Array, w: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(p.dtype, jnp.floating):
+            return jnp.where(lr_reptile == 0, p, w)
         return (w + (1 - lr_reptile) * (p - w)).astype(p.dtype)
 
     return jax.tree.map(move, phi, params)

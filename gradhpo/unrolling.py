@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from gradhpo.errors import check_count, stack_length, warn_user
 from gradhpo.inner import Moved
 from gradhpo.optimizer import HypergradientMethod
-from gradhpo.state import BilevelState, LossFn, PyTree
+from gradhpo.state import BilevelState, PyTree
+from gradhpo.task import Carried, Task
 
 Remat: TypeAlias = Literal["none", "sqrt", "step"]
 """What reverse mode keeps of an unroll: see `UnrolledOptimizer`."""
@@ -50,61 +51,58 @@ class UnrollingMethod(HypergradientMethod):
         stack_length("train_batch", train_batch, expected=self.unroll_steps)
         return lambda t: jax.tree.map(lambda x: x[t], train_batch)
 
-    def check_reach(
-        self,
-        state: BilevelState,
-        train_batch: PyTree,
-        val_batch: PyTree,
-        train_loss_fn: LossFn,
-        val_loss_fn: LossFn,
-    ) -> None:
+    def check_reach(self, state: BilevelState, task: Task) -> None:
         """Tell of a stack of batches that would be taken as one batch, and what else there is."""
-        T = self.unroll_steps
-        if self.batches == "repeat" and T > 1 and _is_stack_of(val_batch, train_batch, T):
+        T, batches = self.unroll_steps, (task.val_batch, task.train_batch)
+        if self.batches == "repeat" and T > 1 and _is_stack_of(*batches, T):
             warn_user(
                 f"train_batch looks like a stack of {T} batches: it is shaped like val_batch with "
                 f'a leading axis of length unroll_steps={T}. batches="repeat" takes all of it at '
                 'every inner step; batches="stack" takes one batch a step',
                 UserWarning,
             )
-        super().check_reach(state, train_batch, val_batch, train_loss_fn, val_loss_fn)
+        super().check_reach(state, task)
 
     def unroll(
         self,
-        step: Callable[[PyTree, PyTree, PyTree, PyTree], Moved],
+        step: Callable[[PyTree, Carried, PyTree, PyTree], Moved],
         state: BilevelState,
+        task: Task,
         hyperparams: PyTree,
-        train_batch: PyTree,
         remat: Remat = "none",
     ) -> Moved:
         """Take the T inner steps `step(w, s, λ, D)` from the state's weights; a `scan`.
 
-        The training loss returned is that of the last step. `remat` is what reverse mode keeps.
+        The loss and metrics returned are those of the last step. `remat` is what reverse mode
+        keeps.
         """
-        batch_at, T = self.batch_at(train_batch), self.unroll_steps
+        batch_at, T = self.batch_at(task.train_batch), self.unroll_steps
 
-        def body(carry: tuple[PyTree, PyTree], t: Any) -> tuple[tuple[PyTree, PyTree], jax.Array]:
-            moved = step(*carry, hyperparams, batch_at(t))
-            return (moved.params, moved.opt_state), moved.train_loss
+        def body(carry: tuple[PyTree, Carried], t: Any) -> tuple[Any, Any]:
+            w, s, *told = step(*carry, hyperparams, batch_at(t))
+            return (w, s), told
 
-        def segment(carry: Any, steps: jax.Array) -> tuple[Any, jax.Array]:
-            carry, losses = jax.lax.scan(body, carry, steps)
-            return carry, losses[-1]
+        def last(told: Any) -> Any:
+            return jax.tree.map(lambda rows: rows[-1], told)
+
+        def segment(carry: Any, steps: jax.Array) -> tuple[Any, Any]:
+            carry, told = jax.lax.scan(body, carry, steps)
+            return carry, last(told)
 
         if remat == "step":
             body = jax.checkpoint(body, prevent_cse=False)
-        start, steps = (state.params, state.inner_opt_state), jnp.arange(T)
+        start, steps = task.start(state), jnp.arange(T)
         length = math.isqrt(T - 1) + 1  # ⌈√T⌉
         if remat != "sqrt" or length == T:
-            (w, s), loss = segment(start, steps)
-            return Moved(w, s, loss)
+            carry, told = segment(start, steps)
+            return Moved(*carry, *told)
         segment = jax.checkpoint(segment, prevent_cse=False)
         whole = T - T % length
-        (w, s), losses = jax.lax.scan(segment, start, steps[:whole].reshape(-1, length))
+        carry, told = jax.lax.scan(segment, start, steps[:whole].reshape(-1, length))
         if whole == T:
-            return Moved(w, s, losses[-1])
-        (w, s), loss = segment((w, s), steps[whole:])
-        return Moved(w, s, loss)
+            return Moved(*carry, *last(told))
+        carry, told = segment(carry, steps[whole:])
+        return Moved(*carry, *told)
 
 
 def _is_stack_of(one: PyTree, stack: PyTree, length: int) -> bool:

@@ -23,18 +23,19 @@ from jax.tree_util import keystr, tree_flatten_with_path, tree_map_with_path
 
 from gradhpo import episodes
 from gradhpo.compilation import jit
-from gradhpo.errors import check_same_tree, scalar_loss
+from gradhpo.errors import check_same_tree
 from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.parallel.collectives import gather, same_on_all, spread
 from gradhpo.parallel.mesh import axis_size, put
 from gradhpo.state import BilevelState, LossFn, PyTree, prepare
+from gradhpo.task import Aux, Carried, Task, evaluate, split_fixed
 
 Backend = Literal["shard_map", "auto", "pmap"]
 Rules = Callable[[str, Any], P]
 # What the wrapped optimizer is, the data-parallel one is too.
 _SHARED = (
     *("inner_optimizer", "outer_optimizer", "update_fn"),
-    *("T", "calibration_period", "remembers_batch", "batch_axis"),
+    *("T", "calibration_period", "remembers_batch", "batch_axis", "through_model_state"),
 )
 
 
@@ -129,36 +130,30 @@ class DataParallel(BilevelOptimizer):
         val_batch: PyTree,
         train_loss_fn: LossFn,
         val_loss_fn: LossFn,
+        *,
+        key: jax.Array | None = None,
     ) -> PyTree:
         """Return the hypergradient of the whole batch."""
-        state = self.place(state)
-        return _hypergradient(self, state, train_batch, val_batch, train_loss_fn, val_loss_fn)
+        task = Task.of(train_batch, val_batch, train_loss_fn, val_loss_fn, key)
+        return _hypergradient(self, self.place(state), task)
 
-    def advance(
-        self,
-        state: BilevelState,
-        train_batch: PyTree,
-        val_batch: PyTree,
-        train_loss_fn: LossFn,
-        val_loss_fn: LossFn,
-        lr_hyper: Any = None,
-    ) -> BilevelState:
+    def hypergradient(self, state: BilevelState, task: Task) -> PyTree:
+        """Return the hypergradient of the whole batch; traceable."""
+        return self.divided("hypergradient", state, task, None, self.batch_axis)
+
+    def told(self, state: BilevelState, task: Task) -> dict[str, jax.Array]:
+        """Return the metrics that the losses return before a step; traceable."""
+        return self.divided("told", state, task, None, self.batch_axis)
+
+    def advance(self, state: BilevelState, task: Task, lr_hyper: Any = None) -> BilevelState:
         """Take the step on the parts of the batch; traceable."""
-        batches, losses = (train_batch, val_batch), (train_loss_fn, val_loss_fn)
-        new = self.divided("advance", state, batches, losses, lr_hyper, self.batch_axis)
+        state = self.ready(state, task)
+        new = self.divided("advance", state, task, lr_hyper, self.batch_axis)
         return self._constrain(new)
 
-    def calibrate(
-        self,
-        state: BilevelState,
-        train_batches: PyTree,
-        val_batch: PyTree,
-        train_loss_fn: LossFn,
-        val_loss_fn: LossFn,
-    ) -> BilevelState:
+    def calibrate(self, state: BilevelState, task: Task) -> BilevelState:
         """Estimate the wrapped optimizer's own settings, from divided batches."""
-        batches, losses = (train_batches, val_batch), (train_loss_fn, val_loss_fn)
-        return self.divided("calibrate", state, batches, losses, None, batch_axis=1)
+        return self.divided("calibrate", state, task, None, batch_axis=1)
 
     def reset(self, state: BilevelState, params: PyTree) -> BilevelState:
         """Return `state` at the beginning of an episode that starts from `params`."""
@@ -172,6 +167,7 @@ class DataParallel(BilevelOptimizer):
         losses = (given["train_loss_fn"], given["val_loss_fn"])
         self.check_step(*losses, given["lr_hyper"])
         rest = (given["lr_reptile"], given["lr_hyper"], given["callback"], given["progress"])
+        rest = (*rest, given["key"])
         plan = episodes.Plan(given["M"], given.get("T", self.T), *rest)
         draw = (given["get_train_batch"], given["get_val_batch"])
         return episodes.run(self, prepare(self.place(state)), plan, *draw, *losses)
@@ -182,12 +178,7 @@ class DataParallel(BilevelOptimizer):
         return Within(self, self.T, self.calibration_period, self.remembers_batch)
 
     def on_part(
-        self,
-        method: str,
-        state: BilevelState,
-        batches: tuple[PyTree, PyTree],
-        losses: tuple[LossFn, LossFn],
-        rate: tuple[Any, ...] = (),
+        self, method: str, state: BilevelState, task: Task, rate: tuple[Any, ...] = ()
     ) -> Any:
         """Call the wrapped optimizer's method on one device, with its part of whole batches.
 
@@ -195,13 +186,17 @@ class DataParallel(BilevelOptimizer):
           ValueError: if what it returns is not the same on all devices.
         """
         local = self._local_optimizer()
-        names = ("train_loss_fn", "val_loss_fn")
-        means = [self._over_devices(*named) for named in zip(names, losses, strict=True)]
+        losses = {
+            "train_loss": self._over_devices("train_loss_fn", task.train_loss),
+            "val_loss": self._over_devices("val_loss_fn", task.val_loss),
+        }
 
-        def call(state: BilevelState, batches: tuple[PyTree, PyTree], rate: Any) -> Any:
-            return getattr(local, method)(state, *batches, *means, *rate)
+        def call(state: BilevelState, batches: tuple[PyTree, PyTree], key: Any, rate: Any) -> Any:
+            given = Task(*batches, **losses, key=key)
+            return getattr(local, method)(state, given, *rate)
 
-        return same_on_all(call, self.axis, (False, True, False))(state, batches, rate)
+        own, batches = (False, True, False, False), (task.train_batch, task.val_batch)
+        return same_on_all(call, self.axis, own)(state, batches, task.key, rate)
 
     @property
     def _share(self) -> float:
@@ -210,14 +205,38 @@ class DataParallel(BilevelOptimizer):
 
     def _over_devices(self, name: str, loss_fn: LossFn) -> LossFn:
         """Return the loss of the whole batch, as each device computes it with its part."""
-        checked = scalar_loss(name, loss_fn)
+        prefix = name.removesuffix("loss_fn")
 
         @functools.wraps(loss_fn)
-        def loss(params: PyTree, hyperparams: PyTree, batch: PyTree) -> jax.Array:
-            local = spread(params, self.axis), spread(hyperparams, self.axis)
-            return gather(self._share * checked(*local, batch), self.axis)
+        def loss(params: PyTree, hyperparams: PyTree, batch: PyTree, **given: Any) -> Any:
+            local = (self._spread(params), spread(hyperparams, self.axis), batch)
+            value, aux = evaluate(name, loss_fn, local, **self._on_device(given))
+            metrics = {n.removeprefix(prefix): self._mean(x) for n, x in aux.metrics.items()}
+            whole = gather(self._share * value, self.axis)
+            return whole, Aux(self._mean(aux.model_state), metrics)
 
         return loss
+
+    def _spread(self, tree: PyTree) -> PyTree:
+        """Return the floating-point leaves as each device's own, and the others as they are."""
+        floating, others = split_fixed(tree)
+        return Carried(None, fixed=others).whole(spread(floating, self.axis))
+
+    def _mean(self, tree: PyTree) -> PyTree:
+        """Return the devices' mean of the floating-point leaves, and the others as they are."""
+        floating, others = split_fixed(tree)
+        share = 1 / axis_size(self.mesh, self.axis)
+        mean = gather(jax.tree.map(lambda x: (share * x).astype(x.dtype), floating), self.axis)
+        return Carried(None, fixed=others).whole(mean)
+
+    def _on_device(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Return what a loss takes besides, on this device: a key is another one on each."""
+        if given.get("key") is not None:
+            key = jax.random.fold_in(given["key"], jax.lax.axis_index(self.axis))
+            given = {**given, "key": key}
+        if given.get("model_state") is not None:
+            given = {**given, "model_state": self._spread(given["model_state"])}
+        return given
 
     def _local_optimizer(self) -> BilevelOptimizer:
         """Return the wrapped optimizer, an `update_fn` averaged over the devices."""
@@ -226,25 +245,28 @@ class DataParallel(BilevelOptimizer):
             return self.optimizer
 
         @functools.wraps(own)
-        def update_fn(params: PyTree, hyperparams: PyTree, batch: PyTree) -> PyTree:
-            local = spread(params, self.axis)
-            moved = own(local, spread(hyperparams, self.axis), batch)
+        def update_fn(params: PyTree, hyperparams: PyTree, batch: PyTree, **given: Any) -> PyTree:
+            local = self._spread(params)
+            made = own(local, spread(hyperparams, self.axis), batch, **self._on_device(given))
+            aux = isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], Aux)
+            moved = made[0] if aux else made
             check_same_tree("update_fn", moved, "params", params)
-            change = optax.tree.scale(self._share, optax.tree.sub(moved, local))
+            (new, others), (old, _), (before, _) = map(split_fixed, (moved, local, params))
+            change = optax.tree.scale(self._share, optax.tree.sub(new, old))
             change = gather(change, self.axis)
-            return optax.tree.cast_like(optax.tree.add(params, change), params)
+            after = optax.tree.cast_like(optax.tree.add(before, change), before)
+            after = Carried(None, fixed=others).whole(after)
+            return (after, Aux(self._mean(made[1].model_state))) if aux else after
 
         averaged = copy.copy(self.optimizer)
         object.__setattr__(averaged, "update_fn", update_fn)
         return averaged
 
-    def part(
-        self, train_batch: PyTree, val_batch: PyTree, batch_axis: int
-    ) -> tuple[PyTree, PyTree]:
-        """Return this device's rows of whole batches, inside a `shard_map`."""
+    def part(self, task: Task, batch_axis: int) -> Task:
+        """Return the task with this device's rows of whole batches, inside a `shard_map`."""
         n = axis_size(self.mesh, self.axis)
-        _check_rows("train_batch", train_batch, n, batch_axis)
-        _check_rows("val_batch", val_batch, n, 0)
+        _check_rows("train_batch", task.train_batch, n, batch_axis)
+        _check_rows("val_batch", task.val_batch, n, 0)
 
         def rows(batch: PyTree, axis: int) -> PyTree:
             def mine(x: jax.Array) -> jax.Array:
@@ -254,20 +276,20 @@ class DataParallel(BilevelOptimizer):
 
             return jax.tree.map(mine, batch)
 
-        return rows(train_batch, batch_axis), rows(val_batch, 0)
+        train_batch, val_batch = rows(task.train_batch, batch_axis), rows(task.val_batch, 0)
+        return dataclasses.replace(task, train_batch=train_batch, val_batch=val_batch)
 
     def divided(
         self,
         method: str,
         state: BilevelState,
-        batches: tuple[PyTree, PyTree],
-        losses: tuple[LossFn, LossFn],
+        task: Task,
         lr_hyper: Any,
         batch_axis: int,
     ) -> Any:
         """Call the wrapped optimizer's method on the parts of the batches."""
         n = axis_size(self.mesh, self.axis)
-        train_batch, val_batch = batches
+        train_batch, val_batch = task.train_batch, task.val_batch
         _check_rows("train_batch", train_batch, n, batch_axis)
         _check_rows("val_batch", val_batch, n, 0)
         train_spec, val_spec = P(*[None] * batch_axis, self.axis), P(self.axis)
@@ -275,25 +297,35 @@ class DataParallel(BilevelOptimizer):
 
         if self.backend == "auto":
             place = functools.partial(_constrain_all, self.mesh)
-            batches = place(train_batch, train_spec), place(val_batch, val_spec)
-            return getattr(self.optimizer, method)(state, *batches, *losses, *rate)
+            placed = {
+                "train_batch": place(train_batch, train_spec),
+                "val_batch": place(val_batch, val_spec),
+            }
+            return getattr(self.optimizer, method)(
+                state, dataclasses.replace(task, **placed), *rate
+            )
 
-        def on_device(state: Any, train_batch: Any, val_batch: Any, rate: Any) -> Any:
-            return self.on_part(method, state, (train_batch, val_batch), losses, rate)
+        def on_device(state: Any, train_batch: Any, val_batch: Any, key: Any, rate: Any) -> Any:
+            part = Task(train_batch, val_batch, task.train_loss, task.val_loss, key)
+            return self.on_part(method, state, part, rate)
 
         if self.backend == "pmap":
             parts = _split_rows(train_batch, n, batch_axis), _split_rows(val_batch, n, 0)
             devices = list(self.mesh.devices.ravel())
             mapped = jax.pmap(
-                on_device, self.axis, in_axes=(None, 0, 0, None), out_axes=None, devices=devices
+                on_device,
+                self.axis,
+                in_axes=(None, 0, 0, None, None),
+                out_axes=None,
+                devices=devices,
             )
-            return mapped(state, *parts, rate)
-        specs = (P(), train_spec, val_spec, P())
+            return mapped(state, *parts, task.key, rate)
+        specs = (P(), train_spec, val_spec, P(), P())
         # `on_part` has checked what the types of checked axes would, see `collectives`.
         mapped = jax.shard_map(
             on_device, mesh=self.mesh, in_specs=specs, out_specs=P(), check_vma=False
         )
-        return mapped(state, train_batch, val_batch, rate)
+        return mapped(state, train_batch, val_batch, task.key, rate)
 
     def _constrain(self, state: BilevelState) -> BilevelState:
         if self.backend != "auto":
@@ -324,32 +356,19 @@ class Within:
         """Return the state before the first step."""
         return self.parallel.optimizer.init(params, hyperparams, **extra)
 
-    def advance(
-        self,
-        state: BilevelState,
-        train_batch: PyTree,
-        val_batch: PyTree,
-        train_loss_fn: LossFn,
-        val_loss_fn: LossFn,
-        lr_hyper: Any = None,
-    ) -> BilevelState:
-        """Take a step on this device's part of the batches."""
-        parts = self.parallel.part(train_batch, val_batch, self.parallel.batch_axis)
-        rate = () if lr_hyper is None else (lr_hyper,)
-        losses = (train_loss_fn, val_loss_fn)
-        return self.parallel.on_part("advance", state, parts, losses, rate)
+    def ready(self, state: BilevelState, task: Task) -> BilevelState:
+        """Return the state with a place for each metric of the losses."""
+        return self.parallel.ready(state, task)
 
-    def calibrate(
-        self,
-        state: BilevelState,
-        train_batches: PyTree,
-        val_batch: PyTree,
-        train_loss_fn: LossFn,
-        val_loss_fn: LossFn,
-    ) -> BilevelState:
+    def advance(self, state: BilevelState, task: Task, lr_hyper: Any = None) -> BilevelState:
+        """Take a step on this device's part of the batches."""
+        part = self.parallel.part(task, self.parallel.batch_axis)
+        rate = () if lr_hyper is None else (lr_hyper,)
+        return self.parallel.on_part("advance", state, part, rate)
+
+    def calibrate(self, state: BilevelState, task: Task) -> BilevelState:
         """Estimate the wrapped optimizer's own settings, from parts of the batches."""
-        parts = self.parallel.part(train_batches, val_batch, 1)
-        return self.parallel.on_part("calibrate", state, parts, (train_loss_fn, val_loss_fn))
+        return self.parallel.on_part("calibrate", state, self.parallel.part(task, 1))
 
     def reset(self, state: BilevelState, params: PyTree) -> BilevelState:
         """Return `state` at the beginning of an episode that starts from `params`."""
@@ -391,15 +410,6 @@ def _constrain_all(mesh: Mesh, batch: PyTree, spec: P) -> PyTree:
     return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, spec))
 
 
-@functools.partial(jit, static_argnums=(0, 4, 5))
-def _hypergradient(
-    optimizer: DataParallel,
-    state: BilevelState,
-    train_batch: PyTree,
-    val_batch: PyTree,
-    train_loss_fn: LossFn,
-    val_loss_fn: LossFn,
-) -> PyTree:
-    batches, losses = (train_batch, val_batch), (train_loss_fn, val_loss_fn)
-    name = "compute_hypergradient"
-    return optimizer.divided(name, state, batches, losses, None, optimizer.batch_axis)
+@functools.partial(jit, static_argnums=0)
+def _hypergradient(optimizer: DataParallel, state: BilevelState, task: Task) -> PyTree:
+    return optimizer.hypergradient(state, task.at(state.step))

@@ -24,7 +24,8 @@ from gradhpo.parallel.compiled import Compiled
 from gradhpo.parallel.data import DataParallel
 from gradhpo.parallel.mesh import put, to_host
 from gradhpo.problem import Problem
-from gradhpo.state import METRICS, BilevelState, PyTree, as_array, prepare
+from gradhpo.state import BilevelState, PyTree, as_array, prepare
+from gradhpo.task import step_metrics
 from gradhpo.timetable import EpisodeInit, Timetable, schedule_and_rate, starts_fresh
 from gradhpo.trial import PHI, Rates, Trial, guard
 
@@ -172,8 +173,8 @@ class Population:
             function of the trial's step, counted from 0.
 
         Returns:
-          The state, and the five metrics of every step, each `(steps, slots)`; NaN from a slot's
-          divergence on.
+          The state, and the metrics of every step, those that the losses return among them, each
+          `(steps, slots)`; NaN from a slot's divergence on.
 
         Raises:
           ValueError: if a leading axis is not the slots, or for an argument out of range.
@@ -270,7 +271,7 @@ class Population:
 
     def trace_hyperparams(self, keys: jax.Array) -> PyTree:
         """Return every slot's first hyperparameters, as `Problem.init` makes them."""
-        made = jax.vmap(lambda key: self.problem.start(key)[1])(keys)
+        made = jax.vmap(lambda key: self.problem.first(key).hyperparams)(keys)
         return jax.tree.map(as_array, made)
 
     def trace_run(
@@ -330,7 +331,7 @@ class Population:
             def body(state: BilevelState, _: None) -> Any:
                 index, running = state.metadata["trial_step"], _running(state)
                 state = trial.begin(state, key, index, data, running)
-                new = trial.step(state, trial.draw(key, data, index), index, rates)
+                new = trial.step(state, trial.task(key, data, index), index, rates)
                 return _guarded(state, new)
 
             return jax.lax.scan(body, state, length=steps)
@@ -510,7 +511,7 @@ def _guarded(old: BilevelState, new: BilevelState) -> tuple[BilevelState, dict[s
     new = new.update(metadata={"trial_step": taken})
     kept, runs_on, _ = guard(old, new, running)
     since = jnp.where(running & ~runs_on, taken, old.metadata["diverged_at"])
-    row = {"stopped": ~runs_on, **{name: new.metadata[name] for name in METRICS}}
+    row = {"stopped": ~runs_on, **{name: new.metadata[name] for name in step_metrics(new.metadata)}}
     return kept.update(metadata={"diverged_at": since}), row
 
 

@@ -6,7 +6,14 @@ import numpy as np
 import optax
 import pytest
 
-from gradhpo import OneStepOptimizer, OnlineHypergradientOptimizer, Problem, T1T2Optimizer, solve
+from gradhpo import (
+    OneStepOptimizer,
+    OnlineHypergradientOptimizer,
+    Problem,
+    T1T2Optimizer,
+    Task,
+    solve,
+)
 from gradhpo.parallel.compilations import CompileCounter
 from tests.problems import assert_close
 from tests.quick import slow_but
@@ -168,7 +175,7 @@ def test_a_first_state_may_be_donated(name):
     optimizer, rate = build(name, **({"gamma": 0.5} if name == "t1t2" else {}))
 
     def step(state):
-        return optimizer.advance(state, BATCH, BATCH, train_loss, val_loss, *rate)
+        return optimizer.advance(state, Task(BATCH, BATCH, train_loss, val_loss), *rate)
 
     state = optimizer.init(*start())
     jax.block_until_ready(jax.jit(step, donate_argnums=0)(state))

@@ -277,7 +277,7 @@ def test_solve_is_the_loop_of_steps(method, x64):
     state, batches = optimizer.init(params, hyperparams), made.batch(None)
     if optimizer.calibration_period:
         stack = jax.tree.map(lambda x: jnp.stack([x] * optimizer.T), batches[0])
-        state = optimizer.calibrate(state, stack, batches[1], train_loss, val_loss)
+        state = optimizer.calibrate(state, gradhpo.Task(stack, batches[1], train_loss, val_loss))
     for _ in range(3):
         state = optimizer.step(state, *batches, train_loss, val_loss)
     found, expected = ((s.params, s.hyperparams) for s in (solved.state, state))

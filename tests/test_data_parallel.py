@@ -157,8 +157,7 @@ def test_loops_that_start_from_a_constant_in_other_backends(backend, x64):
 def reductions(optimizer):
     """Return how many all-reduces the compiled step holds."""
     state = optimizer.init(*jax.tree.map(jnp.asarray, (PARAMS, LAM)))
-    args = (optimizer, gradhpo.state.prepare(state), rows(0), VAL, train_loss, val_loss, None)
-    hlo = gradhpo.optimizer._step.lower(*args).compile().as_text()
+    hlo = optimizer.lower_step(state, rows(0), VAL, train_loss, val_loss).compile().as_text()
     return len(re.findall(r"= .* all-reduce(?:-start)?\(", hlo))
 
 

@@ -88,7 +88,7 @@ def test_an_online_method_walks_as_in_a_run():
         state = optimizer.step(state, batch, 0.0, *losses, lr_hyper=0.0)
     expected = optimizer.compute_hypergradient(state, batches[3], 0.0, *losses)
     own = fresh_state(optimizer, before)
-    got = estimate_at(optimizer, own, batches, 0.0, *losses).hypergradient
+    got = estimate_at(optimizer, own, gradhpo.Task(batches, 0.0, *losses)).hypergradient
     np.testing.assert_allclose(got, expected, rtol=1e-12)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from gradhpo import OneStepOptimizer, T1T2Optimizer
+from gradhpo import OneStepOptimizer, T1T2Optimizer, Task
 from gradhpo.hypergradient import coordinate_differences, gradient_difference
 from tests import problems
 from tests.problems import as_jax, assert_close, assert_same_bits
@@ -81,7 +81,7 @@ INNER = {
 def both(inner, losses=(train, val), steps=3, **settings):
     """The differences and the exact product, after steps that fill the optimizer's state."""
     exact, differences = OneStepOptimizer(**inner), T1T2Optimizer(**inner, **settings)
-    step = jax.jit(lambda state: exact.estimate(state, BATCH, VAL, *losses)[:3])
+    step = jax.jit(lambda state: exact.estimate(state, Task(BATCH, VAL, *losses))[:3])
     state = exact.init(PARAMS, LAM)
     for _ in range(steps):
         _, params, opt_state = step(state)
@@ -286,7 +286,9 @@ def test_a_term_switched_off_by_lambda_is_seen_behind_adam(lam, slots):
             state = optimizer.step(state, 0.0, 0.0, switched_train, switched_val)
 
         def estimate(state, optimizer=optimizer):
-            return optimizer.estimate(state, 0.0, 0.0, switched_train, switched_val).hypergradient
+            return optimizer.estimate(
+                state, Task(0.0, 0.0, switched_train, switched_val)
+            ).hypergradient
 
         if slots:  # one of which has no outsized weight
             state = jax.tree.map(lambda x: jnp.stack([x, x]), state)
@@ -332,7 +334,7 @@ def test_the_exact_part_stays_a_branch_under_vmap():
     state = jax.tree.map(lambda x: jnp.stack([x, x]), optimizer.init(weights, jnp.ones(())))
 
     def estimate(state):
-        return optimizer.estimate(state, 0.0, 0.0, switched_train, switched_val).hypergradient
+        return optimizer.estimate(state, Task(0.0, 0.0, switched_train, switched_val)).hypergradient
 
     text = str(jax.make_jaxpr(jax.vmap(estimate))(state))
     assert text.count("cond[") == 1

@@ -324,8 +324,9 @@ def test_a_stack_where_one_batch_is_repeated_is_told(name):
         x, y = batch
         return jnp.mean((x @ w - y) ** 2) + jnp.exp(lam["decay"]) * jnp.sum(w**2) + lam["l"].sum()
 
-    def step(*batches):
-        return optimizer.advance(state, *batches, loss, loss, *rate)
+    def step(train_batch, val_batch):
+        task = gradhpo.Task(train_batch, val_batch, loss, loss)
+        return optimizer.advance(state, task, *rate)
 
     with pytest.warns(UserWarning, match=r"train_batch looks like a stack of 3 batches.*batches="):
         jax.eval_shape(step, stack, BATCH)

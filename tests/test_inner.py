@@ -15,6 +15,7 @@ from gradhpo import (
     OneStepOptimizer,
     OnlineHypergradientOptimizer,
     T1T2Optimizer,
+    Task,
 )
 from gradhpo.finite_derivatives import with_finite_derivatives
 from tests import problems
@@ -130,7 +131,7 @@ def test_optimizers_with_branches_and_loops_are_taken_and_differentiated_as_they
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def estimate(optimizer, losses, state, batch, val_batch):
     """The hypergradient, and the state with its weights moved, from one compilation."""
-    done = optimizer.estimate(state, batch, val_batch, *losses)
+    done = optimizer.estimate(state, Task(batch, val_batch, *losses))
     moved = {"params": done.params, "inner_opt_state": done.inner_opt_state}
     memory = {"step": state.step + 1, "metadata": dict(done.metadata or {})}
     return done.hypergradient, state.update(**moved, **memory)

@@ -13,7 +13,7 @@ import optax
 import pytest
 from optax import contrib
 
-from gradhpo import OneStepOptimizer, UnrolledOptimizer
+from gradhpo import OneStepOptimizer, Task, UnrolledOptimizer
 from tests.quick import slow_but
 
 # Some of optax's own are deprecated.
@@ -228,7 +228,7 @@ def test_one_step_is_the_derivative_of_the_last_step(name):
             state = optimizer.init(w, lam)
             w, s = plain_loop(inner, train, w, lam, state.inner_opt_state, 1)
             state = state.update(params=w, inner_opt_state=s)
-            found = optimizer.estimate(state, None, None, train, val).hypergradient
+            found = optimizer.estimate(state, Task(None, None, train, val)).hypergradient
             return found, exact(inner, train, val, w, lam, s, 1)
 
         found, expected = evaluate(both, *start(np.float64))
@@ -244,7 +244,7 @@ def test_unrolled_is_the_derivative_of_all_steps(name):
 
         def both(w, lam):
             state = optimizer.init(w, lam)
-            found = optimizer.estimate(state, None, None, train, val).hypergradient
+            found = optimizer.estimate(state, Task(None, None, train, val)).hypergradient
             return found, exact(inner, train, val, w, lam, state.inner_opt_state, 3)
 
         found, expected = evaluate(both, *start(np.float64))
@@ -267,7 +267,7 @@ def test_a_dead_unit_leaves_float32_near_float64(name):
                 state = optimizer.init(w, lam)
                 w, s = plain_loop(inner, train, w, lam, state.inner_opt_state, 1)
                 state = state.update(params=w, inner_opt_state=s)
-                return optimizer.estimate(state, None, None, train, val).hypergradient
+                return optimizer.estimate(state, Task(None, None, train, val)).hypergradient
 
             found.append(np.asarray(evaluate(after_one, *start(dtype, dead=True))))
     assert np.isfinite(found).all()

@@ -134,9 +134,9 @@ def test_loops_that_start_from_a_constant(layout, model, inner, x64):
 
 def test_a_divided_population_refuses_what_differs_between_devices():
     class Part(gradhpo.OneStepOptimizer):
-        def estimate(self, state, train_batch, *rest):
-            done = super().estimate(state, train_batch, *rest)
-            scaled = optax.tree.scale(jnp.mean(train_batch[1]), done.hypergradient)
+        def estimate(self, state, task):
+            done = super().estimate(state, task)
+            scaled = optax.tree.scale(jnp.mean(task.train_batch[1]), done.hypergradient)
             return done._replace(hypergradient=scaled)
 
     parallel = data_parallel(Part(INNER, OUTER), make_mesh(trial=2, data=2))

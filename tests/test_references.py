@@ -17,6 +17,7 @@ from gradhpo import (
     ImplicitOptimizer,
     OneStepOptimizer,
     OnlineHypergradientOptimizer,
+    Task,
     UnrolledOptimizer,
 )
 from tests import problems
@@ -199,7 +200,7 @@ def temporaries(optimizer, steps):
     losses = (train, problems.mlp_val_without_lambda)
     optimizer = optimizer(problems.SGD, unroll_steps=steps)
     state = optimizer.init(problems.MLP, np.float64(-2.0))
-    estimate = jax.jit(lambda state: optimizer.estimate(state, batch, batch, *losses))
+    estimate = jax.jit(lambda state: optimizer.estimate(state, Task(batch, batch, *losses)))
     return estimate.lower(state).compile().memory_analysis().temp_size_in_bytes
 
 

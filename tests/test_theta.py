@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from gradhpo import OnlineHypergradientOptimizer, T1T2Optimizer
+from gradhpo import OnlineHypergradientOptimizer, T1T2Optimizer, Task
 from tests import problems
 from tests.problems import Exact, assert_close, assert_same_bits
 
@@ -100,7 +100,7 @@ def test_calibrate_stores_theta_and_the_step_uses_it():
     optimizer = OnlineHypergradientOptimizer(problems.SGD, gamma=0.9)
     state = optimizer.init(problems.W0, problems.LAM0)
     assert float(state.metadata["theta"]) == 1
-    calibrated = optimizer.calibrate(state, problems.TRAIN[:5], problems.VAL, *QUADRATIC)
+    calibrated = optimizer.calibrate(state, Task(problems.TRAIN[:5], problems.VAL, *QUADRATIC))
     theta = algorithm_4(0.9, problems.TRAIN[:5], problems.W0, problems.LAM0, problems.VAL)
     assert_close(calibrated.metadata["theta"], theta)
     w = Exact.phi(problems.W0, problems.LAM0, problems.TRAIN[0])
@@ -222,7 +222,7 @@ def test_an_estimate_that_diverges_leaves_theta_as_it_was():
     state = optimizer.init(problems.W0, problems.LAM0).update(metadata={"theta": 0.5})
     arguments = (problems.TRAIN[:5], problems.VAL, *QUADRATIC)
     assert not np.isfinite(optimizer.estimate_theta(state, *arguments))
-    assert float(optimizer.calibrate(state, *arguments).metadata["theta"]) == 0.5
+    assert float(optimizer.calibrate(state, Task(*arguments)).metadata["theta"]) == 0.5
 
 
 @pytest.mark.parametrize("kind", ["hyperdistill", "t1t2"])

@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 import gradhpo
 from gradhpo.horizon import estimate_at, fresh_state
-from gradhpo.hypergradient import validation
 from gradhpo.state import prepare
 
 GAMMAS = (0.0, 0.9, 0.99, 0.999)
@@ -59,17 +58,17 @@ def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def at_start(state: Any, thetas: list[Any], trains: Any, val: Any) -> Cosines:
     """Return the cosines of one walk from `state`, `(methods,)`."""
-    rest = (trains, val, *LOSSES)
+    task = gradhpo.Task(trains, val, *LOSSES)
     exact = gradhpo.UnrolledOptimizer(sinusoid.INNER, unroll_steps=T)
-    done = estimate_at(exact, fresh_state(exact, state), *rest)
+    done = estimate_at(exact, fresh_state(exact, state), task)
     truth = flat(done.hypergradient)
-    direct = flat(validation(sinusoid.val_loss, done.params, state.hyperparams, val).direct)
+    direct = flat(jax.grad(sinusoid.val_loss, 1)(done.params, state.hyperparams, val))
     rows: list[Any] = []
     for optimizer, theta in zip(compared().values(), thetas, strict=True):
         own = fresh_state(optimizer, state)
         if theta is not None:
             own = own.update(metadata={"theta": theta})
-        g = flat(estimate_at(optimizer, own, *rest).hypergradient)
+        g = flat(estimate_at(optimizer, own, task).hypergradient)
         rows.append(jnp.stack([cosine(g, truth), cosine(g - direct, truth - direct)]))
     return Cosines(*jnp.stack(rows, axis=1))
 
@@ -86,7 +85,7 @@ def run(reading: sinusoid.Reading, M: int, keys: jax.Array) -> Cosines:
         found = at_start(state, thetas, trains, val)
 
         def inner_step(state: Any, train: Any) -> Any:
-            return mover.advance(state, train, val, *LOSSES), None
+            return mover.advance(state, gradhpo.Task(train, val, *LOSSES)), None
 
         state, _ = jax.lax.scan(inner_step, state, trains)
         phi = jax.tree.map(lambda x: jnp.broadcast_to(x.mean(0), x.shape), state.params)
@@ -101,7 +100,7 @@ def run(reading: sinusoid.Reading, M: int, keys: jax.Array) -> Cosines:
         thetas: list[Any] = []
         for optimizer in compared().values():
             own = fresh_state(optimizer, state)
-            ready = optimizer.calibrate(own, *batches, *LOSSES)
+            ready = optimizer.calibrate(own, gradhpo.Task(*batches, *LOSSES))
             thetas.append(ready.metadata.get("theta"))
         state = state.update(metadata={"theta": thetas[1 + GAMMAS.index(0.99)]})
         keys = jax.random.split(data, M)

@@ -71,10 +71,10 @@ def tune(optimizer: Any, problem: gradhpo.Problem, outer_steps: int, keys: jax.A
         data = problem.start_data(key)
         state = optimizer.init(*problem.start(key))
         repeat = jax.tree.map(lambda x: jnp.broadcast_to(x, (T, *x.shape)), data["train"])
-        rest = (repeat, data["val"], problem.train_loss, problem.val_loss)
+        task = gradhpo.Task(repeat, data["val"], problem.train_loss, problem.val_loss)
 
         def outer_step(state: Any, _: None) -> tuple[Any, jax.Array]:
-            done = estimate_at(optimizer, fresh_state(optimizer, state), *rest)
+            done = estimate_at(optimizer, fresh_state(optimizer, state), task)
             updates, outer = OUTER.update(done.hypergradient, state.outer_opt_state)
             state = state.update(
                 params=done.params,

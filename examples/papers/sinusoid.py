@@ -206,7 +206,9 @@ def meta_train(
     state = optimizer.init(jax.tree.map(lambda x: jnp.stack([x] * TASKS), w), lam)
     losses = (train_loss, val_loss)
     if optimizer.calibration_period:
-        state = optimizer.calibrate(state, *episode_data(calibration, reading), *losses)
+        state = optimizer.calibrate(
+            state, gradhpo.Task(*episode_data(calibration, reading), *losses)
+        )
     unrolls = isinstance(optimizer, gradhpo.DrMADOptimizer | gradhpo.UnrolledOptimizer)
 
     def episode(carry: tuple[Any, Any], key: jax.Array) -> tuple[Any, jax.Array]:
@@ -214,11 +216,11 @@ def meta_train(
         trains, val = episode_data(key, reading)
         state = optimizer.reset(state, phi)
         if unrolls:
-            state = optimizer.advance(state, trains, val, *losses)
+            state = optimizer.advance(state, gradhpo.Task(trains, val, *losses))
         else:
 
             def inner_step(state: Any, train: Points) -> tuple[Any, None]:
-                return optimizer.advance(state, train, val, *losses), None
+                return optimizer.advance(state, gradhpo.Task(train, val, *losses)), None
 
             state, _ = jax.lax.scan(inner_step, state, trains)
         phi = jax.tree.map(  # Reptile with rate 1, over the tasks in parallel

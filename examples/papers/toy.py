@@ -81,11 +81,11 @@ def descend(
     optimizer: Any, T: int, outer_steps: int, reading: str, w_0: jax.Array, lam_0: jax.Array
 ) -> Trace:
     """Return the trace of each start, `w_0` and `lam_0` of shape `(starts, 2)`."""
-    exact, rest = methods(T)["full"], (jnp.zeros(T), 0.0, train_loss, val_loss)
+    exact, task = methods(T)["full"], gradhpo.Task(jnp.zeros(T), 0.0, train_loss, val_loss)
 
     def outer_step(state: Any, n: jax.Array, w_0: jax.Array) -> tuple[Any, Trace]:
-        truth = estimate_at(exact, state, *rest).hypergradient
-        done = estimate_at(optimizer, fresh_state(optimizer, state), *rest)
+        truth = estimate_at(exact, state, task).hypergradient
+        done = estimate_at(optimizer, fresh_state(optimizer, state), task)
         # A = I - RATE·G is the same at all steps, so n T-step products are a power of it.
         steps = T * (n + 1) if reading == "on" else T
         whole = (1 - (1 - RATE * G) ** steps) * jax.grad(val_loss)(done.params, None, None)

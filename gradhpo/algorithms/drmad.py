@@ -13,7 +13,8 @@ import optax
 from gradhpo.hypergradient import Mode, validation
 from gradhpo.inner import Moved
 from gradhpo.optimizer import Estimate
-from gradhpo.state import BilevelState, LossFn, PyTree
+from gradhpo.state import BilevelState, PyTree
+from gradhpo.task import Carried, Task
 from gradhpo.unrolling import UnrollingMethod
 
 
@@ -50,32 +51,24 @@ class DrMADOptimizer(UnrollingMethod):
     inner_optimizer: Any = None
     outer_optimizer: Any = None
     unroll_steps: int = 1
-    update_fn: Callable[[Any, Any, Any], Any] | None = None
+    update_fn: Callable[..., Any] | None = None
     batches: Literal["repeat", "stack"] = "repeat"
     mode: Mode = "auto"
 
     auto_mode = "forward-over-reverse"  # measured in benchmarks/mixed_modes.py
 
-    def estimate(
-        self,
-        state: BilevelState,
-        train_batch: PyTree,
-        val_batch: PyTree,
-        train_loss_fn: LossFn,
-        val_loss_fn: LossFn,
-    ) -> Estimate:
+    def estimate(self, state: BilevelState, task: Task) -> Estimate:
         """Return `g_FO` plus the second-order term along the line."""
-        inner, lam, T = self.inner_step(train_loss_fn), state.hyperparams, self.unroll_steps
-        batch_at = self.batch_at(train_batch)
+        inner, lam, T = self.inner_step(task.train_loss), state.hyperparams, self.unroll_steps
+        first, batch_at = task.start(state), self.batch_at(task.train_batch)
 
-        def forward(carry: tuple[PyTree, PyTree], t: jax.Array) -> tuple[Any, Any]:
-            w, s, loss = inner(*carry, lam, batch_at(t))
-            return (w, s), (_recorded(carry[1]), loss)
+        def forward(carry: tuple[PyTree, Carried], t: jax.Array) -> tuple[Any, Any]:
+            w, s, *told = inner(*carry, lam, batch_at(t))
+            return (w, s), (_recorded(carry[1]), told)
 
-        first = (state.params, state.inner_opt_state)
-        last, (records, losses) = jax.lax.scan(forward, first, jnp.arange(T))
-        moved = Moved(last[0], last[1], losses[-1])
-        val = validation(val_loss_fn, moved.params, lam, val_batch)
+        last, (records, told) = jax.lax.scan(forward, first, jnp.arange(T))
+        moved = Moved(*last, *jax.tree.map(lambda rows: rows[-1], told))
+        val = validation(task, moved.params, moved.carried, lam)
 
         def backward(carry: tuple[PyTree, PyTree], step: Any) -> tuple[Any, None]:
             (cotangents, g_so), (t, record) = carry, step
@@ -87,10 +80,10 @@ class DrMADOptimizer(UnrollingMethod):
             *cotangents, alpha_b = pull(*cotangents)
             return (tuple(cotangents), optax.tree.add(g_so, alpha_b)), None  # g_SO ← g_SO + α·B̂_t
 
-        nothing = optax.tree.zeros_like(inner.differentiable_state(moved.opt_state))
+        nothing = optax.tree.zeros_like(inner.differentiable_state(moved.carried))
         start = ((val.alpha, nothing), val.direct)
         (_, g), _ = jax.lax.scan(backward, start, (jnp.arange(T), records), reverse=True)
-        return Estimate(g, *moved, val.loss)
+        return Estimate.of(g, moved, val)
 
 
 def _between(first: jax.Array, last: jax.Array, way: jax.Array) -> jax.Array:
@@ -99,13 +92,13 @@ def _between(first: jax.Array, last: jax.Array, way: jax.Array) -> jax.Array:
     return (first + way * (last - first)).astype(first.dtype)
 
 
-def _recorded(opt_state: PyTree) -> PyTree:
-    """Return the leaves of an optimizer's state that are on no line, None in place of others."""
+def _recorded(carried: Carried) -> Carried:
+    """Return the leaves of what a step carries that are on no line, None in place of others."""
 
     def record(leaf: jax.Array) -> jax.Array | None:
         return None if leaf.ndim > 0 and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
-    return jax.tree.map(record, opt_state)
+    return jax.tree.map(record, carried)
 
 
 def _is_none(value: Any) -> bool:

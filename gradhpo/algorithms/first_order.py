@@ -8,7 +8,8 @@ from typing import Any
 
 from gradhpo.hypergradient import validation
 from gradhpo.optimizer import Estimate, StatelessMethod
-from gradhpo.state import BilevelState, LossFn, PyTree
+from gradhpo.state import BilevelState
+from gradhpo.task import Task
 
 
 @dataclass(frozen=True)
@@ -26,20 +27,13 @@ class FOOptimizer(StatelessMethod):
 
     inner_optimizer: Any = None
     outer_optimizer: Any = None
-    update_fn: Callable[[Any, Any, Any], Any] | None = None
+    update_fn: Callable[..., Any] | None = None
 
     differentiates_inner = False
 
-    def estimate(
-        self,
-        state: BilevelState,
-        train_batch: PyTree,
-        val_batch: PyTree,
-        train_loss_fn: LossFn,
-        val_loss_fn: LossFn,
-    ) -> Estimate:
+    def estimate(self, state: BilevelState, task: Task) -> Estimate:
         """Return `g_FO` at `w_t`."""
-        w, s, lam = state.params, state.inner_opt_state, state.hyperparams
-        moved = self.inner_step(train_loss_fn)(w, s, lam, train_batch)
-        val = validation(val_loss_fn, moved.params, lam, val_batch)
-        return Estimate(val.direct, *moved, val.loss)
+        (w, s), lam = task.start(state), state.hyperparams
+        moved = self.inner_step(task.train_loss)(w, s, lam, task.train_batch)
+        val = validation(task, moved.params, moved.carried, lam)
+        return Estimate.of(val.direct, moved, val)

@@ -16,6 +16,7 @@ from gradhpo.hypergradient import Mode, validation
 from gradhpo.inner import Moved
 from gradhpo.optimizer import Estimate
 from gradhpo.state import BilevelState, LossFn, PyTree
+from gradhpo.task import Task
 from gradhpo.unrolling import UnrollingMethod
 
 
@@ -48,7 +49,7 @@ class GreedyOptimizer(UnrollingMethod):
     outer_optimizer: Any = None
     unroll_steps: int = 1
     gamma: float = 0.9
-    update_fn: Callable[[Any, Any, Any], Any] | None = None
+    update_fn: Callable[..., Any] | None = None
     batches: Literal["repeat", "stack"] = "repeat"
     mode: Mode = "auto"
 
@@ -66,13 +67,16 @@ class GreedyOptimizer(UnrollingMethod):
         val_batch: PyTree,
         train_loss_fn: LossFn,
         val_loss_fn: LossFn,
+        *,
+        key: jax.Array | None = None,
     ) -> BilevelState:
         """Take `unroll_steps` steps of the weights and one of λ; see `BilevelOptimizer.step`.
 
         There is no `lr_hyper`: the step size on λ lives in `outer_optimizer`. `state.step` grows
         by 1, and `train_loss` is that of the last inner step.
         """
-        return super().step(state, train_batch, val_batch, train_loss_fn, val_loss_fn)
+        losses = (train_loss_fn, val_loss_fn)
+        return super().step(state, train_batch, val_batch, *losses, key=key)
 
     def run(
         self,
@@ -86,6 +90,8 @@ class GreedyOptimizer(UnrollingMethod):
         lr_hyper: float | None = None,
         callback: Callable[[int, BilevelState], Any] | None = None,
         progress: bool | None = None,
+        *,
+        key: jax.Array | None = None,
     ) -> BilevelState:
         """Train for `M` episodes of one step each, `unroll_steps` inner steps; see the base class.
 
@@ -95,32 +101,25 @@ class GreedyOptimizer(UnrollingMethod):
             message = "GreedyOptimizer.run ignores lr_hyper: outer_optimizer has the step size"
             warnings.warn(message, UserWarning, stacklevel=2)
         draw = (get_train_batch, get_val_batch, train_loss_fn, val_loss_fn)
-        return super().run(state, M, *draw, lr_reptile, None, callback, progress)
+        return super().run(state, M, *draw, lr_reptile, None, callback, progress, key=key)
 
-    def estimate(
-        self,
-        state: BilevelState,
-        train_batch: PyTree,
-        val_batch: PyTree,
-        train_loss_fn: LossFn,
-        val_loss_fn: LossFn,
-    ) -> Estimate:
+    def estimate(self, state: BilevelState, task: Task) -> Estimate:
         """Return eq. 6 with the weights after T inner steps."""
-        lam, inner, last = state.hyperparams, self.inner_step(train_loss_fn), self.unroll_steps - 1
-        batch_at = self.batch_at(train_batch)
+        (w, s), lam, last = task.start(state), state.hyperparams, self.unroll_steps - 1
+        inner, batch_at = self.inner_step(task.train_loss), self.batch_at(task.train_batch)
 
         def greedy_step(w: PyTree, s: PyTree, acc: PyTree, t: Any) -> tuple[Moved, Any, PyTree]:
             moved, pull = inner.pullback(w, s, lam, batch_at(t))
-            val = validation(val_loss_fn, moved.params, lam, val_batch)
+            val = validation(task, moved.params, moved.carried, lam)
             # acc ← γ·acc + α_t·B_t
             return moved, val, optax.tree.add(optax.tree.scale(self.gamma, acc), pull(val.alpha))
 
         def body(carry: tuple[PyTree, PyTree, PyTree], t: Any) -> tuple[Any, None]:
             w, s, acc = carry
             moved, _, acc = greedy_step(w, s, acc, t)
-            return (moved.params, moved.opt_state, acc), None
+            return (moved.params, moved.carried, acc), None
 
-        start = (state.params, state.inner_opt_state, optax.tree.zeros_like(lam))
+        start = (w, s, optax.tree.zeros_like(lam))
         w, s, acc = jax.lax.scan(body, start, jnp.arange(last))[0] if last else start
         moved, val, acc = greedy_step(w, s, acc, last)
-        return Estimate(optax.tree.add(val.direct, acc), *moved, val.loss)
+        return Estimate.of(optax.tree.add(val.direct, acc), moved, val)

@@ -16,11 +16,11 @@ import optax
 
 from gradhpo import ema
 from gradhpo.compilation import jit
-from gradhpo.errors import check_count, check_hashable, check_number, stack, stack_length
+from gradhpo.errors import check_count, check_number, stack, stack_length
 from gradhpo.hypergradient import Mode, at_least_float32, norm, validation
-from gradhpo.inner import InnerStep
 from gradhpo.optimizer import Estimate, HypergradientMethod
 from gradhpo.state import BilevelState, LossFn, PyTree, as_array, prepare, remembered
+from gradhpo.task import Carried, Task
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class OnlineHypergradientOptimizer(HypergradientMethod):
     gamma: float = 0.99
     estimation_period: int = 50
     T: int = 20
-    update_fn: Callable[[Any, Any, Any], Any] | None = None
+    update_fn: Callable[..., Any] | None = None
     scale: Literal["paper", "unit"] = "paper"
     distill_data: bool = False
     mode: Mode = "auto"
@@ -88,12 +88,15 @@ class OnlineHypergradientOptimizer(HypergradientMethod):
         hyperparams: PyTree,
         train_batch: PyTree = None,
         key: jax.Array | None = None,
+        *,
+        model_state: PyTree = None,
     ) -> BilevelState:
         """Return the state before the first step; see `BilevelOptimizer.init`.
 
         Args:
           params: weights, a pytree of floating arrays.
           hyperparams: hyperparameters, a pytree of floating arrays.
+          model_state: what the losses remember, a pytree of arrays, for losses that take it.
           train_batch: with `distill_data`, a batch like those to come.
           key: with `distill_data`, the key that chooses rows.
         """
@@ -102,7 +105,7 @@ class OnlineHypergradientOptimizer(HypergradientMethod):
             raise ValueError("distill_data=True needs init(..., train_batch=, key=)")
         if not self.distill_data and (train_batch is not None or key is not None):
             raise ValueError("init takes train_batch and key only with distill_data=True")
-        state = super().init(params, hyperparams)
+        state = super().init(params, hyperparams, model_state=model_state)
         phi = jax.tree.map(jnp.copy, state.params)  # in buffers of its own
         memory = {"w_star": ema.distilled_start(state.params), "theta": 1.0, "phi": phi}
         if self.distill_data:
@@ -115,17 +118,10 @@ class OnlineHypergradientOptimizer(HypergradientMethod):
         state = super().reset(state, params)
         return state.update(metadata={"w_star": ema.distilled_start(params), "phi": params})
 
-    def estimate(
-        self,
-        state: BilevelState,
-        train_batch: PyTree,
-        val_batch: PyTree,
-        train_loss_fn: LossFn,
-        val_loss_fn: LossFn,
-    ) -> Estimate:
+    def estimate(self, state: BilevelState, task: Task) -> Estimate:
         """Return eq. 15 with `w_t`."""
-        w, s, lam, t = state.params, state.inner_opt_state, state.hyperparams, state.step + 1
-        inner = self.inner_step(train_loss_fn)
+        (w, s), lam, t = task.start(state), state.hyperparams, state.step + 1
+        train_batch, inner = task.train_batch, self.inner_step(task.train_loss)
         keep = ema.keep_fraction(self.gamma, t)
         memory = self._distill_batch(state, train_batch, keep)
         d_star = memory.get("d_star", train_batch)
@@ -135,11 +131,11 @@ class OnlineHypergradientOptimizer(HypergradientMethod):
         else:
             moved = inner(w, s, lam, train_batch)
             pull = inner.pullback(optax.tree.cast_like(w_star, w), s, lam, d_star)[1]
-        val = validation(val_loss_fn, moved.params, lam, val_batch)
+        val = validation(task, moved.params, moved.carried, lam)
         v = pull(val.alpha)
         second = optax.tree.scale(self._factor(v, remembered(state, "theta"), t), v)
         hypergradient = optax.tree.add(val.direct, optax.tree.cast_like(second, lam))
-        return Estimate(hypergradient, *moved, val.loss, {**memory, "w_star": w_star})
+        return Estimate.of(hypergradient, moved, val, {**memory, "w_star": w_star})
 
     def estimate_theta(
         self,
@@ -148,41 +144,35 @@ class OnlineHypergradientOptimizer(HypergradientMethod):
         val_batch: PyTree,
         train_loss_fn: LossFn,
         val_loss_fn: LossFn,
+        *,
+        key: jax.Array | None = None,
     ) -> jax.Array:
         """Return θ (Algorithm 4), from a run that starts at the state's weights.
 
         Memory grows with T copies of the weights and of the inner optimizer's state.
 
         Args:
-          state: its `params`, `inner_opt_state` and `hyperparams` are used; nothing is changed.
+          state: its weights, λ and the inner optimizer's state are used; nothing is changed.
           train_batches: a list of batches, of any length; or a stack of T of them, a batch with
             a leading axis of length T added.
           val_batch: a pytree of arrays, passed to `val_loss_fn`.
-          train_loss_fn: `(params, hyperparams, batch) -> scalar`.
-          val_loss_fn: `(params, hyperparams, batch) -> scalar`.
+          train_loss_fn: `(params, hyperparams, batch) -> scalar`, or more: see `Problem`.
+          val_loss_fn: `(params, hyperparams, batch) -> scalar`, or more: see `Problem`.
+          key: for losses that take a `key`.
 
         Returns:
           θ, a scalar array: `xᵀy/xᵀx`, or 1 where there is no second-order signal (x = 0).
         """
-        check_hashable("train_loss_fn", train_loss_fn)
-        check_hashable("val_loss_fn", val_loss_fn)
         if isinstance(train_batches, list):
             train_batches = stack("train_batches", train_batches)
         else:
             stack_length("train_batches", train_batches, expected=self.T)
-        state = prepare(state)
-        return _theta(self, state, train_batches, val_batch, train_loss_fn, val_loss_fn)
+        task = Task.of(train_batches, val_batch, train_loss_fn, val_loss_fn, key)
+        return _theta(self, prepare(state), task)
 
-    def calibrate(
-        self,
-        state: BilevelState,
-        train_batches: PyTree,
-        val_batch: PyTree,
-        train_loss_fn: LossFn,
-        val_loss_fn: LossFn,
-    ) -> BilevelState:
+    def calibrate(self, state: BilevelState, task: Task) -> BilevelState:
         """Return `state` with θ estimated anew; an estimate that diverges leaves θ as it was."""
-        theta = _algorithm_4(self, state, train_batches, val_batch, train_loss_fn, val_loss_fn)
+        theta = _algorithm_4(self, state, task)
         before = as_array(remembered(state, "theta"))
         theta = jnp.where(jnp.isfinite(theta), as_array(theta, before.dtype), before)
         return state.update(metadata={"theta": theta})
@@ -216,18 +206,18 @@ def _inverse(x: jax.Array) -> jax.Array:
 
 
 def _algorithm_4(
-    optimizer: OnlineHypergradientOptimizer,
-    state: BilevelState,
-    batches: PyTree,
-    val_batch: PyTree,
-    train_loss_fn: LossFn,
-    val_loss_fn: LossFn,
+    optimizer: OnlineHypergradientOptimizer, state: BilevelState, task: Task
 ) -> jax.Array:
-    lam, gamma, inner = state.hyperparams, optimizer.gamma, optimizer.inner_step(train_loss_fn)
+    lam, gamma, inner = state.hyperparams, optimizer.gamma, optimizer.inner_step(task.train_loss)
+    batches, start = task.train_batch, task.start(state)
     T = stack_length("train_batches", batches)
 
-    w_0, (w_T, trajectory) = state.params, _forward(inner, state, batches)
-    alpha_T = validation(val_loss_fn, w_T, lam, val_batch).alpha
+    def forward(carry: tuple[PyTree, Carried], batch: PyTree) -> tuple[Any, Any]:
+        moved = inner(*carry, lam, batch)
+        return (moved.params, moved.carried), carry
+
+    (w_T, s_T), trajectory = jax.lax.scan(forward, start, batches)
+    w_0, alpha_T = start[0], validation(task, w_T, s_T, lam).alpha
 
     def backward(carry: Any, step: Any) -> Any:
         alpha, g_so, w_star, d_star = carry
@@ -250,31 +240,13 @@ def _algorithm_4(
     key = remembered(state, "key") if optimizer.distill_data else jax.random.key(0)
     first_batch = jax.tree.map(lambda x: x[-1], batches)
     nothing = at_least_float32(optax.tree.zeros_like(lam))
-    start = (alpha_T, nothing, at_least_float32(w_T), first_batch)
+    last = (alpha_T, nothing, at_least_float32(w_T), first_batch)
     steps = (jnp.arange(1, T + 1), trajectory, batches, jax.random.split(key, T))
-    _, (x, y) = jax.lax.scan(backward, start, steps, reverse=True)
+    _, (x, y) = jax.lax.scan(backward, last, steps, reverse=True)
     signal = jnp.vdot(x, x)
     return jnp.where(signal == 0, 1, jnp.vdot(x, y) / jnp.where(signal == 0, 1, signal))
 
 
-def _forward(inner: InnerStep, state: BilevelState, batches: PyTree) -> tuple[PyTree, PyTree]:
-    """Return `w_T`, and the stacked `(w_{t-1}, s_{t-1})` before each of the T steps."""
-
-    def step(carry: tuple[PyTree, PyTree], batch: PyTree) -> tuple[Any, Any]:
-        moved = inner(*carry, state.hyperparams, batch)
-        return (moved.params, moved.opt_state), carry
-
-    (w_T, _), before = jax.lax.scan(step, (state.params, state.inner_opt_state), batches)
-    return w_T, before
-
-
-@functools.partial(jit, static_argnums=(0, 4, 5))
-def _theta(
-    optimizer: OnlineHypergradientOptimizer,
-    state: BilevelState,
-    train_batches: PyTree,
-    val_batch: PyTree,
-    train_loss_fn: LossFn,
-    val_loss_fn: LossFn,
-) -> jax.Array:
-    return _algorithm_4(optimizer, state, train_batches, val_batch, train_loss_fn, val_loss_fn)
+@functools.partial(jit, static_argnums=0)
+def _theta(optimizer: OnlineHypergradientOptimizer, state: BilevelState, task: Task) -> jax.Array:
+    return _algorithm_4(optimizer, state, task.at(state.step))

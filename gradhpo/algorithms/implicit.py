@@ -20,7 +20,8 @@ from gradhpo.errors import check_count, check_number
 from gradhpo.hypergradient import at_least_float32, norm, second_order, validation
 from gradhpo.inner import InnerStep
 from gradhpo.optimizer import Estimate
-from gradhpo.state import BilevelState, LossFn, PyTree
+from gradhpo.state import BilevelState, PyTree
+from gradhpo.task import Carried, Task
 from gradhpo.unrolling import UnrollingMethod
 
 
@@ -67,7 +68,7 @@ class ImplicitOptimizer(UnrollingMethod):
     solver: Literal["cg", "neumann"] = "cg"
     K: int = 10
     neumann_rate: float | None = None
-    update_fn: Callable[[Any, Any, Any], Any] | None = None
+    update_fn: Callable[..., Any] | None = None
     batches: Literal["repeat", "stack"] = "repeat"
 
     def __post_init__(self) -> None:
@@ -82,23 +83,18 @@ class ImplicitOptimizer(UnrollingMethod):
             eta = check_number("neumann_rate", self.neumann_rate, 0, float("inf"), open_low=True)
             object.__setattr__(self, "neumann_rate", eta)
 
-    def estimate(
-        self,
-        state: BilevelState,
-        train_batch: PyTree,
-        val_batch: PyTree,
-        train_loss_fn: LossFn,
-        val_loss_fn: LossFn,
-    ) -> Estimate:
+    def estimate(self, state: BilevelState, task: Task) -> Estimate:
         """Return `g_FO - xᵀ ∂²L_train/∂w∂λ` at `w_T`, `x` the solution of `H x = α`."""
-        lam, inner = state.hyperparams, self.inner_step(train_loss_fn)
-        batch = self.batch_at(train_batch)(self.unroll_steps - 1)
-        _refuse_unseen(inner, state, batch)
-        moved = self.unroll(inner, state, lam, train_batch)
-        val = validation(val_loss_fn, moved.params, lam, val_batch)
+        lam, inner = state.hyperparams, self.inner_step(task.train_loss)
+        batch = self.batch_at(task.train_batch)(self.unroll_steps - 1)
+        _refuse_unseen(inner, *task.start(state), lam, batch)
+        moved = self.unroll(inner, state, task, lam)
+        val = validation(task, moved.params, moved.carried, lam)
+
+        objective = inner.objective(moved.carried, batch)
 
         def gradient(w: PyTree) -> PyTree:
-            return jax.grad(inner.train_loss)(w, lam, batch)
+            return jax.grad(objective)(w, lam)
 
         hessian = jax.linearize(gradient, moved.params)[1]
         if self.neumann_rate is None:
@@ -112,9 +108,9 @@ class ImplicitOptimizer(UnrollingMethod):
         else:
             x = _neumann(hessian, val.alpha, self.K, self.neumann_rate)
 
-        point = (moved.params, lam, batch, x, None)
-        (mixed,) = second_order(inner.train_loss, *point, "forward-over-reverse", (1,))
-        return Estimate(optax.tree.sub(val.direct, mixed), *moved, val.loss)
+        point = (moved.params, lam, x, None)
+        (mixed,) = second_order(objective, *point, "forward-over-reverse", (1,))
+        return Estimate.of(optax.tree.sub(val.direct, mixed), moved, val)
 
 
 def _neumann(hessian: Callable[[PyTree], PyTree], alpha: PyTree, K: int, eta: float) -> PyTree:
@@ -172,21 +168,20 @@ def _add_scale(a: PyTree, factor: Any, b: PyTree) -> PyTree:
     return optax.tree.cast_like(optax.tree.add_scale(a, factor, b), a)
 
 
-def _refuse_unseen(inner: InnerStep, state: BilevelState, batch: PyTree) -> None:
+def _refuse_unseen(inner: InnerStep, w: PyTree, s: Carried, lam: PyTree, batch: PyTree) -> None:
     """Raise if a coordinate of λ enters the inner step's update, but not the training gradient."""
-    w, s, lam = state.params, state.inner_opt_state, state.hyperparams
-    loss, gradient = jax.eval_shape(inner.gradient, w, lam, batch)
+    loss, _, gradient = jax.eval_shape(inner.gradient, w, s, lam, batch)
 
     def update(lam: PyTree, gradient: PyTree, loss: Any) -> PyTree:
         if inner.update_fn is not None:
-            return inner.update_fn(w, lam, batch)
-        return inner.move(gradient, s, w, lam, loss)[0]
+            return inner(w, s, lam, batch).params
+        return inner.move(gradient, s.opt_state, w, lam, loss)[0]
 
     in_update = depends_by_coordinate(update, lam, gradient, loss)
     if not any(here.any() for here in in_update):
         return
     through = "update_fn" if inner.update_fn is not None else "inner_optimizer"
-    in_gradient = depends_by_coordinate(lambda lam: inner.gradient(w, lam, batch)[1], lam)
+    in_gradient = depends_by_coordinate(lambda lam: inner.gradient(w, s, lam, batch)[2], lam)
     paths = [keystr(path) for path, _ in tree_flatten_with_path(lam)[0]]
     for path, moves, seen in zip(paths, in_update, in_gradient, strict=True):
         for index in np.argwhere(moves & ~seen)[:1].tolist():

@@ -10,7 +10,8 @@ import optax
 
 from gradhpo.hypergradient import Mode, validation
 from gradhpo.optimizer import Estimate, StatelessMethod
-from gradhpo.state import BilevelState, LossFn, PyTree
+from gradhpo.state import BilevelState
+from gradhpo.task import Task
 
 
 @dataclass(frozen=True)
@@ -36,19 +37,12 @@ class OneStepOptimizer(StatelessMethod):
 
     inner_optimizer: Any = None
     outer_optimizer: Any = None
-    update_fn: Callable[[Any, Any, Any], Any] | None = None
+    update_fn: Callable[..., Any] | None = None
     mode: Mode = "auto"
 
-    def estimate(
-        self,
-        state: BilevelState,
-        train_batch: PyTree,
-        val_batch: PyTree,
-        train_loss_fn: LossFn,
-        val_loss_fn: LossFn,
-    ) -> Estimate:
+    def estimate(self, state: BilevelState, task: Task) -> Estimate:
         """Return `g_FO + α_t·B_t`, `B_t` at `w_{t-1}`."""
-        w, s, lam = state.params, state.inner_opt_state, state.hyperparams
-        moved, pull = self.inner_step(train_loss_fn).pullback(w, s, lam, train_batch)
-        val = validation(val_loss_fn, moved.params, lam, val_batch)
-        return Estimate(optax.tree.add(val.direct, pull(val.alpha)), *moved, val.loss)
+        (w, s), lam = task.start(state), state.hyperparams
+        moved, pull = self.inner_step(task.train_loss).pullback(w, s, lam, task.train_batch)
+        val = validation(task, moved.params, moved.carried, lam)
+        return Estimate.of(optax.tree.add(val.direct, pull(val.alpha)), moved, val)

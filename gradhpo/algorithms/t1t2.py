@@ -23,7 +23,8 @@ from gradhpo.hypergradient import (
 )
 from gradhpo.inner import InnerStep, Moved
 from gradhpo.optimizer import Estimate, HypergradientMethod
-from gradhpo.state import BilevelState, LossFn, PyTree, remembered
+from gradhpo.state import BilevelState, PyTree, remembered
+from gradhpo.task import Carried, Task
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class T1T2Optimizer(HypergradientMethod):
     outer_optimizer: Any = None
     gamma: float = 0.0
     T: int = 20
-    update_fn: Callable[[Any, Any, Any], Any] | None = None
+    update_fn: Callable[..., Any] | None = None
     eps: float | None = None
 
     def __post_init__(self) -> None:
@@ -76,9 +77,11 @@ class T1T2Optimizer(HypergradientMethod):
         """Whether λ is shifted, coordinate by coordinate."""
         return self.update_fn is not None
 
-    def init(self, params: PyTree, hyperparams: PyTree) -> BilevelState:
+    def init(
+        self, params: PyTree, hyperparams: PyTree, *, model_state: PyTree = None
+    ) -> BilevelState:
         """Return the state before the first step; see `BilevelOptimizer.init`."""
-        state = super().init(params, hyperparams)
+        state = super().init(params, hyperparams, model_state=model_state)
         if self.gamma == 0:
             return state
         return state.update(metadata={"w_star": ema.distilled_start(state.params)})
@@ -90,56 +93,49 @@ class T1T2Optimizer(HypergradientMethod):
             return state
         return state.update(metadata={"w_star": ema.distilled_start(params)})
 
-    def estimate(
-        self,
-        state: BilevelState,
-        train_batch: PyTree,
-        val_batch: PyTree,
-        train_loss_fn: LossFn,
-        val_loss_fn: LossFn,
-    ) -> Estimate:
+    def estimate(self, state: BilevelState, task: Task) -> Estimate:
         """Return `g_FO` plus the difference quotient in place of `α_t·B_t`."""
-        w, s, lam = state.params, state.inner_opt_state, state.hyperparams
-        inner = self.inner_step(train_loss_fn)
+        (w, s), lam, train_batch = task.start(state), state.hyperparams, task.train_batch
+        inner = self.inner_step(task.train_loss)
         memory: dict[str, Any] = {}
         if self.gamma > 0:
             keep = ema.keep_fraction(self.gamma, state.step + 1)
             memory["w_star"] = ema.distilled_point(remembered(state, "w_star"), w, keep)
         elif self.update_fn is None:
             moved, alpha_b = self._moved_with_difference(inner, w, s, lam, train_batch)
-            val = validation(val_loss_fn, moved.params, lam, val_batch)
-            return Estimate(optax.tree.add(val.direct, alpha_b(val.alpha)), *moved, val.loss)
+            val = validation(task, moved.params, moved.carried, lam)
+            return Estimate.of(optax.tree.add(val.direct, alpha_b(val.alpha)), moved, val)
         moved = inner(w, s, lam, train_batch)
-        val = validation(val_loss_fn, moved.params, lam, val_batch)
+        val = validation(task, moved.params, moved.carried, lam)
         at = optax.tree.cast_like(memory.get("w_star", w), w)
         if self.update_fn is None:
             alpha_b = self._moved_with_difference(inner, at, s, lam, train_batch)[1]
         else:
             alpha_b = self._coordinate_difference(inner, at, s, lam, train_batch)
-        return Estimate(optax.tree.add(val.direct, alpha_b(val.alpha)), *moved, val.loss, memory)
+        return Estimate.of(optax.tree.add(val.direct, alpha_b(val.alpha)), moved, val, memory)
 
     def _moved_with_difference(
-        self, inner: InnerStep, w: PyTree, s: PyTree, lam: PyTree, batch: PyTree
+        self, inner: InnerStep, w: PyTree, s: Carried, lam: PyTree, batch: PyTree
     ) -> tuple[Moved, Callable[[PyTree], PyTree]]:
         """Take the step from `w`, and return with it `α ↦ α·B` at `w` by eq. 8's difference."""
-        loss, gradient = inner.gradient(w, lam, batch)
-        (params, opt_state), pull = inner.pullback_move(gradient, s, w, lam, loss)
+        moved, gradient, pull = inner.moved_with_pull(w, s, lam, batch)
+        objective = inner.objective(s, batch)
 
         def grad_lambda(w: PyTree) -> PyTree:
-            return jax.grad(inner.train_loss, argnums=1)(w, lam, batch)
+            return jax.grad(objective, argnums=1)(w, lam)
 
         def alpha_b(alpha: PyTree) -> PyTree:
             # u = (∂w_t/∂G)ᵀα; `direct` is the optimizer's own dependence on λ.
             u, loss_bar, direct = pull(alpha)
             if loss_bar is not None:
                 direct = optax.tree.add_scale(direct, loss_bar, grad_lambda(w))
-            mixed = mixed_difference(inner.train_loss, w, lam, batch, u, gradient, self.eps)
+            mixed = mixed_difference(objective, w, lam, u, gradient, self.eps)
             return optax.tree.add(mixed, direct)
 
-        return Moved(params, opt_state, loss), alpha_b
+        return moved, alpha_b
 
     def _coordinate_difference(
-        self, inner: InnerStep, w: PyTree, s: PyTree, lam: PyTree, batch: PyTree
+        self, inner: InnerStep, w: PyTree, s: Carried, lam: PyTree, batch: PyTree
     ) -> Callable[[PyTree], PyTree]:
         def phi(lam: PyTree) -> PyTree:
             return inner(w, s, lam, batch).params

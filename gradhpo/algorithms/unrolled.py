@@ -8,11 +8,10 @@ from typing import Any, Literal
 
 import jax
 
-from gradhpo.errors import scalar_loss
-from gradhpo.hypergradient import Mode
-from gradhpo.inner import Moved
+from gradhpo.hypergradient import Mode, Validation
 from gradhpo.optimizer import Estimate
-from gradhpo.state import BilevelState, LossFn, PyTree
+from gradhpo.state import BilevelState, PyTree
+from gradhpo.task import Task
 from gradhpo.unrolling import REMATS, Remat, UnrollingMethod
 
 
@@ -38,6 +37,8 @@ class UnrolledOptimizer(UnrollingMethod):
       mode: how the derivatives of a step are taken: "reverse-over-reverse", "forward-over-reverse"
         or "reverse-over-forward", equal but for rounding. "auto" is the second where there is an
         `inner_optimizer`, which keeps nothing of the model; an `update_fn` has the first alone.
+      through_model_state: whether what the losses remember is differentiated too, exactly, from the
+        first step's on; otherwise it is a constant of each step.
 
     Raises:
       ValueError: if neither or both of `inner_optimizer` and `update_fn` are given, or `batches`,
@@ -53,10 +54,11 @@ class UnrolledOptimizer(UnrollingMethod):
     inner_optimizer: Any = None
     outer_optimizer: Any = None
     unroll_steps: int = 1
-    update_fn: Callable[[Any, Any, Any], Any] | None = None
+    update_fn: Callable[..., Any] | None = None
     batches: Literal["repeat", "stack"] = "repeat"
     remat: Remat = "none"
     mode: Mode = "auto"
+    through_model_state: bool = False
 
     auto_mode = "forward-over-reverse"  # measured in benchmarks/mixed_modes.py
 
@@ -65,21 +67,15 @@ class UnrolledOptimizer(UnrollingMethod):
         if self.remat not in REMATS:
             raise ValueError(f"remat must be one of {REMATS}, got {self.remat!r}")
 
-    def estimate(
-        self,
-        state: BilevelState,
-        train_batch: PyTree,
-        val_batch: PyTree,
-        train_loss_fn: LossFn,
-        val_loss_fn: LossFn,
-    ) -> Estimate:
+    def estimate(self, state: BilevelState, task: Task) -> Estimate:
         """Return the gradient of `L_val(w_T(λ), λ)`."""
-        inner, val_loss = self.inner_step(train_loss_fn), scalar_loss("val_loss_fn", val_loss_fn)
+        inner = self.inner_step(task.train_loss)
 
-        def objective(lam: PyTree) -> tuple[jax.Array, Moved]:
-            moved = self.unroll(inner.differentiable, state, lam, train_batch, self.remat)
-            return val_loss(moved.params, lam, val_batch), moved
+        def objective(lam: PyTree) -> tuple[jax.Array, Any]:
+            moved = self.unroll(inner.differentiable, state, task, lam, self.remat)
+            loss, metrics = task.validate(moved.params, moved.carried, lam)
+            return loss, (moved, metrics)
 
-        moved: Moved
-        (loss, moved), g = jax.value_and_grad(objective, has_aux=True)(state.hyperparams)
-        return Estimate(g, *moved, loss)
+        lam = state.hyperparams
+        (loss, (moved, metrics)), g = jax.value_and_grad(objective, has_aux=True)(lam)
+        return Estimate.of(g, moved, Validation(loss, None, None, metrics))

@@ -1,0 +1,441 @@
+"""Losses that remember (running statistics), draw (dropout) and report, for every method."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gradhpo
+from gradhpo import Aux, Problem, Task, solve
+from gradhpo.parallel import Population, data_parallel, make_mesh
+from tests.problems import assert_close, assert_same_bits
+from tests.small import OPTIMIZERS, REFERENCES, UNROLLING
+
+METHODS = OPTIMIZERS | REFERENCES
+RNG = np.random.default_rng(1)
+X, TARGETS = RNG.normal(size=(16, 4)), RNG.normal(size=16)
+PARAMS = {"in": RNG.normal(size=(4, 5)) / 2, "scale": np.ones(5), "out": RNG.normal(size=5)}
+LAM = {"decay": np.full((), -2.0), "shift": np.zeros(5)}
+STATE = {"mean": np.zeros(5), "var": np.ones(5), "count": np.zeros((), np.int32)}
+BATCH = (X, TARGETS)
+INNER = optax.sgd(0.05, momentum=0.9)
+KEPT = 0.8
+"""Of the units, by dropout."""
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def normalized(params, lam, x, mean, var):
+    h = x @ params["in"] + lam["shift"]
+    return h, params["scale"] * (h - mean) / jnp.sqrt(var + 1e-3)
+
+
+def train_loss(params, lam, batch, *, model_state, key):
+    """Batch normalization by the batch, with running statistics, then dropout."""
+    x, y = batch
+    h = x @ params["in"] + lam["shift"]
+    mean, var = h.mean(0), h.var(0)
+    z = jnp.tanh(normalized(params, lam, x, mean, var)[1])
+    mask = jax.random.bernoulli(key, KEPT, z.shape)
+    out = jnp.where(mask, z / KEPT, 0) @ params["out"]
+    decay = jnp.exp(lam["decay"]) * sum(jnp.sum(w**2) for w in jax.tree.leaves(params))
+    new = {
+        "mean": 0.9 * model_state["mean"] + 0.1 * mean,
+        "var": 0.9 * model_state["var"] + 0.1 * var,
+        "count": model_state["count"] + 1,
+    }
+    loss = jnp.mean((out - y) ** 2) + decay
+    return loss, Aux(model_state=new, metrics={"kept": mask.mean(), "units": mask.size})
+
+
+def val_loss(params, lam, batch, *, model_state):
+    """The same by the running statistics."""
+    x, y = batch
+    mean, var = model_state["mean"], model_state["var"]
+    out = jnp.tanh(normalized(params, lam, x, mean, var)[1]) @ params["out"]
+    return jnp.mean((out - y) ** 2), Aux(metrics={"worst": jnp.max(jnp.abs(out - y))})
+
+
+def made(name, outer=None, **settings):
+    settings = {"inner_optimizer": INNER} | settings
+    if name in UNROLLING:
+        settings = {"unroll_steps": 3} | settings
+    if name == "implicit":
+        settings |= {"K": 2}
+    return METHODS[name](outer_optimizer=outer or optax.sgd(0.0), **settings)
+
+
+def by_hand(key, steps, unroll, lam=LAM):
+    """Train in plain JAX and optax; `unroll` inner steps share what one step is given."""
+    params, state = jax.tree.map(jnp.asarray, (PARAMS, STATE))
+    opt_state, rows = INNER.init(params), []
+    for step in range(steps):
+        here = jax.random.fold_in(key, step)
+        for _ in range(unroll):
+            used = jax.random.fold_in(here, 0)
+            grad = jax.value_and_grad(train_loss, has_aux=True)
+            (loss, aux), g = grad(params, lam, BATCH, model_state=state, key=used)
+            updates, opt_state = INNER.update(g, opt_state, params)
+            params, state = optax.apply_updates(params, updates), aux.model_state
+            here = jax.random.fold_in(here, 1)
+        val, aux_val = val_loss(params, lam, BATCH, model_state=state)
+        told = (aux.metrics["kept"], aux.metrics["units"], aux_val.metrics["worst"])
+        rows.append([loss, val, *told])
+    return params, opt_state, state, np.asarray(rows)
+
+
+NAMES = ("train_loss", "val_loss", "train_kept", "train_units", "val_worst")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_as_a_loop_by_hand(name):
+    """With λ held, all methods move weights, statistics and keys as plain training does."""
+    optimizer, key = made(name), jax.random.key(3)
+    state, rows = optimizer.init(PARAMS, LAM, model_state=STATE), []
+    for _ in range(3):
+        state = optimizer.step(state, BATCH, BATCH, train_loss, val_loss, key=key)
+        rows.append([state.metadata[name] for name in NAMES])
+    params, opt_state, model_state, expected = by_hand(key, 3, 3 if name in UNROLLING else 1)
+    assert_close(state.params, params, rtol=1e-9)
+    assert_close(state.inner_opt_state, opt_state, rtol=1e-9, atol=1e-14)
+    assert_close(state.model_state, model_state, rtol=1e-9)
+    assert int(state.model_state["count"]) == (9 if name in UNROLLING else 3)
+    assert_close(np.asarray(rows), expected, rtol=1e-9)
+
+
+def plain_objective(T, key, through):
+    """L_val(w_T(λ), λ) by a loop, with the statistics differentiated or not."""
+
+    def objective(lam):
+        params, state = jax.tree.map(jnp.asarray, (PARAMS, STATE))
+        opt_state, here = INNER.init(params), key
+        for _ in range(T):
+            used = jax.random.fold_in(here, 0)
+            grad = jax.grad(train_loss, has_aux=True)
+            g, aux = grad(params, lam, BATCH, model_state=state, key=used)
+            updates, opt_state = INNER.update(g, opt_state, params)
+            params = optax.apply_updates(params, updates)
+            state = aux.model_state if through else jax.lax.stop_gradient(aux.model_state)
+            here = jax.random.fold_in(here, 1)
+        return val_loss(params, lam, BATCH, model_state=state)[0]
+
+    return objective
+
+
+@pytest.mark.parametrize("through", [False, True])
+@pytest.mark.parametrize("name", ["unrolled", "forward"])
+def test_the_unrolled_gradient_goes_through_the_statistics_where_it_is_told_to(name, through):
+    optimizer = made(name, through_model_state=through)
+    state, key = optimizer.init(PARAMS, LAM, model_state=STATE), jax.random.key(3)
+    found = optimizer.estimate(state, Task(BATCH, BATCH, train_loss, val_loss, key)).hypergradient
+    exact = jax.grad(plain_objective(3, key, through))(LAM)
+    assert_close(found, exact, rtol=1e-9)
+    other = jax.grad(plain_objective(3, key, not through))(LAM)
+    assert not np.allclose(found["decay"], other["decay"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["reverse-over-reverse", "forward-over-reverse"])
+@pytest.mark.parametrize("name", ["one-step", "greedy", "drmad", "unrolled"])
+def test_one_inner_step_is_differentiated_exactly_in_every_mode(name, mode):
+    unroll = {"unroll_steps": 1} if name in UNROLLING else {}
+    optimizer = made(name, mode=mode, **unroll)
+    state, key = optimizer.init(PARAMS, LAM, model_state=STATE), jax.random.key(3)
+    given = (state, BATCH, BATCH, train_loss, val_loss)
+    found = optimizer.compute_hypergradient(*given, key=key)
+    exact = jax.grad(plain_objective(1, jax.random.fold_in(key, 0), False))(LAM)
+    assert_close(found, exact, rtol=1e-9)
+
+
+def test_differences_and_implicit_see_the_mask_of_their_step():
+    """T1-T2's shifted losses draw the dropout mask that the step drew."""
+    t1t2, exact = made("t1t2"), made("one-step")
+    state = exact.init(PARAMS, LAM, model_state=STATE)
+    given = (state, BATCH, BATCH, train_loss, val_loss)
+    a, b = (o.compute_hypergradient(*given, key=jax.random.key(3)) for o in (t1t2, exact))
+    assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def draw(key):
+    rows = jax.random.permutation(key, 16)[:8]
+    x, y = jnp.asarray(X), jnp.asarray(TARGETS)
+    return (x[rows], y[rows]), (x, y)
+
+
+def start(key):
+    params = jax.tree.map(lambda w: w + 0.1 * jax.random.normal(key, w.shape), PARAMS)
+    return params, jax.tree.map(jnp.asarray, LAM), STATE
+
+
+def measure(params, lam, *, model_state):
+    return {
+        "mean": model_state["mean"].mean(),
+        "val": val_loss(params, lam, BATCH, model_state=model_state)[0],
+    }
+
+
+PROBLEM = Problem(start, train_loss, val_loss, batch=draw, metrics=measure)
+
+
+@pytest.mark.parametrize("name", ["one-step", "hyperdistill", "greedy"])
+def test_solve_draws_anew_at_each_step_and_tells_what_the_losses_tell(name):
+    optimizer = made(name, optax.adam(0.01))
+    key = jax.random.key(5)
+    solution = solve(PROBLEM, optimizer, 6, key, eval_every=3)
+    kept = solution.metrics["train_kept"]
+    assert len(set(kept.tolist())) > 1
+    assert solution.metrics["val_worst"].shape == (6,)
+    assert int(solution.state.model_state["count"]) == 6 * getattr(optimizer, "unroll_steps", 1)
+    assert solution.evals["val"].shape == (2,)
+    half = solve(PROBLEM, optimizer, 3, key)
+    resumed = solve(PROBLEM, optimizer, 6, key, resume=half)
+    assert_close(resumed.state, solution.state, rtol=1e-12)
+    batched = solve(PROBLEM, optimizer, 6, jax.random.split(key, 2))
+    assert (batched.metrics["train_kept"][:, 0] != batched.metrics["train_kept"][:, 1]).any()
+
+
+@pytest.mark.parametrize("lr_reptile", [0.0, 0.5, 1.0])
+def test_an_episode_begins_with_the_statistics_where_its_weights_begin(lr_reptile):
+    optimizer = made("one-step")
+    run = solve(PROBLEM, optimizer, 4, jax.random.key(5), episode_length=4, lr_reptile=lr_reptile)
+    plain = solve(PROBLEM, optimizer, 4, jax.random.key(5)).state.model_state
+    for name in ("mean", "var"):
+        expected = STATE[name] + lr_reptile * (plain[name] - STATE[name])
+        assert_close(run.state.model_state[name], expected, rtol=1e-9, atol=1e-12)
+    assert int(run.state.model_state["count"]) == (0 if lr_reptile == 0 else 4)
+    # `run` has the same rule, and its own draws.
+    state = optimizer.init(PARAMS, LAM, model_state=STATE)
+    batches = (lambda: BATCH, lambda: BATCH)
+    after = optimizer.run(
+        state, 1, 4, *batches, train_loss, val_loss, lr_reptile, key=jax.random.key(7)
+    )
+    _, _, by_loop, _ = by_hand(jax.random.key(7), 4, 1)
+    for name in ("mean", "var"):
+        expected = STATE[name] + lr_reptile * (by_loop[name] - STATE[name])
+        assert_close(after.model_state[name], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_fresh_episodes_begin_with_fresh_statistics():
+    optimizer = made("one-step")
+    run = solve(PROBLEM, optimizer, 5, jax.random.key(5), episode_length=4, episode_init="fresh")
+    assert int(run.state.model_state["count"]) == 1
+
+
+@pytest.mark.parametrize("layout", ["vmap", "map"])
+def test_a_population_gives_each_slot_its_own_mask_and_statistics(layout):
+    optimizer = made("one-step", optax.adam(0.01))
+    keys = jax.random.split(jax.random.key(5), 3)
+    trials = Population(PROBLEM, optimizer, 3, batching=layout)
+    state, rows = trials.run(trials.init(keys), 4, keys)
+    assert len(set(rows["train_kept"][0].tolist())) == 3
+    alone = solve(PROBLEM, optimizer, 4, keys[1])
+    assert_close(rows["val_worst"][:, 1], alone.metrics["val_worst"], rtol=1e-9)
+    slot = jax.tree.map(lambda x: x[1], state.model_state)
+    assert_close(slot, alone.state.model_state, rtol=1e-9)
+
+
+def mean_train(params, lam, batch, *, model_state, key):
+    """Without anything that a part of the batch sees otherwise than the whole."""
+    del key
+    x, y = batch
+    out = x @ params["in"][:, 0] - model_state["mean"][0]
+    new = {**model_state, "mean": 0.9 * model_state["mean"] + 0.1 * (x @ params["in"]).mean(0)}
+    loss = jnp.mean((out - y) ** 2) + jnp.exp(lam["decay"]) * jnp.sum(params["in"] ** 2)
+    return loss, Aux(model_state=new, metrics={"out": out.mean()})
+
+
+def mean_val(params, lam, batch, *, model_state):
+    x, y = batch
+    return jnp.mean((x @ params["in"][:, 0] - model_state["mean"][0] - y) ** 2), Aux()
+
+
+def reading(key):
+    return jax.random.uniform(key)
+
+
+def drawing_train(params, lam, batch, *, key):
+    x, y = batch
+    value = jnp.mean((x @ params["in"][:, 0] - y) ** 2) * jnp.exp(lam["decay"])
+    return value, Aux(metrics={"drawn": reading(key), "square": reading(key) ** 2})
+
+
+@pytest.mark.parametrize("backend", ["shard_map", "auto", "pmap"])
+def test_statistics_of_parts_are_averaged(backend):
+    lam = {"decay": LAM["decay"]}
+    optimizer = made("one-step", optax.sgd(0.1))
+    parallel = data_parallel(optimizer, make_mesh(data=4), backend=backend)
+    states = []
+    for each in (optimizer, parallel):
+        state = each.init(PARAMS, lam, model_state=STATE)
+        for _ in range(2):
+            args = (state, BATCH, BATCH, mean_train, mean_val)
+            state = each.step(*args, key=jax.random.key(0))
+        states.append(jax.device_get(state))
+    assert_close(states[1], states[0], rtol=1e-9, atol=1e-12)
+
+
+def test_each_device_draws_its_own():
+    lam = {"decay": LAM["decay"]}
+    parallel = data_parallel(made("one-step", optax.sgd(0.1)), make_mesh(data=4))
+    state = parallel.init(PARAMS, lam)
+    args = (state, BATCH, BATCH, drawing_train, lambda w, lam, batch: jnp.sum(w["in"] ** 2))
+    told = parallel.step(*args, key=jax.random.key(0)).metadata
+    # The variance over four devices is not 0, so they drew different numbers.
+    assert float(told["train_square"]) - float(told["train_drawn"]) ** 2 > 1e-3
+
+
+class FiniteDifferences(gradhpo.BilevelOptimizer):
+    """An optimizer of one's own, whose losses are plain functions to it."""
+
+    def init(self, params, hyperparams, *, model_state=None):
+        states = (self.inner_optimizer.init(params), self.outer_optimizer.init(hyperparams))
+        return gradhpo.BilevelState.create(params, hyperparams, *states, model_state=model_state)
+
+    def compute_hypergradient(self, state, train_batch, val_batch, train_loss_fn, val_loss_fn):
+        lam = state.hyperparams
+
+        def objective(lam):
+            g = jax.grad(train_loss_fn)(state.params, lam, train_batch)
+            updates, _ = self.inner_optimizer.update(g, state.inner_opt_state, state.params)
+            return val_loss_fn(optax.apply_updates(state.params, updates), lam, val_batch)
+
+        return jax.grad(objective)(lam)
+
+
+def test_an_optimizer_of_ones_own_takes_losses_that_remember():
+    own = FiniteDifferences(INNER, optax.sgd(0.0))
+    state = own.init(PARAMS, LAM, model_state=STATE)
+    state = own.step(state, BATCH, BATCH, train_loss, val_loss, key=jax.random.key(3))
+    params, _, model_state, rows = by_hand(jax.random.key(3), 1, 1)
+    assert_close(state.params, params, rtol=1e-9)
+    assert_close(state.model_state, model_state, rtol=1e-9)
+    assert_close(state.metadata["train_kept"], rows[0, 2], rtol=1e-9)
+
+
+# --- Integers among the weights of an update_fn ------------------------------------------------
+
+ADAM = optax.adam(0.05)
+
+
+def no_memory_train(params, lam, batch):
+    x, y = batch
+    h = jnp.tanh(x @ params["in"] + lam["shift"])
+    decay = jnp.exp(lam["decay"]) * jnp.sum(params["in"] ** 2)
+    return jnp.mean((h @ params["out"] - y) ** 2) + decay
+
+
+def no_memory_val(params, lam, batch):
+    x, y = batch
+    return jnp.mean((jnp.tanh(x @ params["in"] + lam["shift"]) @ params["out"] - y) ** 2)
+
+
+def adam_step(both, lam, batch):
+    params, opt_state = both
+    updates, opt_state = ADAM.update(jax.grad(no_memory_train)(params, lam, batch), opt_state)
+    return optax.apply_updates(params, updates), opt_state
+
+
+def of_first(loss):
+    return lambda both, lam, batch: loss(both[0], lam, batch)
+
+
+OF_FIRST = (of_first(no_memory_train), of_first(no_memory_val))
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "implicit"])
+def test_counts_among_the_weights_are_carried_on(name):
+    """optax.adam's state as weights of an `update_fn`: its count, an integer, and dead units."""
+    params = {"in": PARAMS["in"], "out": PARAMS["out"], "dead": np.zeros(3)}
+    state = (params, ADAM.init(jax.tree.map(jnp.asarray, params)))
+    own = made(name, optax.sgd(0.01), inner_optimizer=None, update_fn=adam_step)
+    other = made(name, optax.sgd(0.01), inner_optimizer=ADAM)
+    a, b = own.init(state, LAM), other.init(params, LAM)
+    for _ in range(2):
+        a = own.step(a, BATCH, BATCH, *OF_FIRST)
+        b = other.step(b, BATCH, BATCH, no_memory_train, no_memory_val)
+    assert int(a.params[1][0].count) == (6 if name in UNROLLING else 2)
+    assert_close(a.params[0], b.params, rtol=1e-9)
+    if name not in ("drmad", "t1t2", "hyperdistill"):  # what they average or shift is another tree
+        assert_close(a.hyperparams, b.hyperparams, rtol=1e-7)
+    assert bool(a.finite())
+    if name == "one-step":
+        again = solve(
+            Problem(lambda key: (state, LAM), *OF_FIRST, batch=lambda key: (BATCH, BATCH)),
+            own, 4, jax.random.key(0), episode_length=2, lr_reptile=0.5,
+        )  # fmt: skip
+        assert int(again.state.params[1][0].count) == 4
+
+
+# --- What is refused --------------------------------------------------------------------------
+
+
+def failing(train=train_loss, val=val_loss, model_state=STATE, key=True):
+    optimizer = made("one-step")
+    state = optimizer.init(PARAMS, LAM, model_state=model_state)
+    given = {"key": jax.random.key(0)} if key else {}
+    return optimizer.step(state, BATCH, BATCH, train, val, **given)
+
+
+def returning(**aux):
+    def train(params, lam, batch, *, model_state, key):
+        loss, made = train_loss(params, lam, batch, model_state=model_state, key=key)
+        return loss, dataclasses.replace(made, **aux)
+
+    return train
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"model_state": None}, ValueError, "train_loss.* takes model_state, and there is none"),
+        ({"key": False}, ValueError, "train_loss.* takes key, and there is none: pass key="),
+        (
+            {"train": returning(model_state={"mean": np.zeros(5)})},
+            ValueError,
+            r"train_loss_fn's model_state lacks the leaf \['count'\]",
+        ),
+        ({"train": returning(metrics={"loss": 1.0})}, ValueError, "names other than 'loss'"),
+        ({"train": returning(metrics={"h": np.ones(2)})}, ValueError, "'h'.* must be a scalar"),
+        ({"train": returning(metrics=[1.0])}, TypeError, "Aux.metrics must be a dict, got list"),
+        (
+            {"val": lambda w, lam, b, model_state: (jnp.sum(w["out"]), Aux(model_state))},
+            ValueError,
+            "val_loss_fn returns a model_state: it may read it",
+        ),
+        (
+            {"val": lambda w, lam, b: (jnp.sum(w["out"]), {"a": 1})},
+            TypeError,
+            r"one floating-point scalar, or \(scalar, gradhpo.Aux\(...\)\), got tuple",
+        ),
+    ],
+)
+def test_what_is_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        failing(**arguments)
+
+
+def test_modes_and_old_signatures_are_refused_by_name():
+    with pytest.raises(ValueError, match="through_model_state=True needs"):
+        made("unrolled", through_model_state=True, mode="forward-over-reverse")
+    with pytest.raises(TypeError, match=r"Old.estimate must take \(self, state, task\)"):
+
+        class Old(gradhpo.OneStepOptimizer):
+            def estimate(self, state, train_batch, val_batch, train_loss_fn, val_loss_fn):
+                raise NotImplementedError
+
+
+def test_plain_losses_leave_the_state_as_it_was():
+    """No leaf more, so that what was saved before is read."""
+    optimizer = made("hyperdistill")
+    state = optimizer.init({"in": PARAMS["in"], "out": PARAMS["out"]}, LAM)
+    state = optimizer.step(state, BATCH, BATCH, no_memory_train, no_memory_val)
+    names = {*gradhpo.state.METRICS, "w_star", "theta", "phi"}
+    assert set(state.metadata) == names
+    assert state.model_state is None
+    assert_same_bits(jax.tree.leaves(state.model_state), [])
