@@ -37,6 +37,7 @@ def test_an_optimizer_with_a_key_in_its_state(name):
 
 
 @pytest.mark.parametrize("kind", slow_but([OneStepOptimizer, T1T2Optimizer], OneStepOptimizer))
+@pytest.mark.slow
 def test_embedding_rows_that_no_batch_has_used_under_adam(kind):
     # Their v is 0, so Adam's derivative there is 1/1e-8; their mixed derivative is 0.
     rng = np.random.default_rng(0)
@@ -181,6 +182,7 @@ def test_a_first_state_may_be_donated(name):
     jax.block_until_ready(jax.jit(step, donate_argnums=0)(state))
 
 
+@pytest.mark.slow
 def test_hyperdistill_under_a_rate_that_makes_theta_diverge():
     optimizer = OnlineHypergradientOptimizer(optax.sgd(100.0), T=40)
     with pytest.warns(match="stopped being finite"):

@@ -25,6 +25,7 @@ from gradhpo import (
     vjp_wrt_lambda,
 )
 from gradhpo.parallel.compilations import CompileCounter
+from tests.quick import slow_but
 
 M, T = 20, 20
 RNG = np.random.default_rng(0)
@@ -99,14 +100,20 @@ def play(optimizer, *T, **settings):
     return final, seen, compiled.count
 
 
+ONE_STEP = OneStepOptimizer(update_fn=update_fn)
+
+
 @pytest.mark.parametrize(
     ("optimizer", "length"),
-    [
-        (OnlineHypergradientOptimizer(update_fn=update_fn, estimation_period=10, T=T), ()),
-        (OneStepOptimizer(update_fn=update_fn), (T,)),
-        (FOOptimizer(update_fn=update_fn), (T,)),
-        pytest.param(T1T2Optimizer(update_fn=update_fn, T=T), (), marks=pytest.mark.slow),
-    ],
+    slow_but(
+        [
+            (OnlineHypergradientOptimizer(update_fn=update_fn, estimation_period=10, T=T), ()),
+            (ONE_STEP, (T,)),
+            (FOOptimizer(update_fn=update_fn), (T,)),
+            (T1T2Optimizer(update_fn=update_fn, T=T), ()),
+        ],
+        (ONE_STEP, (T,)),
+    ),
     ids=lambda value: type(value).__name__,
 )
 def test_the_demo_runs_unchanged_and_compiles_its_step_once(optimizer, length):

@@ -67,7 +67,7 @@ CASES = {
     "grouped, larger kernel": case((2, 2, 2, 4), (3, 3, 2, 6), feature_group_count=2),
     "batch groups": case((6, 5, 4, 3), (3, 3, 3, 4), batch_group_count=2),
 }
-QUICK = ["2-D", "depthwise, multiplied", "grouped", "batch groups"]
+QUICK = ["2-D", "depthwise, multiplied"]
 # Sums in another order: these equal XLA's to rounding, the others to the bit.
 ROUNDED = re.compile("depthwise|group|larger|transposed|negative")
 
@@ -287,6 +287,7 @@ def test_solve_is_the_loop_of_steps(method, x64):
 
 
 @pytest.mark.parametrize("batching", slow_but(["map", "vmap"], "map"))
+@pytest.mark.slow
 def test_a_population_has_no_slow_form(batching):
     population = Population(problem(), METHODS["one-step"], 2, batching=batching)
     state = population.init(jax.random.key(0))
@@ -307,6 +308,7 @@ def test_auto_tries_no_groups_on_a_cpu():
 
 
 @pytest.mark.parametrize("backend", slow_but(["shard_map", "auto"], "shard_map"))
+@pytest.mark.slow
 def test_data_parallel_convolves_as_one_device(backend):
     one = METHODS["one-step"]
     many = data_parallel(one, make_mesh(data=2), backend=backend)

@@ -98,7 +98,8 @@ class OwnOptimizer(gradhpo.BilevelOptimizer):
     slow_but(
         [(name, 4) for name in [*OPTIMIZERS, *REFERENCES]]
         + [("one-step", devices) for devices in (2, 8)],
-        *((name, 4) for name in OPTIMIZERS),
+        ("one-step", 4),
+        ("hyperdistill", 4),
     ),
 )
 def test_shard_map_equals_one_device(name, devices, x64):
@@ -115,7 +116,7 @@ def test_shard_map_equals_one_device(name, devices, x64):
     assert compiled.count < 40  # init's small programs and one step, not one for each step
 
 
-@pytest.mark.parametrize("backend", ["auto", "pmap"])
+@pytest.mark.parametrize("backend", slow_but(["auto", "pmap"], "auto"))
 @pytest.mark.parametrize("name", slow_but(OPTIMIZERS, "one-step"))
 def test_other_backends_equal_one_device(name, backend, x64):
     optimizer = build(name)
@@ -164,7 +165,9 @@ def reductions(optimizer):
 @pytest.mark.parametrize(
     ("name", "needed"),
     # T1-T2 has one more, in a branch for outsized weights.
-    [("first-order", 2), ("one-step", 3), ("t1t2", 4), ("hyperdistill", 3)],
+    slow_but(
+        [("first-order", 2), ("one-step", 3), ("t1t2", 4), ("hyperdistill", 3)], ("one-step", 3)
+    ),
 )
 def test_a_step_reduces_once_for_each_gradient(name, needed):
     assert reductions(data_parallel(build(name), make_mesh(data=4))) == needed
@@ -186,6 +189,7 @@ def test_greedys_reductions_do_not_grow_with_its_unroll():
 
 @pytest.mark.filterwarnings("ignore:.*'decay'. gets no hypergradient")  # these losses have none
 @pytest.mark.parametrize("backend", slow_but(["shard_map", "pmap"], "shard_map"))
+@pytest.mark.slow
 def test_losses_that_sum(backend, x64):
     def sums(loss):
         return lambda params, lam, batch: jnp.sum(loss(params, lam, batch))
@@ -254,6 +258,7 @@ def test_an_optimizer_that_uses_its_part_of_the_batch(backend, x64):
 
 @pytest.mark.filterwarnings("ignore:.*'decay'. gets no hypergradient")  # these losses have none
 @pytest.mark.parametrize("backend", slow_but(["shard_map", "pmap"], "shard_map"))
+@pytest.mark.slow
 def test_statistics_of_the_whole_batch_inside_a_loss(backend, x64):
     def centred(mean):
         def loss(params, lam, batch):
@@ -270,6 +275,7 @@ def test_statistics_of_the_whole_batch_inside_a_loss(backend, x64):
     assert_close(jax.device_get(many), jax.device_get(one), rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_compute_hypergradient_is_that_of_the_whole_batch(x64):
     optimizer = build("one-step")
     parallel = data_parallel(optimizer, make_mesh(data=8))
@@ -296,6 +302,7 @@ def problem():
 
 
 @pytest.mark.parametrize("name", slow_but(["one-step", "hyperdistill"], "one-step"))
+@pytest.mark.slow
 def test_under_solve_with_calibration(name, x64):
     settings = {"T": 4} if name == "hyperdistill" else {}
     optimizer = build(name, **settings)
@@ -306,6 +313,7 @@ def test_under_solve_with_calibration(name, x64):
 
 
 @pytest.mark.parametrize("name", slow_but(OPTIMIZERS, "one-step"))
+@pytest.mark.slow
 def test_run_in_episodes(name, x64):
     own = {"T": 3} if name in ("t1t2", "hyperdistill") else {}
     length = (3,) if name in ("first-order", "one-step") else ()
@@ -381,6 +389,7 @@ def test_a_hundred_million_hyperparameters_take_a_step():
 
 
 @pytest.mark.filterwarnings("ignore:.*'decay'. gets no hypergradient")  # these losses have none
+@pytest.mark.slow
 def test_a_padded_batch_gives_the_mean_of_its_rows(x64):
     uneven = jax.tree.map(lambda x: x[:13], rows(0))
     padded, weights = pad_batch(uneven, 4)

@@ -78,6 +78,7 @@ def test_a_quadratic_in_closed_form():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_an_online_method_walks_as_in_a_run():
     """The estimate at the end is that of T steps of `step` with a rate of 0 on λ."""
     optimizer = gradhpo.OnlineHypergradientOptimizer(optax.sgd(0.1, momentum=0.9), gamma=0.8, T=4)
@@ -104,6 +105,7 @@ def test_where_there_is_no_second_order_term_first_order_is_recommended():
     assert "second-order term" in found.recommendation
 
 
+@pytest.mark.slow
 def test_a_method_that_cannot_see_lambda_is_left_out_with_its_reason():
     problem = dataclasses.replace(
         QUADRATIC,
@@ -166,6 +168,7 @@ def test_costs_the_table_and_the_figure(tmp_path, capsys):
         found.row("two-step")
 
 
+@pytest.mark.slow
 def test_quick_compares_four_and_tells_how_long_it_takes(capsys):
     settings = {"inner_optimizer": INNER, "horizon": 2, "samples": 1, "rounds": 0}
     found = gradhpo.diagnose(SMALL, state_of(SMALL), KEY, methods="quick", **settings)

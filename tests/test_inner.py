@@ -103,7 +103,7 @@ def test_ten_steps_are_those_of_a_plain_optax_loop(name, inner):
     assert_close(state.hyperparams, problems.LAM0, rtol=0)
 
 
-@pytest.mark.parametrize("inner", PLAIN)
+@pytest.mark.parametrize("inner", slow_but(PLAIN, "adam"))
 def test_ten_steps_of_greedy_are_those_of_a_plain_optax_loop(inner):
     settings = {"outer_optimizer": FROZEN, "unroll_steps": 5, "batches": "stack"}
     optimizer = GreedyOptimizer(PLAIN[inner], **settings)
@@ -177,7 +177,7 @@ def tuned_val(w, lam, y):
 TUNED_LOSSES = (tuned_train, tuned_val)
 
 
-@pytest.mark.parametrize("inner", TUNED)
+@pytest.mark.parametrize("inner", slow_but(TUNED, "adamw"))
 @pytest.mark.parametrize("name", ["One-Step", "HyperDistill", "Greedy"])
 def test_learning_rate_momentum_and_decay_get_the_gradient_of_the_exact_step(name, inner):
     inner = TUNED[inner]
@@ -214,7 +214,7 @@ def product_at(inner):
 
 
 @pytest.mark.parametrize("name", ["HyperDistill", "T1-T2"])
-@pytest.mark.parametrize("inner", TUNED)
+@pytest.mark.parametrize("inner", slow_but(TUNED, "adamw"))
 def test_the_product_at_w_star_is_taken_with_the_present_state_of_the_optimizer(inner, name):
     gamma, inner = 0.7, TUNED[inner]
     method = {"HyperDistill": OnlineHypergradientOptimizer, "T1-T2": T1T2Optimizer}[name]
@@ -328,7 +328,7 @@ def test_dead_units_leave_theta_what_it_is_without_them():
     assert_close(found, expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize("inner", DEAD)
+@pytest.mark.parametrize("inner", slow_but(DEAD, "adam"))
 def test_a_network_with_only_dead_units_has_a_zero_hypergradient(inner):
     # The whole training gradient is 0 then, and so are its norms.
     for found in hypergradients(OneStepOptimizer(DEAD[inner]), with_dead_units(problems.HIDDEN)):

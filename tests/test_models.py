@@ -60,7 +60,6 @@ def losses(apply):
     ("model", "name"),
     slow_but(
         itertools.product([nnx_model, equinox_model], OPTIMIZERS),
-        (nnx_model, "hyperdistill"),
         (equinox_model, "one-step"),
     ),
 )

@@ -87,6 +87,7 @@ def test_sinusoid_tasks():
 
 
 @pytest.mark.parametrize("resampled", [False, True])
+@pytest.mark.slow
 def test_sinusoid_shots_stay_or_are_resampled_but_tasks_stay(resampled):
     sinusoid = script("sinusoid")
     reading = sinusoid.Reading(resampled=resampled, validation=7)

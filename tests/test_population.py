@@ -85,7 +85,6 @@ def test_slots_are_runs_of_solve(name, x64):
         [("one-step", layout) for layout in LAYOUTS if layout != "vmap"]
         + [("hyperdistill", layout) for layout in ("map", "shard-map", "trial-data")]
         + [(name, "trial-data-chunk") for name in [*OPTIMIZERS, *REFERENCES] if name != "one-step"],
-        ("one-step", "map"),
         ("one-step", "trial-data-chunk"),
     ),
 )
@@ -117,6 +116,7 @@ PLATEAU = optax.chain(INNER, optax.contrib.reduce_on_plateau(patience=1))
         ("shard", "scan_from_zeros", INNER),
     ),
 )
+@pytest.mark.slow
 def test_loops_that_start_from_a_constant(layout, model, inner, x64):
     weights, predict = loops.MODELS[model]()
     problem = gradhpo.Problem(
@@ -244,6 +244,7 @@ def test_hyperparameters_of_ones_own():
         trials.init(KEY, hyperparams={"l": given["l"], "decay": np.zeros(())})
 
 
+@pytest.mark.slow
 def test_data_of_each_slot():
     problem = gradhpo.Problem(
         start, train_loss, val_loss, batch=batch,
@@ -404,6 +405,7 @@ def test_bad_arguments_of_run():
         Population(PROBLEM, optimizer, 2)
 
 
+@pytest.mark.slow
 def test_a_loss_that_calls_python_runs_and_is_not_shared():
     def calling(value):
         def loss(w, lam, batch):
@@ -425,6 +427,7 @@ def test_a_loss_that_calls_python_runs_and_is_not_shared():
     np.testing.assert_allclose(found[1] - found[0], 5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_populations_on_other_devices_compute_there():
     for devices in (jax.devices()[:4], jax.devices()[4:]):
         mesh = make_mesh(trial=4, data=1, devices=devices)

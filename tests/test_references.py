@@ -98,7 +98,7 @@ def build(kind, inner, **settings):
 # --- Exact through T steps ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", slow_but([*INNER, "update_fn"], "momentum", "adamw of λ"))
+@pytest.mark.parametrize("name", slow_but([*INNER, "update_fn"], "adamw of λ"))
 def test_unrolled_and_forward_are_the_exact_hypergradient(name):
     inner = clipped if name == "update_fn" else INNER[name]
     losses, *start = problem_of(name)
@@ -126,6 +126,7 @@ def test_of_a_network():
 
 
 @pytest.mark.parametrize("steps", slow_but([7, 9], 7))
+@pytest.mark.slow
 def test_rematerialization_changes_nothing_at_any_length(steps):
     # A length that leaves a shorter segment, and a square. The same batch at every step is a stack
     # of its copies.
@@ -139,7 +140,9 @@ def test_rematerialization_changes_nothing_at_any_length(steps):
         assert_close(found, expected)
 
 
-@pytest.mark.parametrize("kind", [UnrolledOptimizer, ForwardOptimizer, DrMADOptimizer])
+@pytest.mark.parametrize(
+    "kind", slow_but([UnrolledOptimizer, ForwardOptimizer, DrMADOptimizer], DrMADOptimizer)
+)
 def test_one_step_of_each_is_one_step(kind):
     # From a state that is not zero: DrMAD's line starts in it.
     one = OneStepOptimizer(ADAM)
@@ -173,6 +176,7 @@ def test_dead_units_leave_what_is_found_without_them(kind):
     assert_close(found, expected, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_more_coordinates_than_a_chunk():
     lam = np.linspace(-1, 1, 150)
 
@@ -250,6 +254,7 @@ def test_an_optimizer_that_looks_at_the_loss(mode):
     assert_close(one.compute_hypergradient(state, STACK[0], VAL, *QUADRATIC), expected)
 
 
+@pytest.mark.slow
 def test_theta_does_not_depend_on_the_mode():
     first, *others = (
         METHODS["HyperDistill"](ADAM, mode=mode).estimate_theta(
@@ -276,7 +281,7 @@ def test_keys_and_integers_in_a_batch():
     assert_close(found[1:], [found[0], found[0]])
 
 
-@pytest.mark.parametrize("kind", [OneStepOptimizer, UnrolledOptimizer])
+@pytest.mark.parametrize("kind", slow_but([OneStepOptimizer, UnrolledOptimizer], OneStepOptimizer))
 def test_bfloat16_weights_with_float32_hyperparameters(kind):
     with jax.enable_x64(False):
         half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), problems.MLP)
@@ -501,7 +506,7 @@ def test_a_hyperparameter_that_the_training_gradient_shows_is_accepted():
     assert_same_bits(found["nowhere"], np.zeros(2))
 
 
-@pytest.mark.parametrize("K", [5, 10, 50])
+@pytest.mark.parametrize("K", slow_but([5, 10, 50], 10))
 @pytest.mark.parametrize("seed", range(3))
 def test_implicit_at_a_minimum_with_flat_directions(seed, K):
     """In float32 and with more weights than rows: the minimum-norm solution's derivative."""

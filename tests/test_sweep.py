@@ -135,6 +135,7 @@ def accumulating():
     [optax.adam(0.1), contrib.schedule_free_sgd(0.1), contrib.cocob(), contrib.madgrad(0.1)],
     ids=["adam", "schedule_free", "cocob", "madgrad"],
 )
+@pytest.mark.slow
 def test_optimizers_start_at_the_hyperparameters_that_were_drawn(outer, tmp_path):
     """In the first generation, and in a later one whose trials are all new."""
 
@@ -184,7 +185,7 @@ def test_it_can_be_drawn(reference, tmp_path):
     assert (tmp_path / "new/figure.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("method", slow_but(OPTIMIZERS, "one-step", "hyperdistill"))
+@pytest.mark.parametrize("method", slow_but(OPTIMIZERS, "one-step"))
 def test_every_method_and_objects_of_a_program(method, tmp_path):
     """Methods given as objects, with an outer rate that is searched where there is one."""
     settings, space = {}, SearchSpace(lr_hyper=loguniform(1e-3, 1e-1))
@@ -206,6 +207,7 @@ def test_every_method_and_objects_of_a_program(method, tmp_path):
     assert_same_tables(sweep(tmp_path / "b", **changes).run(), result)
 
 
+@pytest.mark.slow
 def test_calibration_gives_theta_to_new_trials(tmp_path):
     changes = {
         "space": dataclasses.replace(SPACE, choices={"method": ["hyperdistill"]}),
@@ -233,6 +235,7 @@ def test_choices_make_populations_of_their_own(tmp_path):
     assert (table["variant"] == slots // 6).all()
 
 
+@pytest.mark.slow
 def test_data_metric_and_mode(tmp_path):
     def problem(data):
         rows = data["x"]
@@ -250,6 +253,7 @@ def test_data_metric_and_mode(tmp_path):
         sweep(tmp_path, generations=4, **{**changes, "data": {"x": x + 1}}).run()
 
 
+@pytest.mark.slow
 def test_diverged_trials_are_last_and_replaced(tmp_path):
     space = SearchSpace(hyperparams={"log_rate": uniform(-3, 6)})
     result = sweep(tmp_path, space=space, generations=3, steps_per_generation=60).run()
@@ -261,6 +265,7 @@ def test_diverged_trials_are_last_and_replaced(tmp_path):
     assert np.isfinite(result.best.score)
 
 
+@pytest.mark.slow
 def test_every_trial_diverged(tmp_path):
     space = SearchSpace(hyperparams={"log_rate": uniform(20, 21)})
     result = sweep(tmp_path, space=space, generations=2, steps_per_generation=60).run()
@@ -268,6 +273,7 @@ def test_every_trial_diverged(tmp_path):
         _ = result.best
 
 
+@pytest.mark.slow
 def test_a_scheduler_of_ones_own(tmp_path):
     def worst_half_restarts(table, space, rng):
         del space, rng
@@ -340,7 +346,7 @@ def test_the_callback_sees_saved_generations(tmp_path):
     assert min(score for _, score in seen) == result.best.score
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", slow_but([signal.SIGINT, signal.SIGTERM], signal.SIGTERM))
 def test_a_signal_finishes_the_generation_and_says_how_to_go_on(tmp_path, reference, number, capfd):
     made = sweep(tmp_path, progress=None)
 
@@ -424,6 +430,7 @@ def test_two_damaged_generations_stop_with_both_names(after_5):
     assert (tmp_path / "journal.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_the_winner_survives_the_loss_of_its_checkpoint(tmp_path):
     made = sweep(tmp_path, scheduler=RandomSearch(trial_generations=2), generations=6)
     result = made.run()
@@ -523,6 +530,7 @@ def test_another_run_on_a_storage_is_refused_and_changes_nothing(after_1, change
     assert contents(after_1) == before
 
 
+@pytest.mark.slow
 def test_code_that_changed_is_refused(tmp_path):
     made = sweep_problems.problem()
     sweep(tmp_path, problem=made, generations=1).run()
@@ -607,7 +615,9 @@ def test_lr_hyper_is_asked_for(tmp_path):
         sweep(tmp_path, optimizer=made).run()
 
 
-@pytest.mark.parametrize("name", ["trial", "val_loss", "generation", "hyperparams.x", "a|b"])
+@pytest.mark.parametrize(
+    "name", slow_but(["trial", "val_loss", "generation", "hyperparams.x", "a|b"], "trial")
+)
 def test_metrics_may_not_take_the_tables_own_names(tmp_path, name):
     made = dataclasses.replace(
         sweep_problems.problem(), metrics=lambda w, lam, data: {name: w.sum()}
@@ -616,6 +626,7 @@ def test_metrics_may_not_take_the_tables_own_names(tmp_path, name):
         sweep(tmp_path, problem=made).run()
 
 
+@pytest.mark.slow
 def test_another_number_of_workers_goes_on_with_the_same_shards(tmp_path):
     first = sweep(tmp_path, shards=None, workers=1, generations=1)
     first.run()
@@ -641,7 +652,7 @@ def test_damaged_descriptions_stop_with_their_name(after_1, file, content, messa
         sweep(after_1).run()
 
 
-@pytest.mark.parametrize("content", ["{", None])
+@pytest.mark.parametrize("content", slow_but(["{", None], "{"))
 def test_damaged_incarnations_cost_nothing(after_5, reference, content):
     path = after_5 / "incarnations.json"
     path.unlink()
@@ -693,6 +704,7 @@ def test_a_replay_uses_the_winners_own_layout(tmp_path, monkeypatch):
     chex.assert_trees_all_equal(result.replay(), result.best.state, strict=True)
 
 
+@pytest.mark.slow
 def test_a_host_that_is_done_is_forgotten(tmp_path):
     def count():
         gc.collect()
@@ -711,6 +723,7 @@ def test_it_runs_in_another_thread(tmp_path, reference):
     assert_same_tables(results[0], reference)
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_with_a_clear_error_and_goes_on(tmp_path, reference, monkeypatch):
     """A file system of the size of the sweep's own files, then a larger one."""
     small = tmp_path / "disk"

@@ -74,6 +74,7 @@ def test_nan_checks_change_nothing(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.slow
 def test_running_in_python_changes_nothing_but_rounding(name):
     trials = Population(PROBLEM, built(name)[0], 2, batching="map")
     expected = everything(name, trials)
@@ -186,6 +187,7 @@ def made(before):
 
 
 @pytest.mark.compiler
+@pytest.mark.slow
 def test_a_program_from_the_cache_is_not_sent(cache):
     first, before = sorting(), compiled.counts()
     state = first.init(KEY)
@@ -233,6 +235,7 @@ def test_what_jax_has_in_this_process_already_is_not_sent_either(cache):
 
 @pytest.mark.compiler
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
+@pytest.mark.slow
 def test_cut_entries_of_the_cache_do_not_break_a_sweep(cache, tmp_path):
     changes = {"population": 4, "shards": 2, "generations": 2, "steps_per_generation": 2}
     results = []

@@ -112,6 +112,7 @@ def test_theta_is_estimated_when_the_timetable_says_so(episode_length):
 
 
 @pytest.mark.parametrize("layout", slow_but(["vmap", "map", 3], "vmap"))
+@pytest.mark.slow
 def test_slots_of_different_ages_keep_their_own_time(layout):
     """A slot that started later calibrates, and ends its episodes, by its own count."""
     optimizer = made("hyperdistill")
