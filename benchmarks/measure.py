@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.monitoring
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -47,24 +46,6 @@ def cost(compiled: Any) -> tuple[float, int]:
     """Return the FLOPs of a compiled program and the bytes of its temporaries, as XLA says."""
     analysis = compiled.cost_analysis()
     return analysis["flops"], compiled.memory_analysis().temp_size_in_bytes
-
-
-class CompileCounter:
-    """Counts what XLA compiles while this is open."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __enter__(self) -> CompileCounter:
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        jax.monitoring.unregister_event_duration_listener(self._listen)
-
-    def _listen(self, event: str, duration_secs: float, **kwargs: Any) -> None:
-        del duration_secs, kwargs
-        self.count += event == "/jax/core/compile/backend_compile_duration"
 
 
 class Report:

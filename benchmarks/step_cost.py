@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import models
 import optax
 import typer
-from measure import CompileCounter, Report, cost, paired_ratio
+from measure import Report, cost, paired_ratio
 
 import gradhpo
 from gradhpo import UnreachedWarning, episodes
+from gradhpo.parallel.compilations import CompileCounter
 
 INNER = optax.adam(1e-3)
 OUTER = optax.adam(1e-2)

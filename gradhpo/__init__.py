@@ -27,7 +27,12 @@ from gradhpo.compat import (
 )
 from gradhpo.diagnose import diagnose
 from gradhpo.diagnosis import Diagnosis
-from gradhpo.errors import DivergenceWarning, RecompileWarning, UnreachedWarning
+from gradhpo.errors import (
+    DivergenceWarning,
+    FrozenWarning,
+    RecompileWarning,
+    UnreachedWarning,
+)
 from gradhpo.lock import StorageInUse
 from gradhpo.models import EquinoxModel, FlaxModel
 from gradhpo.optimizer import BilevelOptimizer, Estimate
@@ -53,6 +58,7 @@ __all__ = [
     "FOOptimizer",
     "FlaxModel",
     "ForwardOptimizer",
+    "FrozenWarning",
     "GreedyOptimizer",
     "ImplicitOptimizer",
     "LossFn",

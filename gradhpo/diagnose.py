@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import time as clock
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,8 @@ METHODS = (
     "unrolled",
 )
 """What `diagnose` compares by default."""
+QUICK = ("first-order", "one-step", "t1t2", "hyperdistill")
+"""What `methods="quick"` compares: what compiles soonest, with the first γ."""
 TRUNCATIONS = (2, 5, 10, 20, 50, 100)
 """The steps that "unrolled" goes back, where they are fewer than the horizon."""
 EXACT = "exact"
@@ -63,7 +65,7 @@ def diagnose(
     *,
     inner_optimizer: Any = None,
     update_fn: Callable[[Any, Any, Any], Any] | None = None,
-    methods: Sequence[str] | Mapping[str, BilevelOptimizer] = METHODS,
+    methods: Literal["quick"] | Sequence[str] | Mapping[str, BilevelOptimizer] = METHODS,
     gammas: Sequence[float] = (0.9, 0.99),
     horizon: int = 20,
     samples: int = 4,
@@ -88,13 +90,17 @@ def diagnose(
         others than the run's.
       inner_optimizer: an `optax.GradientTransformation`, or a function of λ that returns one.
       update_fn: `(params, hyperparams, batch) -> params`, in place of `inner_optimizer`.
-      methods: names out of `METHODS`; or optimizers by a name of your own, which then bring the
-        inner optimizer (the same for all), and unroll `horizon` steps at most.
+      methods: names out of `METHODS`; "quick" for First-Order, One-Step, T1-T2 and HyperDistill at
+        the first γ, which takes about half of the time of all; or optimizers by a name of your
+        own, which then bring the inner optimizer (the same for all), and unroll `horizon` steps at
+        most.
       gammas: γ to try with "greedy" and "hyperdistill".
       horizon: T.
       samples: how many times to walk, on batches of their own; at least 2 give intervals.
       rounds: of timing, in each of which every method runs once; 0 for none.
-      progress: whether to draw a progress bar (needs tqdm); None draws one on a terminal.
+      progress: whether to draw a progress bar (needs tqdm); None draws one on a terminal, and
+        writes a line a method to stderr elsewhere. Nearly all of the time is compilation: how long
+        the exact hypergradient took, and an estimate of the rest, are written first.
 
     Returns:
       The comparison: `print` it, `plot` it, or read its `rows`. A method that refuses the problem,
@@ -116,6 +122,8 @@ def diagnose(
         inner_optimizer, update_fn = _shared_inner(optimizers, inner_optimizer, update_fn)
     else:
         gammas = [check_number("gammas", gamma, 0, 1) for gamma in gammas]
+        if isinstance(methods, str) and methods == "quick":
+            methods, gammas = QUICK, gammas[:1]
         optimizers = _named(methods, inner_optimizer, update_fn, gammas, T)
     exact = UnrolledOptimizer(inner_optimizer, None, T, update_fn, "stack", remat="sqrt")
     for name, optimizer in optimizers.items():
@@ -137,6 +145,7 @@ def diagnose(
     programs: dict[str, _Program] = {}
     optimizers = {EXACT: exact, **optimizers}
     with Bar(progress, total=len(optimizers) * (samples + 1), unit="estimate") as bar:
+        spoken = _Spoken(bar, len(optimizers), progress)
         truths = [_exact(exact, state, task) for task, _ in walks]
         for name, optimizer in optimizers.items():
             try:
@@ -153,6 +162,7 @@ def diagnose(
             if rounds:
                 programs[name] = _Program(optimizer, state, T, walks[0][0])
             bar.advance(1)
+            spoken.after(name)
         plain = InnerStep(inner_optimizer, update_fn, problem.train_loss)
         times, base = _times(programs, _Plain(plain, state, walks[0][0]), rounds)
     rows: list[Row] = []
@@ -160,6 +170,31 @@ def diagnose(
         time, cost = times.get(name, (np.empty(0), np.nan))
         rows.append(Row(name, values[:, 0], values[:, 1], values[:, 2], time, cost))
     return Diagnosis(rows[1:], rows[0], T, base, tuple(notes))
+
+
+class _Spoken:
+    """Tells how long it will take, and where nobody sees a bar, each method as it is done."""
+
+    def __init__(self, bar: Bar, methods: int, progress: bool | None) -> None:
+        self._bar, self._methods, self._progress = bar, methods, progress
+        self._last = clock.perf_counter()
+
+    def after(self, name: str) -> None:
+        """Say what the method took; after the exact one, what all may take."""
+        if self._progress is False:
+            return
+        now = clock.perf_counter()
+        seconds, self._last = now - self._last, now
+        if name == EXACT:
+            rest = (
+                (self._methods - 1) * seconds * 2 / 3
+            )  # it compiles three programs, the others two
+            self._bar.write(
+                f"diagnose: the exact hypergradient took {seconds:.1f} s; "
+                f"{self._methods - 1} methods more, about {rest:.0f} s"
+            )
+        elif not self._bar.drawn:
+            self._bar.write(f"diagnose: {name}, {seconds:.1f} s")
 
 
 def _named(
@@ -170,7 +205,8 @@ def _named(
     T: int,
 ) -> dict[str, BilevelOptimizer]:
     if isinstance(methods, str) or not all(isinstance(name, str) for name in methods):
-        raise TypeError(f"methods must be names out of {METHODS}, or a dict; got {methods!r}")
+        accepted = f'names out of {METHODS}, "quick", or a dict'
+        raise TypeError(f"methods must be {accepted}; got {methods!r}")
     if unknown := [name for name in methods if name not in METHODS]:
         raise ValueError(f"methods must be out of {METHODS}, got {unknown[0]!r}")
     inner: Any = {"inner_optimizer": inner_optimizer, "update_fn": update_fn}

@@ -39,6 +39,10 @@ class RecompileWarning(UserWarning):
     """A step is compiled over and over, because its loss is a new function every time."""
 
 
+class FrozenWarning(UserWarning):
+    """`Problem.batch` draws by Python or NumPy, and would give the same numbers at every step."""
+
+
 def warn_user(message: str, category: type[Warning]) -> None:
     """Issue a warning at the innermost line that is neither this library's nor JAX's."""
     frame, level = inspect.currentframe(), 1

@@ -189,7 +189,13 @@ class Form:
           ValueError, TypeError: if it has another form.
         """
         arrays = jax.tree.map(_on_host, pair)
-        check_same_tree(f"Problem.batches: pair {number}", arrays, self._name, self.pair)
+        try:
+            check_same_tree(f"Problem.batches: pair {number}", arrays, self._name, self.pair)
+        except ValueError as error:
+            error.add_note(
+                "a loader's last batch may be smaller: drop it (drop_last, drop_remainder)"
+            )
+            raise
         return arrays
 
     def shapes(self, *leading: int) -> Any:

@@ -178,8 +178,9 @@ class BilevelOptimizer(abc.ABC):
         """Take one step of the weights and one of the hyperparameters.
 
         Compiled once for each optimizer, pair of losses and shapes: the compiled step is looked
-        up by the loss functions, so define them once, and not anew at every call. Nothing stops a
-        loop that diverges: look at `state.finite()` now and then, as `solve` and `run` do.
+        up by the loss functions, so define them once, and not anew at every call. It needs no
+        `jax.jit` around it; inside another traced program, `advance` is the same step. Nothing
+        stops a loop that diverges: look at `state.finite()` now and then, as `solve` and `run` do.
 
         Args:
           state: from `init` or an earlier step; it stays valid (nothing is donated).

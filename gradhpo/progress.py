@@ -27,6 +27,11 @@ class Bar:
 
             self._bar = tqdm(total=total, initial=done, unit=unit, smoothing=0.1)
 
+    @property
+    def drawn(self) -> bool:
+        """Whether there is a bar."""
+        return self._bar is not None
+
     def advance(self, steps: int, **shown: float) -> None:
         """Move the bar on, and show these numbers beside it."""
         if self._bar is not None:

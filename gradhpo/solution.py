@@ -57,7 +57,8 @@ class Solution:
         `state.params` are its weights.
       metrics: `{name: array}`, each `(steps,)`: "train_loss", "val_loss", "hypergrad_norm",
         "param_norm", "hyperparam_norm" and what the method adds ("theta" of HyperDistill), of
-        every step; NaN from a divergence on.
+        every step; NaN from a divergence on, and so with a row more than `steps` in a run of one
+        key that has diverged.
       evals: `{name: array}`: what `Problem.metrics` returned at each evaluation,
         `(evaluations, …)`, or a tree of such arrays; empty without.
       eval_steps: int `(evaluations,)`: how many steps had been taken at each evaluation.

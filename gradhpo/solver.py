@@ -139,6 +139,7 @@ def solve(
 
     Warns:
       UnreachedWarning: if a hyperparameter gets no hypergradient, whatever the numbers.
+      FrozenWarning: if `Problem.batch` draws by NumPy, once for all steps.
       DivergenceWarning: if a metric stops being finite.
     """
     check_instance("problem", problem, Problem)
@@ -246,9 +247,11 @@ class _Run:
             if resume.phi is not None:
                 self._state = self._state.update(metadata={PHI: resume.phi})
             self.done, self._data_state = resume.steps, resume.data_state
-            self._metrics, self._evals = [resume.metrics], [resume.evals]
-            self._record, self._record_start = [resume.record], resume.record_start
-            self._fingerprint = resume.fingerprint
+            # Without the row of a divergence: that step is taken anew.
+            rows = (resume.metrics, resume.record)
+            metrics, kept = jax.tree.map(lambda rows: rows[: resume.steps], rows)
+            self._metrics, self._evals, self._record = [metrics], [resume.evals], [kept]
+            self._record_start, self._fingerprint = resume.record_start, resume.fingerprint
             if resume.best is not None and watch.asks_as(resume.best):
                 self._best = resume.best
             self._eval_steps = resume.eval_steps.tolist()
@@ -454,9 +457,10 @@ class _Run:
         """Return what there is."""
         state = self._mended()
         episodes = self.program.trial.timetable.episode_length is not None
+        ends = max(self.done, int(self._diverged.max()))  # a diverged step has a row too, of NaN
         return Solution(
             state,
-            jax.tree.map(lambda rows: rows[: self.done], _concatenate(self._metrics)),
+            jax.tree.map(lambda rows: rows[:ends], _concatenate(self._metrics)),
             _concatenate(self._evals),
             np.asarray(self._eval_steps, int),
             self.done,
@@ -464,7 +468,7 @@ class _Run:
             self._diverged,
             np.asarray(jax.random.key_data(self.key)),
             self._best,
-            jax.tree.map(lambda rows: rows[: self.done], _concatenate(self._record)),
+            jax.tree.map(lambda rows: rows[:ends], _concatenate(self._record)),
             self.data_state(),
             self._record_start,
             self._fingerprint,

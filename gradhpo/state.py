@@ -130,13 +130,33 @@ def prepare(state: BilevelState) -> BilevelState:
     """Return `state` ready for a compiled step: typed leaves, and every metric present.
 
     A state that a step returned is ready, and costs only a look at its leaves.
+
+    Raises:
+      TypeError: if it is no state.
     """
+    if not isinstance(state, BilevelState):
+        accepted = "a gradhpo.BilevelState, as an optimizer's init or step returns it"
+        raise TypeError(f"state must be {accepted}; got {type(state).__name__}")
     if all(name in state.metadata for name in METRICS) and all(map(_typed, jax.tree.leaves(state))):
         return state
     missing = [name for name in METRICS if name not in state.metadata]
     if missing:
         state = state.update(metadata=dict.fromkeys(missing, float("inf")))
     return canonical(state)
+
+
+def remembered(state: BilevelState, name: str) -> Any:
+    """Return what an algorithm keeps in the state under this name.
+
+    Raises:
+      ValueError: if it is not there.
+    """
+    if name not in state.metadata:
+        raise ValueError(
+            f"state.metadata lacks {name!r}, which this optimizer keeps: pass as `state` what its "
+            "own init or step returned"
+        )
+    return state.metadata[name]
 
 
 def _typed(leaf: Any) -> bool:

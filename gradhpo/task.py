@@ -236,7 +236,9 @@ def evaluate(
     problem_name = f"Problem.{name.removesuffix('_fn')}"
     given = wanted(f"{name} ({problem_name})", loss_fn, model_state=model_state, key=key)
     params, hyperparams, batch = arguments
-    with tracing(f"{name} ({problem_name})", params=params, hyperparams=hyperparams, batch=batch):
+    kind = f"{name.removesuffix('_loss_fn')}_batch"
+    told_of = {"params": params, "hyperparams": hyperparams, kind: batch}
+    with tracing(f"{name} ({problem_name})", **told_of):
         made = loss_fn(params, hyperparams, batch, **given)
     pair = isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], Aux)
     value, aux = made if pair else (made, Aux())

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from gradhpo.branches import where_due
 from gradhpo.errors import tracing
+from gradhpo.frozen import check_frozen
 from gradhpo.problem import Problem, stream
 from gradhpo.state import BilevelState, PyTree, as_array, faults, prepare
 from gradhpo.task import CALIBRATION, Task
@@ -103,7 +104,10 @@ class Trial:
 
     def task(self, key: jax.Array, data: PyTree, index: Any, host: PyTree = None) -> Task:
         """Return what step `index` is given; `host` is a pair of batches that come from there."""
-        pair = host if self.problem.batch is None else self.problem.draw_at(key, index, data)
+        pair = host
+        if self.problem.batch is not None:
+            check_frozen(self.problem, key, data)
+            pair = self.problem.draw_at(key, index, data)
         return self._task(pair, key).at(index)
 
     def _task(self, pair: tuple[PyTree, PyTree], key: Any) -> Task:

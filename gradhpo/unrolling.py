@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from gradhpo.errors import check_count, stack_length
+from gradhpo.errors import check_count, stack_length, warn_user
 from gradhpo.inner import Moved
 from gradhpo.optimizer import HypergradientMethod
 from gradhpo.state import BilevelState, PyTree
@@ -51,6 +51,18 @@ class UnrollingMethod(HypergradientMethod):
         stack_length("train_batch", train_batch, expected=self.unroll_steps)
         return lambda t: jax.tree.map(lambda x: x[t], train_batch)
 
+    def check_reach(self, state: BilevelState, task: Task) -> None:
+        """Tell of a stack of batches that would be taken as one batch, and what else there is."""
+        T, batches = self.unroll_steps, (task.val_batch, task.train_batch)
+        if self.batches == "repeat" and T > 1 and _is_stack_of(*batches, T):
+            warn_user(
+                f"train_batch looks like a stack of {T} batches: it is shaped like val_batch with "
+                f'a leading axis of length unroll_steps={T}. batches="repeat" takes all of it at '
+                'every inner step; batches="stack" takes one batch a step',
+                UserWarning,
+            )
+        super().check_reach(state, task)
+
     def unroll(
         self,
         step: Callable[[PyTree, Carried, PyTree, PyTree], Moved],
@@ -91,3 +103,11 @@ class UnrollingMethod(HypergradientMethod):
             return Moved(*carry, *last(told))
         carry, told = segment(carry, steps[whole:])
         return Moved(*carry, *told)
+
+
+def _is_stack_of(one: PyTree, stack: PyTree, length: int) -> bool:
+    """Whether each leaf of `stack` has the shape of that of `one` behind an axis of this length."""
+    if jax.tree.structure(one) != jax.tree.structure(stack):
+        return False
+    shapes = [[jnp.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in (one, stack)]
+    return bool(shapes[0]) and all((length, *a) == b for a, b in zip(*shapes, strict=True))

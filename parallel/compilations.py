@@ -58,3 +58,27 @@ def of_this_process() -> Made:
         events = list(_EVENTS.items())
     asked, restored = (sum(n for (e, _), n in events if e == event) for event in (ASKED, RESTORED))
     return Made(asked - restored, restored)
+
+
+class CompileCounter:
+    """A context that counts the programs asked for while it is open, by all threads.
+
+    `with CompileCounter() as compiled: ...`, and then `compiled.count`: what XLA compiled, or JAX's
+    persistent cache gave in its place.
+    """
+
+    def __enter__(self) -> CompileCounter:
+        """Begin to count."""
+        watch()
+        self._before: Made = of_this_process()
+        self._after: Made | None = None
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """End."""
+        self._after = of_this_process()
+
+    @property
+    def count(self) -> int:
+        """How many there were, or are up to now."""
+        return sum((self._after or of_this_process()).since(self._before))

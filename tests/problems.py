@@ -3,6 +3,7 @@
 Data are NumPy arrays, so that they take the precision of the test that uses them.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -152,11 +153,9 @@ def as_jax(tree):
 
 def assert_close(actual, expected, rtol=1e-10, atol=1e-12):
     """Compare two trees leaf by leaf, and their structures."""
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=rtol, atol=atol)
+    chex.assert_trees_all_close(actual, expected, rtol=rtol, atol=atol)
 
 
 def assert_same_bits(actual, expected):
     """Compare two trees exactly."""
-    assert_close(actual, expected, rtol=0, atol=0)
+    chex.assert_trees_all_equal(actual, expected)

@@ -1,7 +1,6 @@
 """A small regression problem, and the optimizers by name, for tests of the machinery."""
 
 import jax
-import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -70,18 +69,3 @@ def build(name, outer=False, **settings):
 def run_arguments(name, T):
     """Return the episode length as `run` takes it: FO and One-Step have no T of their own."""
     return (T,) if name in ("first-order", "one-step") else ()
-
-
-class CompileCounter:
-    """Counts what XLA compiles while this is open."""
-
-    def __enter__(self):
-        self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-        return self
-
-    def __exit__(self, *exc):
-        jax.monitoring.unregister_event_duration_listener(self._listen)
-
-    def _listen(self, event, duration_secs, **kwargs):
-        self.count += event == "/jax/core/compile/backend_compile_duration"

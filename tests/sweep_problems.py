@@ -1,6 +1,7 @@
 """Problems and optimizers for tests of sweeps, found by reference in every process."""
 
 import dataclasses
+import functools
 import os
 import signal
 
@@ -19,6 +20,7 @@ def _val(w, lam, x):
     return jnp.mean((x @ w - 1) ** 2)
 
 
+@functools.cache
 def problem():
     """A small regression: λ is a decay for each weight and the log of a learning rate."""
     return gradhpo.Problem(
@@ -34,6 +36,7 @@ def problem():
     )
 
 
+@functools.cache
 def optimizer(method="one-step"):
     """An optimizer whose learning rate is a hyperparameter that only the scheduler moves."""
     outer = optax.multi_transform(

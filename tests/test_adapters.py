@@ -15,6 +15,7 @@ import gradhpo
 from gradhpo import EquinoxModel, FlaxModel, Problem, solve
 from gradhpo.problem import stream
 from tests.problems import assert_close
+from tests.quick import slow_but
 from tests.small import OPTIMIZERS, REFERENCES, UNROLLING
 
 METHODS = OPTIMIZERS | REFERENCES
@@ -76,7 +77,7 @@ def by_nnx(unroll):
     return module, loss(module, LAM, BATCH)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_but(METHODS, "one-step"))
 def test_a_flax_module_trains_as_in_flax(name):
     settings = {"unroll_steps": 2} if name in UNROLLING else {}
     optimizer = METHODS[name](INNER, optax.sgd(0.0), **settings)
@@ -119,6 +120,7 @@ def eqx_loss(module, lam, batch, state, key):
     return cross_entropy(logits, y, lam), state
 
 
+@pytest.mark.slow
 def test_an_equinox_module_trains_as_in_equinox():
     model = EquinoxModel(eqx.nn.make_with_state(Eqx))
     losses = model.train_loss(eqx_loss), model.val_loss(eqx_loss)
@@ -187,6 +189,7 @@ def test_what_is_refused():
         )
 
 
+@pytest.mark.slow
 def test_the_libraries_are_imported_when_they_are_used():
     check = "import sys, gradhpo; sys.exit(bool({'flax', 'equinox'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", check], check=True)

@@ -14,14 +14,16 @@ from gradhpo import (
     Task,
     solve,
 )
+from gradhpo.parallel.compilations import CompileCounter
 from tests.problems import assert_close
-from tests.small import BATCH, OPTIMIZERS, CompileCounter, build, start, train_loss, val_loss
+from tests.quick import slow_but
+from tests.small import BATCH, OPTIMIZERS, build, start, train_loss, val_loss
 
 NOISY = optax.chain(optax.add_noise(0.01, 0.55, key=jax.random.key(7)), optax.sgd(0.05))
 PROBLEM = Problem(start, train_loss, val_loss, batch=lambda key: (BATCH, BATCH))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", slow_but(OPTIMIZERS, "one-step"))
 def test_an_optimizer_with_a_key_in_its_state(name):
     optimizer, rate = build(name, inner_optimizer=NOISY)
     state = optimizer.init(*start())
@@ -34,7 +36,8 @@ def test_an_optimizer_with_a_key_in_its_state(name):
     assert_close(resumed.state.params, whole.state.params, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", [OneStepOptimizer, T1T2Optimizer])
+@pytest.mark.parametrize("kind", slow_but([OneStepOptimizer, T1T2Optimizer], OneStepOptimizer))
+@pytest.mark.slow
 def test_embedding_rows_that_no_batch_has_used_under_adam(kind):
     # Their v is 0, so Adam's derivative there is 1/1e-8; their mixed derivative is 0.
     rng = np.random.default_rng(0)
@@ -71,6 +74,7 @@ def test_embedding_rows_that_no_batch_has_used_under_adam(kind):
         assert np.abs(expected).max() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [OneStepOptimizer, T1T2Optimizer])
 def test_rectified_adam_before_its_first_rectified_step(kind, x64):
     optimizer = kind(optax.radam(0.01), optax.sgd(0.0))
@@ -178,6 +182,7 @@ def test_a_first_state_may_be_donated(name):
     jax.block_until_ready(jax.jit(step, donate_argnums=0)(state))
 
 
+@pytest.mark.slow
 def test_hyperdistill_under_a_rate_that_makes_theta_diverge():
     optimizer = OnlineHypergradientOptimizer(optax.sgd(100.0), T=40)
     with pytest.warns(match="stopped being finite"):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from gradhpo.cluster import Sweep
+from tests.quick import slow_but
 from tests.sweeps import assert_same_tables
 
 ROOT = Path(__file__).parent.parent
@@ -127,9 +128,9 @@ def test_a_file_with_a_mistake(folder, change, message):
     assert not (folder / "runs").exists()
 
 
-def test_no_such_sweep(tmp_path):
-    for command in ("resume", "status", "best"):
-        done = gradhpo(command, tmp_path / "nothing", cwd=tmp_path)
-        assert done.returncode == 1
-        assert "there is no sweep in" in done.stderr
-        assert "Traceback" not in done.stderr
+@pytest.mark.parametrize("command", slow_but(["resume", "status", "best"], "status"))
+def test_no_such_sweep(tmp_path, command):
+    done = gradhpo(command, tmp_path / "nothing", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "there is no sweep in" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -15,6 +15,7 @@ import gradhpo
 from gradhpo import compilation
 from gradhpo.parallel import Population, data_parallel, make_mesh
 from tests.problems import assert_close, assert_same_bits
+from tests.quick import slow_but
 
 _rng = np.random.default_rng(0)
 IMAGES, ROWS, CUBES = ("NHWC", "HWIO", "NHWC"), ("NWC", "WIO", "NWC"), ("NDHWC", "DHWIO", "NDHWC")
@@ -66,6 +67,7 @@ CASES = {
     "grouped, larger kernel": case((2, 2, 2, 4), (3, 3, 2, 6), feature_group_count=2),
     "batch groups": case((6, 5, 4, 3), (3, 3, 3, 4), batch_group_count=2),
 }
+QUICK = ["2-D", "depthwise, multiplied"]
 # Sums in another order: these equal XLA's to rounding, the others to the bit.
 ROUNDED = re.compile("depthwise|group|larger|transposed|negative")
 
@@ -107,7 +109,7 @@ def looped(function):
     return loop
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(CASES, *QUICK))
 def test_values_and_derivatives_are_those_of_xla(name, x64):
     x, w, convolve = operands(name, np.float64)
     function = derivatives(convolve)
@@ -116,7 +118,7 @@ def test_values_and_derivatives_are_those_of_xla(name, x64):
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(CASES, *QUICK))
 def test_no_form_in_a_loop_is_slow(name):
     x, w, convolve = operands(name, np.float32)
     program = compilation.jit(looped(derivatives(convolve))).lower(x, w).compile()
@@ -267,7 +269,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(METHODS, "one-step"))
 def test_solve_is_the_loop_of_steps(method, x64):
     made, optimizer = problem(), METHODS[method]
     solved = gradhpo.solve(made, optimizer, 3, jax.random.key(0), progress=False)
@@ -284,7 +286,8 @@ def test_solve_is_the_loop_of_steps(method, x64):
     assert "feature_group_count = 4" not in text
 
 
-@pytest.mark.parametrize("batching", ["map", "vmap"])
+@pytest.mark.parametrize("batching", slow_but(["map", "vmap"], "map"))
+@pytest.mark.slow
 def test_a_population_has_no_slow_form(batching):
     population = Population(problem(), METHODS["one-step"], 2, batching=batching)
     state = population.init(jax.random.key(0))
@@ -304,7 +307,8 @@ def test_auto_tries_no_groups_on_a_cpu():
     assert gradhpo.parallel.compiled.counts().compiles == before
 
 
-@pytest.mark.parametrize("backend", ["shard_map", "auto"])
+@pytest.mark.parametrize("backend", slow_but(["shard_map", "auto"], "shard_map"))
+@pytest.mark.slow
 def test_data_parallel_convolves_as_one_device(backend):
     one = METHODS["one-step"]
     many = data_parallel(one, make_mesh(data=2), backend=backend)

@@ -7,6 +7,7 @@ import pytest
 
 from gradhpo import DrMADOptimizer, UnrolledOptimizer
 from tests.problems import assert_close
+from tests.quick import slow_but
 
 pytestmark = pytest.mark.usefixtures("only_x64")
 
@@ -33,7 +34,7 @@ def val(w, lam, batch):
     return jnp.sum((w - 1) ** 2) / 2
 
 
-@pytest.mark.parametrize("name", CYCLIC)
+@pytest.mark.parametrize("name", slow_but(CYCLIC, "MultiSteps(3)"))
 def test_drmad_replays_what_is_on_no_line(name):
     found, expected = (
         optimizer.compute_hypergradient(optimizer.init(*START), None, None, train, val)

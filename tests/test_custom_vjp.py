@@ -1,11 +1,14 @@
 """Operations with a VJP of their own and no JVP, such as fused kernels, under every method."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 
 import gradhpo
+from tests.quick import slow_but
 from tests.small import OPTIMIZERS, REFERENCES, UNROLLING, X, Y
 
 pytestmark = pytest.mark.usefixtures("only_x64")
@@ -50,8 +53,17 @@ def hypergradient(optimizer, f, where):
     return optimizer.compute_hypergradient(state, batch, batch, *losses(f, where))
 
 
-@pytest.mark.parametrize("where", ["outputs", "weights", "lambda", "validation"])
-@pytest.mark.parametrize("name", [*OPTIMIZERS, *REFERENCES])
+@pytest.mark.parametrize(
+    ("name", "where"),
+    slow_but(
+        itertools.product(
+            [*OPTIMIZERS, *REFERENCES], ["outputs", "weights", "lambda", "validation"]
+        ),
+        *(("one-step", where) for where in ("outputs", "lambda")),
+        ("forward", "outputs"),
+        ("implicit", "outputs"),
+    ),
+)
 def test_every_method_gives_the_same_as_with_the_plain_operation(name, where):
     optimizer = made(name)
     got, expected = (hypergradient(optimizer, f, where) for f in (fused, jnp.tanh))
@@ -59,8 +71,16 @@ def test_every_method_gives_the_same_as_with_the_plain_operation(name, where):
     assert abs(got - expected) <= (1e-8 if name == "t1t2" else 1e-12) * max(1, abs(expected))
 
 
-@pytest.mark.parametrize("where", ["outputs", "weights", "lambda"])
-@pytest.mark.parametrize("name", ["one-step", "greedy", "hyperdistill", "unrolled", "drmad"])
+@pytest.mark.parametrize(
+    ("name", "where"),
+    slow_but(
+        itertools.product(
+            ["one-step", "greedy", "hyperdistill", "unrolled", "drmad"],
+            ["outputs", "weights", "lambda"],
+        ),
+        ("one-step", "weights"),
+    ),
+)
 def test_forward_over_reverse_takes_them_too(name, where):
     got = hypergradient(made(name, mode="forward-over-reverse"), fused, where)
     expected = hypergradient(made(name, mode="reverse-over-reverse"), jnp.tanh, where)

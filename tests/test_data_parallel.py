@@ -20,9 +20,11 @@ from gradhpo.parallel import (
     make_mesh,
     pad_batch,
 )
+from gradhpo.parallel.compilations import CompileCounter
 from tests import loops
 from tests.problems import assert_close
-from tests.small import OPTIMIZERS, REFERENCES, UNROLLING, CompileCounter
+from tests.quick import slow_but
+from tests.small import OPTIMIZERS, REFERENCES, UNROLLING
 
 ROWS, EXAMPLES = 16, 32
 _rng = np.random.default_rng(0)
@@ -93,8 +95,12 @@ class OwnOptimizer(gradhpo.BilevelOptimizer):
 
 @pytest.mark.parametrize(
     ("name", "devices"),
-    [(name, devices) for name in OPTIMIZERS for devices in (2, 4, 8)]
-    + [(name, 4) for name in REFERENCES],
+    slow_but(
+        [(name, 4) for name in [*OPTIMIZERS, *REFERENCES]]
+        + [("one-step", devices) for devices in (2, 8)],
+        ("one-step", 4),
+        ("hyperdistill", 4),
+    ),
 )
 def test_shard_map_equals_one_device(name, devices, x64):
     optimizer = build(name)
@@ -110,8 +116,8 @@ def test_shard_map_equals_one_device(name, devices, x64):
     assert compiled.count < 40  # init's small programs and one step, not one for each step
 
 
-@pytest.mark.parametrize("backend", ["auto", "pmap"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("backend", slow_but(["auto", "pmap"], "auto"))
+@pytest.mark.parametrize("name", slow_but(OPTIMIZERS, "one-step"))
 def test_other_backends_equal_one_device(name, backend, x64):
     optimizer = build(name)
     many = walk(data_parallel(optimizer, make_mesh(data=4), backend=backend), 5)
@@ -132,22 +138,18 @@ def assert_loops_equal_one_device(model, name, backend="shard_map"):
     assert abs(one.hyperparams["scale"] - loops.LAM["scale"]) > 1e-3
 
 
-def slow(names, *which):
-    return [pytest.param(n, marks=pytest.mark.slow) if n in which else n for n in names]
-
-
-@pytest.mark.parametrize("model", slow(loops.MODELS, "ctc"))
+@pytest.mark.parametrize("model", slow_but(loops.MODELS, "scan_from_zeros"))
 def test_loops_that_start_from_a_constant(model, x64):
     assert_loops_equal_one_device(model, "one-step")
 
 
-@pytest.mark.parametrize(
-    "name", slow([*(n for n in OPTIMIZERS if n != "one-step"), *REFERENCES], *REFERENCES)
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*(n for n in OPTIMIZERS if n != "one-step"), *REFERENCES])
 def test_loops_that_start_from_a_constant_in_every_method(name, x64):
     assert_loops_equal_one_device("scan_from_zeros", name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["auto", "pmap"])
 def test_loops_that_start_from_a_constant_in_other_backends(backend, x64):
     assert_loops_equal_one_device("scan_from_zeros", "one-step", backend)
@@ -163,7 +165,9 @@ def reductions(optimizer):
 @pytest.mark.parametrize(
     ("name", "needed"),
     # T1-T2 has one more, in a branch for outsized weights.
-    [("first-order", 2), ("one-step", 3), ("t1t2", 4), ("hyperdistill", 3)],
+    slow_but(
+        [("first-order", 2), ("one-step", 3), ("t1t2", 4), ("hyperdistill", 3)], ("one-step", 3)
+    ),
 )
 def test_a_step_reduces_once_for_each_gradient(name, needed):
     assert reductions(data_parallel(build(name), make_mesh(data=4))) == needed
@@ -174,6 +178,7 @@ def test_a_mixed_mode_reduces_no_more():
     assert reductions(data_parallel(optimizer, make_mesh(data=4))) == 3
 
 
+@pytest.mark.slow
 def test_greedys_reductions_do_not_grow_with_its_unroll():
     counts = {
         n: reductions(data_parallel(build("greedy", unroll_steps=n), make_mesh(data=4)))
@@ -183,7 +188,8 @@ def test_greedys_reductions_do_not_grow_with_its_unroll():
 
 
 @pytest.mark.filterwarnings("ignore:.*'decay'. gets no hypergradient")  # these losses have none
-@pytest.mark.parametrize("backend", ["shard_map", "pmap"])
+@pytest.mark.parametrize("backend", slow_but(["shard_map", "pmap"], "shard_map"))
+@pytest.mark.slow
 def test_losses_that_sum(backend, x64):
     def sums(loss):
         return lambda params, lam, batch: jnp.sum(loss(params, lam, batch))
@@ -203,7 +209,10 @@ def update_fn(params, lam, batch):
 
 @pytest.mark.parametrize(
     ("name", "backend"),
-    [(name, "shard_map") for name in [*OPTIMIZERS, "unrolled"]] + [("t1t2", "pmap")],
+    slow_but(
+        [(name, "shard_map") for name in [*OPTIMIZERS, "unrolled"]] + [("t1t2", "pmap")],
+        ("one-step", "shard_map"),
+    ),
 )
 def test_an_update_function(name, backend, x64):
     optimizer = build(name, update_fn=update_fn)
@@ -233,6 +242,7 @@ class PartOptimizer(OwnOptimizer):
 
 
 @pytest.mark.parametrize("backend", ["shard_map", "pmap"])
+@pytest.mark.slow
 def test_an_optimizer_that_uses_its_part_of_the_batch(backend, x64):
     def many(average):
         return data_parallel(PartOptimizer(average), make_mesh(data=4), backend=backend)
@@ -247,7 +257,8 @@ def test_an_optimizer_that_uses_its_part_of_the_batch(backend, x64):
 
 
 @pytest.mark.filterwarnings("ignore:.*'decay'. gets no hypergradient")  # these losses have none
-@pytest.mark.parametrize("backend", ["shard_map", "pmap"])
+@pytest.mark.parametrize("backend", slow_but(["shard_map", "pmap"], "shard_map"))
+@pytest.mark.slow
 def test_statistics_of_the_whole_batch_inside_a_loss(backend, x64):
     def centred(mean):
         def loss(params, lam, batch):
@@ -264,6 +275,7 @@ def test_statistics_of_the_whole_batch_inside_a_loss(backend, x64):
     assert_close(jax.device_get(many), jax.device_get(one), rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_compute_hypergradient_is_that_of_the_whole_batch(x64):
     optimizer = build("one-step")
     parallel = data_parallel(optimizer, make_mesh(data=8))
@@ -289,7 +301,8 @@ def problem():
     )
 
 
-@pytest.mark.parametrize("name", ["one-step", "hyperdistill"])
+@pytest.mark.parametrize("name", slow_but(["one-step", "hyperdistill"], "one-step"))
+@pytest.mark.slow
 def test_under_solve_with_calibration(name, x64):
     settings = {"T": 4} if name == "hyperdistill" else {}
     optimizer = build(name, **settings)
@@ -299,7 +312,8 @@ def test_under_solve_with_calibration(name, x64):
     assert_close(jax.device_get(many.state), jax.device_get(one.state), atol=1e-13)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", slow_but(OPTIMIZERS, "one-step"))
+@pytest.mark.slow
 def test_run_in_episodes(name, x64):
     own = {"T": 3} if name in ("t1t2", "hyperdistill") else {}
     length = (3,) if name in ("first-order", "one-step") else ()
@@ -375,6 +389,7 @@ def test_a_hundred_million_hyperparameters_take_a_step():
 
 
 @pytest.mark.filterwarnings("ignore:.*'decay'. gets no hypergradient")  # these losses have none
+@pytest.mark.slow
 def test_a_padded_batch_gives_the_mean_of_its_rows(x64):
     uneven = jax.tree.map(lambda x: x[:13], rows(0))
     padded, weights = pad_batch(uneven, 4)

@@ -1,6 +1,7 @@
 """diagnose against closed forms, in float64, and what it refuses."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +78,7 @@ def test_a_quadratic_in_closed_form():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_an_online_method_walks_as_in_a_run():
     """The estimate at the end is that of T steps of `step` with a rate of 0 on λ."""
     optimizer = gradhpo.OnlineHypergradientOptimizer(optax.sgd(0.1, momentum=0.9), gamma=0.8, T=4)
@@ -91,6 +93,7 @@ def test_an_online_method_walks_as_in_a_run():
     np.testing.assert_allclose(got, expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_where_there_is_no_second_order_term_first_order_is_recommended():
     problem = dataclasses.replace(
         QUADRATIC, val_loss=lambda w, lam, batch: 1e-6 * jnp.sum(w) + jnp.sum(lam**2)
@@ -102,6 +105,7 @@ def test_where_there_is_no_second_order_term_first_order_is_recommended():
     assert "second-order term" in found.recommendation
 
 
+@pytest.mark.slow
 def test_a_method_that_cannot_see_lambda_is_left_out_with_its_reason():
     problem = dataclasses.replace(
         QUADRATIC,
@@ -127,6 +131,7 @@ def test_a_method_that_cannot_see_lambda_is_left_out_with_its_reason():
     assert "log_rate" in found.notes[0]
 
 
+@pytest.mark.slow
 def test_costs_the_table_and_the_figure(tmp_path, capsys):
     found = gradhpo.diagnose(
         SMALL,
@@ -161,6 +166,19 @@ def test_costs_the_table_and_the_figure(tmp_path, capsys):
     assert len(axes.get_legend().get_texts()) == 4
     with pytest.raises(KeyError, match="one-step"):
         found.row("two-step")
+
+
+@pytest.mark.slow
+def test_quick_compares_four_and_tells_how_long_it_takes(capsys):
+    settings = {"inner_optimizer": INNER, "horizon": 2, "samples": 1, "rounds": 0}
+    found = gradhpo.diagnose(SMALL, state_of(SMALL), KEY, methods="quick", **settings)
+    names = ["first-order", "one-step", "t1t2", "hyperdistill γ=0.9"]
+    assert [row.name for row in found.rows] == names
+    told = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        r"diagnose: the exact .* took [\d.]+ s; 4 methods more, about \d+ s", told[0]
+    )
+    assert [re.fullmatch(r"diagnose: (.*), [\d.]+ s", line)[1] for line in told[1:]] == names
 
 
 def row(name, cosine, cost, share=0.5, ratio=1.0):

@@ -1,6 +1,7 @@
 """DARTS and coordinate differences against the exact vector-Jacobian product."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from gradhpo import OneStepOptimizer, T1T2Optimizer, Task
 from gradhpo.hypergradient import coordinate_differences, gradient_difference
 from tests import problems
 from tests.problems import as_jax, assert_close, assert_same_bits
+from tests.quick import slow_but
 
 pytestmark = [
     pytest.mark.usefixtures("only_x64"),
@@ -87,7 +89,7 @@ def both(inner, losses=(train, val), steps=3, **settings):
     return differences.compute_hypergradient(state, BATCH, VAL, *losses), step(state)[0]
 
 
-@pytest.mark.parametrize("name", INNER)
+@pytest.mark.parametrize("name", slow_but(INNER, "adam", "update_fn"))
 def test_differences_equal_the_exact_product_in_every_coordinate(name):
     differences, exact = both(INNER[name])
     assert_close(differences, exact, rtol=1e-8, atol=1e-9)
@@ -129,6 +131,7 @@ def sama(w, lam, adam, batch, val_batch, *, lr, b1=0.9, b2=0.999, eps=1e-8):
     return optax.tree.add_scale(direct, -lr / (2 * step), difference)
 
 
+@pytest.mark.slow
 def test_with_adam_it_is_sama():
     # On a network the differences are not exact, so the direction and the step both show.
     optimizer = T1T2Optimizer(optax.adam(0.05))
@@ -149,7 +152,7 @@ def test_with_adam_it_is_sama():
 
 
 @pytest.mark.parametrize("name", ["sgd", "update_fn"])
-@pytest.mark.parametrize("eps", [1e-1, 1e-4])
+@pytest.mark.parametrize("eps", slow_but([1e-1, 1e-4], 1e-4))
 def test_differences_hold_for_any_reasonable_eps(name, eps):
     differences, exact = both(INNER[name], eps=eps)
     error = 1e-9 / eps if name == "sgd" else max(eps**2, 1e-9 / eps)  # cubic in λ: O(ε²)
@@ -172,7 +175,7 @@ def test_eps_is_the_step_of_a_coordinate():
         assert_close(found, 3 * lam**2 + used**2, rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "update_fn"])
+@pytest.mark.parametrize("name", slow_but(["sgd", "adam", "update_fn"], "adam"))
 def test_without_a_second_order_term_the_rest_is_exact_and_not_nan(name):
     inner = {"update_fn": lambda w, lam, batch: w} if name == "update_fn" else INNER[name]
     # No λ in the inner step: the second-order term is zero; no w in the validation loss: u = 0.
@@ -182,7 +185,7 @@ def test_without_a_second_order_term_the_rest_is_exact_and_not_nan(name):
         assert_same_bits(differences, expected)
 
 
-@pytest.mark.parametrize("eps", [1e-30, 1e-310])
+@pytest.mark.parametrize("eps", slow_but([1e-30, 1e-310], 1e-30))
 @pytest.mark.parametrize("name", ["sgd", "update_fn"])
 def test_an_eps_lost_in_rounding_gives_a_zero_term(name, eps):
     # What is left of a difference is then rounding noise, over a tiny (or subnormal) 2ε.
@@ -196,7 +199,8 @@ def test_a_nan_in_the_validation_gradient_is_seen():
     assert np.isnan(found).all()
 
 
-@pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "sgd of λ"])
+@pytest.mark.parametrize("name", slow_but(["sgd", "momentum", "adam", "sgd of λ"], "adam"))
+@pytest.mark.slow
 def test_bfloat16_weights_with_float32_hyperparameters(name):
     with jax.enable_x64(False):
         half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), PARAMS)
@@ -223,7 +227,7 @@ def test_bfloat16_weights_under_an_update_fn_stay_finite():
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+@pytest.mark.parametrize("chunk", slow_but([1, 7, 64, 1000], 7))
 def test_coordinates_evaluated_in_chunks_equal_the_exact_product(chunk):
     # 150 coordinates in three leaves: chunks end inside leaves, and the last one is not full.
     lam = {"a": rng.normal(size=(10, 10)), "b": [rng.normal(size=49), rng.normal(size=())]}
@@ -266,8 +270,9 @@ def switched_val(w, lam, batch):
     return jnp.sum((w["on"] - 0.3) ** 2) + jnp.sum((w["off"] - 2) ** 2) + jnp.sum(w["empty"])
 
 
-@pytest.mark.parametrize("slots", [None, 2])
-@pytest.mark.parametrize("lam", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("lam", "slots"), slow_but(itertools.product([0.0, 0.1], [None, 2]), (0.0, None))
+)
 def test_a_term_switched_off_by_lambda_is_seen_behind_adam(lam, slots):
     weights = {
         "on": jnp.array([0.5, 0.2]),
@@ -294,8 +299,10 @@ def test_a_term_switched_off_by_lambda_is_seen_behind_adam(lam, slots):
     np.testing.assert_allclose(found[1], found[0], rtol=1e-2)
 
 
-@pytest.mark.parametrize("wide", [False, True])
-@pytest.mark.parametrize("eps", [None, 1e-2, 1e-4])
+@pytest.mark.parametrize(
+    ("eps", "wide"), slow_but(itertools.product([None, 1e-2, 1e-4], [False, True]), (None, False))
+)
+@pytest.mark.slow
 def test_a_unit_dead_on_the_training_batch_alone_adds_nothing(eps, wide):
     """Its weights have no gradient and no mixed derivative, and a validation gradient."""
     x_train, x_val = np.array([[1.0], [2.0], [1.5]]), np.array([[-1.0], [2.0]])

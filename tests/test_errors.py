@@ -12,12 +12,12 @@ import pytest
 
 import gradhpo
 from gradhpo import Problem, solve
+from gradhpo.parallel.compilations import CompileCounter
 from tests.small import (
     BATCH,
     INNER,
     OPTIMIZERS,
     OUTER,
-    CompileCounter,
     build,
     run_arguments,
     start,
@@ -297,3 +297,37 @@ def test_help_tells_every_field(kind):
     text = inspect.getdoc(kind)
     for field in dataclasses.fields(kind):
         assert re.search(rf"^  {field.name}: ", text, re.MULTILINE), field.name
+
+
+@pytest.mark.parametrize("name", ["hyperdistill", "t1t2"])
+def test_a_state_of_another_method_is_told_by_what_it_lacks(name):
+    settings = {"gamma": 0.9} if name == "t1t2" else {}
+    optimizer, rate = build(name, **settings)
+    state = build("one-step")[0].init(*start())
+    with pytest.raises(ValueError, match=r"state\.metadata lacks 'w_star', which this optimizer"):
+        optimizer.step(state, BATCH, BATCH, train_loss, val_loss, *rate)
+
+
+def test_what_is_no_state_is_told():
+    optimizer, rate = build("one-step")
+    with pytest.raises(TypeError, match=r"state must be a gradhpo\.BilevelState, .*; got tuple"):
+        optimizer.step(start(), BATCH, BATCH, train_loss, val_loss, *rate)
+
+
+@pytest.mark.parametrize("name", ["greedy", "unrolled", "forward", "drmad", "implicit"])
+def test_a_stack_where_one_batch_is_repeated_is_told(name):
+    optimizer, rate = build(name)
+    state = optimizer.init(*start())
+    stack = tuple(np.stack([x] * 3) for x in BATCH)
+
+    def loss(w, lam, batch):  # broadcasts
+        x, y = batch
+        return jnp.mean((x @ w - y) ** 2) + jnp.exp(lam["decay"]) * jnp.sum(w**2) + lam["l"].sum()
+
+    def step(train_batch, val_batch):
+        task = gradhpo.Task(train_batch, val_batch, loss, loss)
+        return optimizer.advance(state, task, *rate)
+
+    with pytest.warns(UserWarning, match=r"train_batch looks like a stack of 3 batches.*batches="):
+        jax.eval_shape(step, stack, BATCH)
+    jax.eval_shape(step, BATCH, BATCH)

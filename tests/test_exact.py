@@ -18,6 +18,7 @@ from gradhpo import (
 )
 from tests import problems
 from tests.problems import Exact, as_jax, assert_close, assert_same_bits
+from tests.quick import slow_but
 
 pytestmark = pytest.mark.usefixtures("only_x64")
 
@@ -160,7 +161,7 @@ def test_one_step_of_a_network_equals_the_unrolled_gradient(inner):
         assert_close(found, exact)
 
 
-@pytest.mark.parametrize("T", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("T", slow_but([1, 2, 3, 4, 5], 3))
 @pytest.mark.parametrize("batches", ["repeat", "stack"])
 def test_greedy_without_discount_is_the_full_hypergradient_where_a_is_the_identity(batches, T):
     settings = {"outer_optimizer": OUTER, "unroll_steps": T, "gamma": 1.0, "batches": batches}

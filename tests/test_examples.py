@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-pytestmark = pytest.mark.compiler
+from tests.quick import slow_but
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -30,7 +30,9 @@ def test_the_readme_has_code():
     assert BLOCKS
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0])
+@pytest.mark.parametrize(
+    "block", slow_but(BLOCKS, *BLOCKS[:2]), ids=lambda block: block.splitlines()[0]
+)
 def test_code_in_the_readme_runs(block):
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 
@@ -45,6 +47,7 @@ def test_the_tuned_training_loop_is_the_plain_one_with_few_changed_lines():
 
 
 @pytest.mark.slow
+@pytest.mark.compiler
 def test_the_tuned_training_loop_runs(monkeypatch, capsys):
     tuned, plain = load("training_loop"), load("training_loop_plain")
     for module in (plain, tuned):
@@ -57,6 +60,7 @@ def test_the_tuned_training_loop_runs(monkeypatch, capsys):
     assert all(settings[name] != tuned.USUAL[name] for name in settings)
 
 
+@pytest.mark.compiler
 @pytest.mark.slow
 def test_hyperclean_digits(tmp_path):
     """Two methods of the demo, each a sweep, on a Ray that it starts and stops; then resumed."""

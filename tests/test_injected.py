@@ -14,6 +14,7 @@ from gradhpo import FOOptimizer, OneStepOptimizer, UnrolledOptimizer
 from gradhpo.dependence import dependents
 from tests import problems
 from tests.problems import assert_close
+from tests.quick import slow_but
 
 pytestmark = pytest.mark.usefixtures("only_x64")
 
@@ -69,7 +70,7 @@ NESTED = {
 
 
 @pytest.mark.filterwarnings("ignore:inner_optimizer keeps numbers")
-@pytest.mark.parametrize("nested", NESTED)
+@pytest.mark.parametrize("nested", slow_but(NESTED, "alone", "chain"))
 def test_an_injected_rate_follows_lambda_wherever_it_is(nested):
     found = []
     for make in NESTED[nested]:
@@ -194,7 +195,7 @@ LOOKING = {
 }
 
 
-@pytest.mark.parametrize("name", LOOKING)
+@pytest.mark.parametrize("name", slow_but(LOOKING, "polyak_sgd"))
 def test_an_outer_optimizer_looks_at_the_validation_loss(name):
     outer = LOOKING[name]
     optimizer = OneStepOptimizer(SGD, outer)
@@ -249,6 +250,7 @@ def test_every_way_to_need_a_number_is_told(read):
         optimizer.init(problems.W0, LAM)
 
 
+@pytest.mark.slow
 def test_the_line_that_works_works():
     shape = optax.warmup_cosine_decay_schedule(0, 1.0, warmup_steps=2, decay_steps=10)
 
@@ -275,7 +277,10 @@ def adam_step(params, lam, batch):
     return optax.apply_updates(params, updates)
 
 
-@pytest.mark.parametrize("kind", [OneStepOptimizer, UnrolledOptimizer, gradhpo.ForwardOptimizer])
+@pytest.mark.parametrize(
+    "kind",
+    slow_but([OneStepOptimizer, UnrolledOptimizer, gradhpo.ForwardOptimizer], OneStepOptimizer),
+)
 def test_adam_in_an_update_fn_is_finite_at_a_gradient_of_zero(kind):
     losses = (lambda w, lam, _: jnp.sum(w), lambda w, lam, _: jnp.sum(w**2))
     both = kind(update_fn=adam_step, outer_optimizer=SGD)

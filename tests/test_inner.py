@@ -1,6 +1,7 @@
 """The inner step: its optimizer's state, hyperparameters inside the optimizer, roots at zero."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from gradhpo import (
 from gradhpo.finite_derivatives import with_finite_derivatives
 from tests import problems
 from tests.problems import as_jax, assert_close
+from tests.quick import slow_but
 
 pytestmark = pytest.mark.usefixtures("only_x64")
 
@@ -76,8 +78,14 @@ def plain_loop(inner, batches):
     return w, s
 
 
-@pytest.mark.parametrize("inner", PLAIN)
-@pytest.mark.parametrize("name", ["FO", "One-Step", "T1-T2", "T1-T2 at w*", "HyperDistill"])
+@pytest.mark.parametrize(
+    ("name", "inner"),
+    slow_but(
+        itertools.product(["FO", "One-Step", "T1-T2", "T1-T2 at w*", "HyperDistill"], PLAIN),
+        *(("One-Step", inner) for inner in PLAIN),
+        *((name, "adam") for name in ("FO", "T1-T2 at w*", "HyperDistill")),
+    ),
+)
 def test_ten_steps_are_those_of_a_plain_optax_loop(name, inner):
     inner = PLAIN[inner]
     optimizer = {
@@ -95,7 +103,7 @@ def test_ten_steps_are_those_of_a_plain_optax_loop(name, inner):
     assert_close(state.hyperparams, problems.LAM0, rtol=0)
 
 
-@pytest.mark.parametrize("inner", PLAIN)
+@pytest.mark.parametrize("inner", slow_but(PLAIN, "adam"))
 def test_ten_steps_of_greedy_are_those_of_a_plain_optax_loop(inner):
     settings = {"outer_optimizer": FROZEN, "unroll_steps": 5, "batches": "stack"}
     optimizer = GreedyOptimizer(PLAIN[inner], **settings)
@@ -106,7 +114,7 @@ def test_ten_steps_of_greedy_are_those_of_a_plain_optax_loop(inner):
     assert_close((state.params, state.inner_opt_state), expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("inner", COMPOSED)
+@pytest.mark.parametrize("inner", slow_but(COMPOSED, "clip and adam"))
 def test_optimizers_with_branches_and_loops_are_taken_and_differentiated_as_they_are(inner):
     # The differentiated update is a replay of the optimizer's operations: it must be the same.
     inner = COMPOSED[inner]
@@ -169,7 +177,7 @@ def tuned_val(w, lam, y):
 TUNED_LOSSES = (tuned_train, tuned_val)
 
 
-@pytest.mark.parametrize("inner", TUNED)
+@pytest.mark.parametrize("inner", slow_but(TUNED, "adamw"))
 @pytest.mark.parametrize("name", ["One-Step", "HyperDistill", "Greedy"])
 def test_learning_rate_momentum_and_decay_get_the_gradient_of_the_exact_step(name, inner):
     inner = TUNED[inner]
@@ -206,7 +214,7 @@ def product_at(inner):
 
 
 @pytest.mark.parametrize("name", ["HyperDistill", "T1-T2"])
-@pytest.mark.parametrize("inner", TUNED)
+@pytest.mark.parametrize("inner", slow_but(TUNED, "adamw"))
 def test_the_product_at_w_star_is_taken_with_the_present_state_of_the_optimizer(inner, name):
     gamma, inner = 0.7, TUNED[inner]
     method = {"HyperDistill": OnlineHypergradientOptimizer, "T1-T2": T1T2Optimizer}[name]
@@ -281,7 +289,7 @@ def hypergradients(optimizer, params, steps=2):
     return found
 
 
-@pytest.mark.parametrize("inner", DEAD)
+@pytest.mark.parametrize("inner", slow_but(DEAD, "adam"))
 def test_dead_units_leave_the_hypergradient_of_the_network_without_them(inner):
     optimizer = OneStepOptimizer(DEAD[inner])
     found = hypergradients(optimizer, with_dead_units(2))
@@ -290,6 +298,7 @@ def test_dead_units_leave_the_hypergradient_of_the_network_without_them(inner):
     assert np.abs(expected[-1]).max() > 1e-6  # there is something to lose
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["T1-T2", "HyperDistill", "Greedy"])
 def test_dead_units_leave_every_algorithm_what_it_finds_without_them(name):
     optimizer = {
@@ -303,6 +312,7 @@ def test_dead_units_leave_every_algorithm_what_it_finds_without_them(name):
     assert_close(found, expected, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_dead_units_leave_theta_what_it_is_without_them():
     optimizer = OnlineHypergradientOptimizer(ADAM, gamma=0.9)
     found, expected = (
@@ -318,7 +328,7 @@ def test_dead_units_leave_theta_what_it_is_without_them():
     assert_close(found, expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize("inner", DEAD)
+@pytest.mark.parametrize("inner", slow_but(DEAD, "adam"))
 def test_a_network_with_only_dead_units_has_a_zero_hypergradient(inner):
     # The whole training gradient is 0 then, and so are its norms.
     for found in hypergradients(OneStepOptimizer(DEAD[inner]), with_dead_units(problems.HIDDEN)):

@@ -12,6 +12,7 @@ import gradhpo
 from gradhpo import Aux, Problem, Task, solve
 from gradhpo.parallel import Population, data_parallel, make_mesh
 from tests.problems import assert_close, assert_same_bits
+from tests.quick import slow_but
 from tests.small import OPTIMIZERS, REFERENCES, UNROLLING
 
 METHODS = OPTIMIZERS | REFERENCES
@@ -94,7 +95,7 @@ def by_hand(key, steps, unroll, lam=LAM):
 NAMES = ("train_loss", "val_loss", "train_kept", "train_units", "val_worst")
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_but(METHODS, "one-step", "unrolled"))
 def test_every_method_trains_as_a_loop_by_hand(name):
     """With λ held, all methods move weights, statistics and keys as plain training does."""
     optimizer, key = made(name), jax.random.key(3)
@@ -129,8 +130,8 @@ def plain_objective(T, key, through):
     return objective
 
 
-@pytest.mark.parametrize("through", [False, True])
-@pytest.mark.parametrize("name", ["unrolled", "forward"])
+@pytest.mark.parametrize("through", slow_but([False, True], True))
+@pytest.mark.parametrize("name", slow_but(["unrolled", "forward"], "unrolled"))
 def test_the_unrolled_gradient_goes_through_the_statistics_where_it_is_told_to(name, through):
     optimizer = made(name, through_model_state=through)
     state, key = optimizer.init(PARAMS, LAM, model_state=STATE), jax.random.key(3)
@@ -142,7 +143,7 @@ def test_the_unrolled_gradient_goes_through_the_statistics_where_it_is_told_to(n
 
 
 @pytest.mark.parametrize("mode", ["reverse-over-reverse", "forward-over-reverse"])
-@pytest.mark.parametrize("name", ["one-step", "greedy", "drmad", "unrolled"])
+@pytest.mark.parametrize("name", slow_but(["one-step", "greedy", "drmad", "unrolled"], "one-step"))
 def test_one_inner_step_is_differentiated_exactly_in_every_mode(name, mode):
     unroll = {"unroll_steps": 1} if name in UNROLLING else {}
     optimizer = made(name, mode=mode, **unroll)
@@ -153,6 +154,7 @@ def test_one_inner_step_is_differentiated_exactly_in_every_mode(name, mode):
     assert_close(found, exact, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_differences_and_implicit_see_the_mask_of_their_step():
     """T1-T2's shifted losses draw the dropout mask that the step drew."""
     t1t2, exact = made("t1t2"), made("one-step")
@@ -183,7 +185,7 @@ def measure(params, lam, *, model_state):
 PROBLEM = Problem(start, train_loss, val_loss, batch=draw, metrics=measure)
 
 
-@pytest.mark.parametrize("name", ["one-step", "hyperdistill", "greedy"])
+@pytest.mark.parametrize("name", slow_but(["one-step", "hyperdistill", "greedy"], "one-step"))
 def test_solve_draws_anew_at_each_step_and_tells_what_the_losses_tell(name):
     optimizer = made(name, optax.adam(0.01))
     key = jax.random.key(5)
@@ -201,6 +203,7 @@ def test_solve_draws_anew_at_each_step_and_tells_what_the_losses_tell(name):
 
 
 @pytest.mark.parametrize("lr_reptile", [0.0, 0.5, 1.0])
+@pytest.mark.slow
 def test_an_episode_begins_with_the_statistics_where_its_weights_begin(lr_reptile):
     optimizer = made("one-step")
     run = solve(PROBLEM, optimizer, 4, jax.random.key(5), episode_length=4, lr_reptile=lr_reptile)
@@ -348,7 +351,7 @@ def of_first(loss):
 OF_FIRST = (of_first(no_memory_train), of_first(no_memory_val))
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if n != "implicit"])
+@pytest.mark.parametrize("name", slow_but([n for n in METHODS if n != "implicit"], "one-step"))
 def test_counts_among_the_weights_are_carried_on(name):
     """optax.adam's state as weights of an `update_fn`: its count, an integer, and dead units."""
     params = {"in": PARAMS["in"], "out": PARAMS["out"], "dead": np.zeros(3)}
@@ -430,6 +433,7 @@ def test_modes_and_old_signatures_are_refused_by_name():
                 raise NotImplementedError
 
 
+@pytest.mark.slow
 def test_plain_losses_leave_the_state_as_it_was():
     """No leaf more, so that what was saved before is read."""
     optimizer = made("hyperdistill")

@@ -1,5 +1,7 @@
 """Flax NNX and Equinox models, as their users would write them."""
 
+import itertools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 from flax import nnx
 
 from gradhpo import Problem, solve
+from tests.quick import slow_but
 from tests.small import OPTIMIZERS, build
 
 RNG = np.random.default_rng(0)
@@ -53,8 +56,13 @@ def losses(apply):
     return train, val
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("model", [nnx_model, equinox_model])
+@pytest.mark.parametrize(
+    ("model", "name"),
+    slow_but(
+        itertools.product([nnx_model, equinox_model], OPTIMIZERS),
+        (equinox_model, "one-step"),
+    ),
+)
 def test_a_models_weights_go_in_and_come_out_as_they_are(model, name):
     params, apply = model()
     train, val = losses(apply)

@@ -10,7 +10,8 @@ import pytest
 import gradhpo
 from gradhpo.cluster import SearchSpace, Sweep, uniform
 from gradhpo.parallel import Population
-from tests.small import BATCH, INNER, OUTER, CompileCounter, start, train_loss, val_loss
+from gradhpo.parallel.compilations import CompileCounter
+from tests.small import BATCH, INNER, OUTER, start, train_loss, val_loss
 
 KEY = jax.random.key(0)
 OPTIMIZER = gradhpo.OneStepOptimizer(INNER, OUTER)
@@ -39,11 +40,11 @@ PROBLEM = gradhpo.Problem(
 )
 LAM = r"\(\['decay'\] float32\[\], \['l'\] float32\[3\]\)"
 PAIR = r"\(\[0\] float32\[12,3\], \[1\] float32\[12\]\)"
-LOSS = rf"params \(float32\[3\]\), hyperparams {LAM}, batch {PAIR}"
+LOSS = rf"params \(float32\[3\]\), hyperparams {LAM}"
 NOTES = {
     "init": r"Problem.init with key \(key<fry>\[\]\)",
-    "train_loss": rf"train_loss_fn \(Problem.train_loss\) with {LOSS}",
-    "val_loss": rf"val_loss_fn \(Problem.val_loss\) with {LOSS}",
+    "train_loss": rf"train_loss_fn \(Problem.train_loss\) with {LOSS}, train_batch {PAIR}",
+    "val_loss": rf"val_loss_fn \(Problem.val_loss\) with {LOSS}, val_batch {PAIR}",
     "batch": rf"Problem.batch with key \(key<fry>\[\]\), data {PAIR}",
     "data": r"Problem.data with key \(key<fry>\[\]\)",
     "metrics": rf"Problem.metrics with params \(float32\[3\]\), hyperparams {LAM}, data {PAIR}",
@@ -98,7 +99,7 @@ def test_a_batch_of_the_wrong_kind_is_described_where_the_loss_fails():
     problem = dataclasses.replace(PROBLEM, batch=lambda key, data: BATCH)  # inputs and targets
     with pytest.raises(ValueError, match="too many values to unpack") as caught:
         solve(problem, None)
-    assert "batch (float32[12,3])" in notes(caught.value)
+    assert "train_batch (float32[12,3])" in notes(caught.value)
 
 
 def test_indexing_numpy_by_a_traced_index_says_what_to_do():

@@ -14,6 +14,7 @@ import pytest
 from optax import contrib
 
 from gradhpo import OneStepOptimizer, Task, UnrolledOptimizer
+from tests.quick import slow_but
 
 # Some of optax's own are deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -140,9 +141,8 @@ REFUSED = {
 TAKEN = [name for name in [*NAMES, *MORE] if name not in REFUSED]
 # What a transformation does over several steps, and at zero, the optimizer made of it does too.
 WHOLE = [name for name in TAKEN if "scale_by_" not in name]
-FAST_FIRST = [
-    name if name in WHOLE else pytest.param(name, marks=pytest.mark.slow) for name in TAKEN
-]
+# Of each kind of update one: linear, momentum, second moments, signs, norms, schedules, a wrapper.
+QUICK = ["sgd", "adamw", "lion", "lamb", "adafactor", "polyak_sgd", "contrib.prodigy"]
 FIRST_ROOT = {"radam", "contrib.mechanize"}  # autodiff has NaN in the first step
 RANDOM = {"add_noise", "noisy_sgd"}  # draw other numbers in another precision
 
@@ -218,7 +218,7 @@ def assert_near(found, expected, rtol, floor=1e-15):
     np.testing.assert_allclose(found, expected, rtol=rtol, atol=rtol * scale + floor)
 
 
-@pytest.mark.parametrize("name", FAST_FIRST)
+@pytest.mark.parametrize("name", slow_but(TAKEN, *QUICK))
 def test_one_step_is_the_derivative_of_the_last_step(name):
     with jax.enable_x64(True):
         inner, (train, val) = build(name), losses(np.float64, jnp.tanh)
@@ -255,7 +255,7 @@ def test_unrolled_is_the_derivative_of_all_steps(name):
             assert_near(found, expected, 1e-9)
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", slow_but(WHOLE, "sgd", "adamw", "lamb", "adafactor"))
 def test_a_dead_unit_leaves_float32_near_float64(name):
     found = []
     for dtype in (np.float32, np.float64):

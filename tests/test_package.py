@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -35,6 +36,8 @@ def test_import_starts_no_backend_and_needs_no_extra(tmp_path):
 def test_wheel_and_sdist_in_a_bare_environment(tmp_path):
     python(sys.executable, "-m", "build", "--outdir", str(tmp_path), str(ROOT), cwd=tmp_path)
     (sdist,), (wheel,) = tmp_path.glob("*.tar.gz"), tmp_path.glob("*.whl")
+    with tarfile.open(sdist) as archive:
+        assert "gradhpo-0.2.0/docs/recipes.md" in archive.getnames()
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"gradhpo", "gradhpo-0.2.0.dist-info"}
     assert {"gradhpo/py.typed", "gradhpo/parallel/__init__.py"} <= set(names)

@@ -2,6 +2,7 @@
 
 import gzip
 import importlib
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 from scipy import stats
 from typer.testing import CliRunner
+
+from tests.quick import slow_but
 
 
 def script(name):
@@ -24,8 +27,14 @@ def invoke(name, *arguments):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("reading", ["anew", "on"])
-@pytest.mark.parametrize("name", ["full", "IFT(5)", "T1-T2", "Greedy 0.5"])
+@pytest.mark.parametrize(
+    ("name", "reading"),
+    slow_but(
+        itertools.product(["full", "IFT(5)", "T1-T2", "Greedy 0.5"], ["anew", "on"]),
+        ("IFT(5)", "anew"),
+        ("Greedy 0.5", "on"),
+    ),
+)
 def test_toy_against_a_numpy_loop(name, reading):
     toy = script("toy")
     T, outer, eta, G = 5, 6, 0.1, np.asarray([1.0, 0.5])
@@ -78,6 +87,7 @@ def test_sinusoid_tasks():
 
 
 @pytest.mark.parametrize("resampled", [False, True])
+@pytest.mark.slow
 def test_sinusoid_shots_stay_or_are_resampled_but_tasks_stay(resampled):
     sinusoid = script("sinusoid")
     reading = sinusoid.Reading(resampled=resampled, validation=7)
@@ -91,6 +101,7 @@ def test_sinusoid_shots_stay_or_are_resampled_but_tasks_stay(resampled):
     np.testing.assert_allclose(trains.y, wave, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sinusoid_adapts_each_task_on_its_own():
     """The gradient of the summed loss in a task's weights is that of the task alone."""
     sinusoid = script("sinusoid")

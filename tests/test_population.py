@@ -1,3 +1,4 @@
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +11,15 @@ import pytest
 
 import gradhpo
 from gradhpo.parallel import Population, compiled, data_parallel, make_mesh
+from gradhpo.parallel.compilations import CompileCounter
 from tests import loops
 from tests.problems import assert_close, assert_same_bits
+from tests.quick import slow_but
 from tests.small import (
     INNER,
     OPTIMIZERS,
     OUTER,
     REFERENCES,
-    CompileCounter,
     X,
     Y,
     build,
@@ -64,7 +66,7 @@ def population(name, layout="vmap", problem=PROBLEM, slots=SLOTS, **settings):
     return Population(problem, optimizer, slots, mesh, batching, **settings), rate
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", slow_but(OPTIMIZERS, "one-step"))
 def test_slots_are_runs_of_solve(name, x64):
     trials, rate = population(name)
     lr_hyper = {"lr_hyper": rate[0]} if rate else {}
@@ -79,9 +81,12 @@ def test_slots_are_runs_of_solve(name, x64):
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [("one-step", layout) for layout in LAYOUTS if layout != "vmap"]
-    + [("hyperdistill", layout) for layout in ("map", "shard-map", "trial-data")]
-    + [(name, "trial-data-chunk") for name in [*OPTIMIZERS, *REFERENCES] if name != "one-step"],
+    slow_but(
+        [("one-step", layout) for layout in LAYOUTS if layout != "vmap"]
+        + [("hyperdistill", layout) for layout in ("map", "shard-map", "trial-data")]
+        + [(name, "trial-data-chunk") for name in [*OPTIMIZERS, *REFERENCES] if name != "one-step"],
+        ("one-step", "trial-data-chunk"),
+    ),
 )
 def test_layouts_agree(name, layout, x64):
     one, rate = population(name)
@@ -100,14 +105,18 @@ PLATEAU = optax.chain(INNER, optax.contrib.reduce_on_plateau(patience=1))
 
 @pytest.mark.parametrize(
     ("layout", "model", "inner"),
-    [
+    slow_but(
+        [
+            ("shard", "scan_from_zeros", INNER),
+            ("shard", "constant_branch", INNER),
+            ("shard", "running_total", PLATEAU),
+            ("trial-data", "scan_from_zeros", INNER),
+            ("trial-data", "poisson_noise", PLATEAU),
+        ],
         ("shard", "scan_from_zeros", INNER),
-        ("shard", "constant_branch", INNER),
-        ("shard", "running_total", PLATEAU),
-        ("trial-data", "scan_from_zeros", INNER),
-        ("trial-data", "poisson_noise", PLATEAU),
-    ],
+    ),
 )
+@pytest.mark.slow
 def test_loops_that_start_from_a_constant(layout, model, inner, x64):
     weights, predict = loops.MODELS[model]()
     problem = gradhpo.Problem(
@@ -137,8 +146,14 @@ def test_a_divided_population_refuses_what_differs_between_devices():
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize("layout", ["vmap", "map", "chunk", "shard", "trial-data"])
-@pytest.mark.parametrize("name", ["one-step", "greedy", "hyperdistill"])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    slow_but(
+        [("one-step", layout) for layout in ("vmap", "map", "chunk", "shard", "trial-data")]
+        + list(itertools.product(["greedy", "hyperdistill"], ["chunk", "trial-data"])),
+        ("one-step", "vmap"),
+    ),
+)
 def test_a_slots_bits_do_not_depend_on_its_neighbours(name, layout):
     trials, rate = population(name, layout)
     first = trials.init(KEY)
@@ -229,6 +244,7 @@ def test_hyperparameters_of_ones_own():
         trials.init(KEY, hyperparams={"l": given["l"], "decay": np.zeros(())})
 
 
+@pytest.mark.slow
 def test_data_of_each_slot():
     problem = gradhpo.Problem(
         start, train_loss, val_loss, batch=batch,
@@ -247,6 +263,7 @@ def test_data_of_each_slot():
     np.testing.assert_allclose(results[0][:, 3], rows["val_loss"][:, 3], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.compiler
 def test_auto_measures_once_and_says_what_it_chose():
     trials, _ = population("one-step", "auto", outer=True)
@@ -263,6 +280,7 @@ def test_auto_measures_once_and_says_what_it_chose():
     assert_same_bits(fixed.run(state, 3, KEYS)[0], trials.run(state, 3, KEYS)[0])
 
 
+@pytest.mark.slow
 def test_fit_finds_the_most_slots_that_memory_holds():
     optimizer, _ = build("one-step", outer=True)
     limit = 300_000
@@ -385,6 +403,7 @@ def test_bad_arguments_of_run():
         Population(PROBLEM, optimizer, 2)
 
 
+@pytest.mark.slow
 def test_a_loss_that_calls_python_runs_and_is_not_shared():
     def calling(value):
         def loss(w, lam, batch):
@@ -406,6 +425,7 @@ def test_a_loss_that_calls_python_runs_and_is_not_shared():
     np.testing.assert_allclose(found[1] - found[0], 5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_populations_on_other_devices_compute_there():
     for devices in (jax.devices()[:4], jax.devices()[4:]):
         mesh = make_mesh(trial=4, data=1, devices=devices)

@@ -12,6 +12,7 @@ import gradhpo
 from gradhpo import UnreachedWarning
 from gradhpo.cluster import RandomSearch, SearchSpace, Sweep, uniform
 from gradhpo.parallel import Population, data_parallel, make_mesh
+from tests.quick import slow_but
 from tests.small import BATCH, OPTIMIZERS, OUTER, REFERENCES, run_arguments
 from tests.small import build as small
 
@@ -91,7 +92,12 @@ def test_an_unused_leaf_is_told_once_by_every_method(name):
     assert "hyperparams['decay']" not in text
 
 
-@pytest.mark.parametrize("door", ["run", "solve", "population", "data_parallel", "diagnose"])
+@pytest.mark.parametrize(
+    "door",
+    slow_but(
+        ["run", "solve", "population", "data_parallel", "diagnose"], "run", "solve", "population"
+    ),
+)
 def test_an_unused_leaf_is_told_once_at_every_door(door):
     optimizer, key = gradhpo.OneStepOptimizer(optax.sgd(0.1), OUTER), jax.random.key(0)
     divided = data_parallel(optimizer, make_mesh(data=2))
@@ -267,7 +273,7 @@ def scaled(scale, w, lam, batch):
     lambda: lambda w, lam, batch: scaled(1.0, w, lam, batch),
     lambda: functools.partial(scaled, 1.0),
 ])  # fmt: skip
-@pytest.mark.parametrize("method", ["step", "compute_hypergradient"])
+@pytest.mark.parametrize("method", slow_but(["step", "compute_hypergradient"], "step"))
 def test_a_loss_redefined_in_a_loop_is_told_at_the_third_compile(make, method):
     optimizer, once = gradhpo.OneStepOptimizer(optax.sgd(0.1), OUTER), make()
     state = optimizer.init(WEIGHTS, jnp.zeros(()))

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 import gradhpo
+from tests.problems import assert_close
+from tests.quick import slow_but
 from tests.small import BATCH, RNG
 
-pytestmark = pytest.mark.usefixtures("only_x64")
-
-PAGE = Path(__file__).parent.parent / "docs" / "schedules.md"
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = DOCS / "schedules.md"
 LAM = {
     "peak": {"log_peak": -3.0},
     "ends": {"log_first": -3.0, "log_last": -4.0},
@@ -25,11 +26,11 @@ LAM = {
 W = RNG.normal(size=3)
 
 
-def recipes():
-    """What the page's blocks define, run in order."""
+def run(page):
+    """Return what the page's blocks define, run in order."""
     made = {}
-    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
-        exec(compile(block, str(PAGE), "exec"), made)
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(compile(block, str(page), "exec"), made)
     return made
 
 
@@ -40,19 +41,17 @@ def loss(w, lam, batch):
 
 @pytest.mark.parametrize("page", ["models"])
 def test_the_code_of_a_page_runs(page):
-    text, made = (PAGE.parent / f"{page}.md").read_text(), {}
-    with jax.enable_x64(False):
-        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-            exec(compile(block, page, "exec"), made)
+    run(DOCS / f"{page}.md")
 
 
 def test_every_recipe_is_tried():
     assert set(re.findall(r"^def (\w+)\(l\):", PAGE.read_text(), re.MULTILINE)) == set(LAM)
 
 
-@pytest.mark.parametrize("name", LAM)
+@pytest.mark.parametrize("name", slow_but(LAM, "warmup"))
+@pytest.mark.usefixtures("x64")
 def test_a_recipe_gets_the_gradient_of_a_loop_by_hand(name):
-    inner = recipes()[name]
+    inner = run(PAGE)[name]
     lam = jax.tree.map(lambda x: jnp.asarray(x, float), LAM[name])
     optimizer = gradhpo.UnrolledOptimizer(inner, unroll_steps=4)
     state = optimizer.init(jnp.asarray(W), lam)
@@ -66,6 +65,16 @@ def test_a_recipe_gets_the_gradient_of_a_loop_by_hand(name):
         return loss(w, lam, BATCH)
 
     expected = jax.grad(objective)(lam)
-    for got, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(got, right, rtol=1e-9, atol=1e-12)
-        assert np.abs(right).max() > 0
+    assert_close(found, expected, rtol=1e-9)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(expected))
+
+
+@pytest.mark.slow
+def test_the_recipes_for_solve_run():
+    made = run(DOCS / "recipes.md")
+    first, solution = made["first"], made["solution"]
+    assert (first.steps, solution.steps) == (30, 60)
+    assert solution.metrics["val_loss"][-1] < solution.metrics["val_loss"][0]
+    x, y = made["x"], made["y"]
+    for logits in (made["net"](x), jax.vmap(made["model"])(x)):
+        assert (logits.argmax(-1) == y).mean() > 0.8

@@ -22,6 +22,7 @@ from gradhpo import (
 )
 from tests import problems
 from tests.problems import Exact, as_jax, assert_close, assert_same_bits
+from tests.quick import slow_but
 from tests.test_inner import (
     ADAM,
     COMPOSED,
@@ -97,7 +98,7 @@ def build(kind, inner, **settings):
 # --- Exact through T steps ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*INNER, "update_fn"])
+@pytest.mark.parametrize("name", slow_but([*INNER, "update_fn"], "adamw of λ"))
 def test_unrolled_and_forward_are_the_exact_hypergradient(name):
     inner = clipped if name == "update_fn" else INNER[name]
     losses, *start = problem_of(name)
@@ -112,6 +113,7 @@ def test_unrolled_and_forward_are_the_exact_hypergradient(name):
         assert min(abs(expected[key]) for key in ("log_lr", "momentum", "decay_rate")) > 1e-4
 
 
+@pytest.mark.slow
 def test_of_a_network():
     batches = as_jax(problems.MLP_TRAIN[:T])
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
@@ -123,7 +125,8 @@ def test_of_a_network():
         assert_close(found, expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize("steps", [7, 9])
+@pytest.mark.parametrize("steps", slow_but([7, 9], 7))
+@pytest.mark.slow
 def test_rematerialization_changes_nothing_at_any_length(steps):
     # A length that leaves a shorter segment, and a square. The same batch at every step is a stack
     # of its copies.
@@ -137,7 +140,9 @@ def test_rematerialization_changes_nothing_at_any_length(steps):
         assert_close(found, expected)
 
 
-@pytest.mark.parametrize("kind", [UnrolledOptimizer, ForwardOptimizer, DrMADOptimizer])
+@pytest.mark.parametrize(
+    "kind", slow_but([UnrolledOptimizer, ForwardOptimizer, DrMADOptimizer], DrMADOptimizer)
+)
 def test_one_step_of_each_is_one_step(kind):
     # From a state that is not zero: DrMAD's line starts in it.
     one = OneStepOptimizer(ADAM)
@@ -148,6 +153,7 @@ def test_one_step_of_each_is_one_step(kind):
     assert_close(kind(ADAM).compute_hypergradient(*arguments), expected)
 
 
+@pytest.mark.slow
 def test_a_key_in_the_optimizers_state():
     inner = noisy()
     one = OneStepOptimizer(inner)
@@ -160,6 +166,7 @@ def test_a_key_in_the_optimizers_state():
     assert np.isfinite(found[2]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [UnrolledOptimizer, DrMADOptimizer])
 def test_dead_units_leave_what_is_found_without_them(kind):
     optimizer = kind(DEAD["adam"], unroll_steps=2)
@@ -169,6 +176,7 @@ def test_dead_units_leave_what_is_found_without_them(kind):
     assert_close(found, expected, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_more_coordinates_than_a_chunk():
     lam = np.linspace(-1, 1, 150)
 
@@ -200,6 +208,7 @@ def temporaries(optimizer, steps):
     return estimate.lower(state).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_grows_as_promised():
     def growth(optimizer):
         few, many = (temporaries(optimizer, steps) for steps in (16, 64))
@@ -225,7 +234,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_but(METHODS, "One-Step"))
 def test_modes_agree_with_hyperparameters_in_the_loss_and_the_optimizer(name):
     found = []
     for mode in ("reverse-over-reverse", *MIXED):
@@ -245,6 +254,7 @@ def test_an_optimizer_that_looks_at_the_loss(mode):
     assert_close(one.compute_hypergradient(state, STACK[0], VAL, *QUADRATIC), expected)
 
 
+@pytest.mark.slow
 def test_theta_does_not_depend_on_the_mode():
     first, *others = (
         METHODS["HyperDistill"](ADAM, mode=mode).estimate_theta(
@@ -271,7 +281,7 @@ def test_keys_and_integers_in_a_batch():
     assert_close(found[1:], [found[0], found[0]])
 
 
-@pytest.mark.parametrize("kind", [OneStepOptimizer, UnrolledOptimizer])
+@pytest.mark.parametrize("kind", slow_but([OneStepOptimizer, UnrolledOptimizer], OneStepOptimizer))
 def test_bfloat16_weights_with_float32_hyperparameters(kind):
     with jax.enable_x64(False):
         half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), problems.MLP)
@@ -389,6 +399,7 @@ def test_k_terms_of_neumann_are_k_unrolled_steps_at_a_minimum(K):
         assert_close(one.compute_hypergradient(*arguments), expected)
 
 
+@pytest.mark.slow
 def test_more_iterations_come_closer():
     w, minus_mixed, hessian = minimum(problems.LAM0, STACK[0])
     exact = np.linalg.solve(hessian, minus_mixed)
@@ -495,7 +506,7 @@ def test_a_hyperparameter_that_the_training_gradient_shows_is_accepted():
     assert_same_bits(found["nowhere"], np.zeros(2))
 
 
-@pytest.mark.parametrize("K", [5, 10, 50])
+@pytest.mark.parametrize("K", slow_but([5, 10, 50], 10))
 @pytest.mark.parametrize("seed", range(3))
 def test_implicit_at_a_minimum_with_flat_directions(seed, K):
     """In float32 and with more weights than rows: the minimum-norm solution's derivative."""
@@ -568,6 +579,7 @@ def test_a_stack_of_another_length_is_refused():
             optimizer.step(state, STACK[:3], VAL, *QUADRATIC, 0.1)
 
 
+@pytest.mark.slow
 def test_greedy_with_more_of_the_past_comes_closer_to_the_exact_hypergradient():
     # Where A is nearly the identity, the discount that γ stands for is nearly 1.
     slow = optax.sgd(1e-3)

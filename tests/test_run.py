@@ -7,19 +7,18 @@ import numpy as np
 import pytest
 
 from gradhpo import DivergenceWarning, FOOptimizer, OneStepOptimizer, UnreachedWarning
+from gradhpo.parallel.compilations import CompileCounter
+from tests.quick import slow_but
 from tests.small import (
     BATCH,
     INNER,
     OPTIMIZERS,
-    CompileCounter,
     build,
     run_arguments,
     start,
     train_loss,
     val_loss,
 )
-
-pytestmark = pytest.mark.compiler
 
 
 def run(name, optimizer, M, T=4, **settings):
@@ -38,7 +37,7 @@ def sized(name, T, **settings):
     return build(name, **({"T": T} if name in ("t1t2", "hyperdistill") else {}), **settings)[0]
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", slow_but(OPTIMIZERS, "greedy", "hyperdistill"))
 def test_run_is_the_loop_that_its_docstring_describes(name, x64):
     M, T, lr_reptile = 3, 4, 0.5
     optimizer = sized(name, T)
@@ -64,7 +63,7 @@ def test_run_is_the_loop_that_its_docstring_describes(name, x64):
         np.testing.assert_allclose(leaf, expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", slow_but(OPTIMIZERS, "one-step"))
 def test_a_run_compiles_its_step_once_whatever_its_length_and_schedule(name):
     counts = []
     for M, T in ((2, 3), (60, 20)):
@@ -80,7 +79,7 @@ def test_a_run_compiles_its_step_once_whatever_its_length_and_schedule(name):
     assert compiled.count == 0
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", slow_but(OPTIMIZERS, "t1t2"))
 def test_callback_sees_each_episode_with_its_validation_loss(name):
     seen = []
     result = run(name, sized(name, 4), 3, callback=lambda m, state: seen.append((m, state)))

@@ -8,9 +8,10 @@ import pytest
 
 import gradhpo
 from gradhpo import DivergenceWarning, Problem, solve
-from tests.small import BATCH, OPTIMIZERS, CompileCounter, X, Y, build, start, train_loss, val_loss
-
-pytestmark = pytest.mark.compiler
+from gradhpo.parallel.compilations import CompileCounter
+from tests.problems import assert_same_bits
+from tests.quick import slow_but
+from tests.small import BATCH, OPTIMIZERS, X, Y, build, start, train_loss, val_loss
 
 KEY = jax.random.key(7)
 KEYS = jax.random.split(KEY, 3)
@@ -39,12 +40,7 @@ def host_pairs(rng):
         yield (X[rows[0]], Y[rows[0]]), (X[rows[1]], Y[rows[1]])
 
 
-def assert_same_bits(a, b):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(x, y)
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", slow_but(OPTIMIZERS, "one-step"))
 def test_solve_is_a_loop_of_steps_with_metrics_of_each(name, x64):
     optimizer, step_rate = build(name)
     with_rate = {"lr_hyper": step_rate[0]} if step_rate else {}
@@ -63,11 +59,20 @@ def test_solve_is_a_loop_of_steps_with_metrics_of_each(name, x64):
     assert all(rows.shape == (6,) for rows in solution.metrics.values())
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("episode_length", [None, 4])
-@pytest.mark.parametrize("key", [KEY, KEYS], ids=["one", "batch"])
-def test_same_key_same_bits_and_a_resumed_run_too(name, episode_length, key):
-    settings = {}
+@pytest.mark.parametrize(
+    ("name", "episode_length", "runs"),
+    slow_but(
+        [
+            (name, *rest)
+            for name in OPTIMIZERS
+            for rest in ((None, "one"), (4, "one"), (4, "batch"))
+        ],
+        ("hyperdistill", 4, "one"),
+        ("greedy", 4, "batch"),
+    ),
+)
+def test_same_key_same_bits_and_a_resumed_run_too(name, episode_length, runs):
+    key, settings = {"one": KEY, "batch": KEYS}[runs], {}
     if name == "hyperdistill":
         settings = {"estimation_period": 2, "T": episode_length or 20}
     optimizer, _ = build(name, **settings)
@@ -79,7 +84,8 @@ def test_same_key_same_bits_and_a_resumed_run_too(name, episode_length, key):
     assert whole.eval_steps.tolist() == [5, 10, 15, 20, 21]
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", slow_but(OPTIMIZERS, "one-step"))
+@pytest.mark.slow
 def test_each_run_of_a_batch_of_keys_is_the_run_of_its_key(name):
     optimizer, _ = build(name)
     together = solve(PROBLEM, optimizer, 8, KEYS, **rate(optimizer))
@@ -89,7 +95,7 @@ def test_each_run_of_a_batch_of_keys_is_the_run_of_its_key(name):
         np.testing.assert_allclose(losses, alone.metrics["val_loss"], rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", slow_but(OPTIMIZERS, "one-step"))
 def test_one_compile_of_the_chunk_whatever_the_number_of_steps(name):
     optimizer, _ = build(name, outer=True)
     other = jax.random.key(1)
@@ -101,6 +107,7 @@ def test_one_compile_of_the_chunk_whatever_the_number_of_steps(name):
     assert second.count == 0
 
 
+@pytest.mark.compiler  # two programs
 def test_a_schedule_is_a_function_of_the_step():
     optimizer, _ = build("one-step")
     constant = solve(PROBLEM, optimizer, 9, KEY, lr_hyper=0.02)
@@ -122,7 +129,7 @@ def test_episodes_are_those_of_run(x64):
     np.testing.assert_allclose(solution.phi, state.params, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["one-step", "hyperdistill", "greedy"])
+@pytest.mark.parametrize("name", slow_but(["one-step", "hyperdistill", "greedy"], "one-step"))
 def test_host_data_gives_the_bits_of_the_same_data_on_the_device(name):
     settings = {"T": 3} if name == "hyperdistill" else {}
     optimizer, _ = build(name, outer=True, **settings)
@@ -141,7 +148,7 @@ def test_host_data_gives_the_bits_of_the_same_data_on_the_device(name):
 
 
 @pytest.mark.parametrize("name", ["one-step", "hyperdistill"])
-@pytest.mark.parametrize("kind", ["function", "list", "iterator"])
+@pytest.mark.parametrize("kind", slow_but(["function", "list", "iterator"], "function", "iterator"))
 def test_host_data_resumes_to_the_same_bits(name, kind):
     settings = {"T": 5, "estimation_period": 2} if name == "hyperdistill" else {}
     optimizer, _ = build(name, outer=True, **settings)
@@ -155,7 +162,7 @@ def test_host_data_resumes_to_the_same_bits(name, kind):
     assert_same_bits(solve(problem, optimizer, 90, KEY, episode_length=5), resumed)
 
 
-@pytest.mark.parametrize("make", [jax.random.PRNGKey, jax.random.key])
+@pytest.mark.parametrize("make", slow_but([jax.random.PRNGKey, jax.random.key], jax.random.key))
 def test_host_batches_may_hold_keys(make):
     """The numbers of a device batch with the same keys, typed or not."""
 
@@ -237,8 +244,13 @@ def poisoned(step_of_poison):
     return lambda: Problem(start, loss, val, batches=pairs())
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("bad_step", [1, 5, 100])
+@pytest.mark.parametrize(
+    ("name", "bad_step"),
+    slow_but(
+        [(name, 5) for name in OPTIMIZERS] + [("one-step", 1), ("one-step", 100)],
+        *(("one-step", step) for step in (1, 5, 100)),
+    ),
+)
 def test_divergence_is_reported_and_the_last_finite_state_returned_to_the_bit(name, bad_step):
     optimizer, _ = build(name, outer=True, **({"scale": "unit"} if name == "hyperdistill" else {}))
     problem = poisoned(bad_step)
@@ -246,8 +258,10 @@ def test_divergence_is_reported_and_the_last_finite_state_returned_to_the_bit(na
         solution = solve(problem(), optimizer, 300, KEY)
     assert solution.steps == bad_step - 1
     assert solution.diverged_at == bad_step
-    assert all(np.isfinite(rows).all() for rows in solution.metrics.values())
-    assert len(solution.metrics["train_loss"]) == bad_step - 1
+    for rows in solution.metrics.values():
+        assert np.isfinite(rows[:-1]).all()
+        assert np.isnan(rows[-1])
+        assert len(rows) == bad_step
     if bad_step > 1:
         healthy = solve(problem(), optimizer, bad_step - 1, KEY)
         assert_same_bits(healthy.state, solution.state)
@@ -279,6 +293,7 @@ def test_in_a_batch_the_other_runs_go_on():
     )
 
 
+@pytest.mark.compiler
 def test_a_diverged_run_goes_on_from_its_last_finite_state_with_a_lower_rate():
     optimizer, _ = build("one-step")
     with pytest.warns(DivergenceWarning, match="hyperparam_norm .* step 7"):
@@ -317,6 +332,7 @@ def test_callback_and_progress(capsys):
     assert "12/12" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_distilled_data_in_solve():
     optimizer = gradhpo.OnlineHypergradientOptimizer(
         build("one-step")[0].inner_optimizer, gamma=0.9, T=3, distill_data=True

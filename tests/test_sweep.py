@@ -5,6 +5,7 @@ import gc
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +43,7 @@ from gradhpo.cluster.incarnations import Incarnations, Superseded
 from gradhpo.lock import FolderLock
 from gradhpo.parallel import compiled
 from tests import sweep_problems
+from tests.quick import slow_but
 from tests.small import OPTIMIZERS
 from tests.sweeps import GENERATIONS, SETTINGS, SPACE, assert_same_tables, sweep
 
@@ -51,6 +54,28 @@ ROOT = Path(__file__).parent.parent
 def reference(tmp_path_factory):
     """The small sweep, undisturbed."""
     return sweep(tmp_path_factory.mktemp("reference")).run()
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """The small sweep's storage after 1 and after 5 generations; to be copied, not used."""
+    storages = {}
+    for generations in (1, 5):
+        storages[generations] = tmp_path_factory.mktemp(f"begun-{generations}")
+        sweep(storages[generations], generations=generations).run()
+    return storages
+
+
+@pytest.fixture
+def after_1(begun, tmp_path):
+    """A storage of this test's own, as it is after one generation."""
+    return shutil.copytree(begun[1], tmp_path, dirs_exist_ok=True)
+
+
+@pytest.fixture
+def after_5(begun, tmp_path):
+    """The same after five."""
+    return shutil.copytree(begun[5], tmp_path, dirs_exist_ok=True)
 
 
 # --- what it computes -------------------------------------------------------------------------
@@ -110,6 +135,7 @@ def accumulating():
     [optax.adam(0.1), contrib.schedule_free_sgd(0.1), contrib.cocob(), contrib.madgrad(0.1)],
     ids=["adam", "schedule_free", "cocob", "madgrad"],
 )
+@pytest.mark.slow
 def test_optimizers_start_at_the_hyperparameters_that_were_drawn(outer, tmp_path):
     """In the first generation, and in a later one whose trials are all new."""
 
@@ -139,9 +165,7 @@ def test_optimizers_start_at_the_hyperparameters_that_were_drawn(outer, tmp_path
 
 
 def test_the_winner_can_be_computed_again_alone(reference):
-    again = reference.replay()
-    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(reference.best.state), strict=True):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    chex.assert_trees_all_equal(reference.replay(), reference.best.state, strict=True)
 
 
 def test_perturbed_settings_stay_in_their_space(reference):
@@ -161,7 +185,7 @@ def test_it_can_be_drawn(reference, tmp_path):
     assert (tmp_path / "new/figure.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("method", OPTIMIZERS)
+@pytest.mark.parametrize("method", slow_but(OPTIMIZERS, "one-step"))
 def test_every_method_and_objects_of_a_program(method, tmp_path):
     """Methods given as objects, with an outer rate that is searched where there is one."""
     settings, space = {}, SearchSpace(lr_hyper=loguniform(1e-3, 1e-1))
@@ -183,6 +207,7 @@ def test_every_method_and_objects_of_a_program(method, tmp_path):
     assert_same_tables(sweep(tmp_path / "b", **changes).run(), result)
 
 
+@pytest.mark.slow
 def test_calibration_gives_theta_to_new_trials(tmp_path):
     changes = {
         "space": dataclasses.replace(SPACE, choices={"method": ["hyperdistill"]}),
@@ -196,6 +221,7 @@ def test_calibration_gives_theta_to_new_trials(tmp_path):
     assert (result.table["parent"][4:] == NEW).any()
 
 
+@pytest.mark.slow
 def test_choices_make_populations_of_their_own(tmp_path):
     compiled.clear()
     space = dataclasses.replace(SPACE, choices={"method": ["first-order", "one-step"]})
@@ -209,6 +235,7 @@ def test_choices_make_populations_of_their_own(tmp_path):
     assert (table["variant"] == slots // 6).all()
 
 
+@pytest.mark.slow
 def test_data_metric_and_mode(tmp_path):
     def problem(data):
         rows = data["x"]
@@ -226,6 +253,7 @@ def test_data_metric_and_mode(tmp_path):
         sweep(tmp_path, generations=4, **{**changes, "data": {"x": x + 1}}).run()
 
 
+@pytest.mark.slow
 def test_diverged_trials_are_last_and_replaced(tmp_path):
     space = SearchSpace(hyperparams={"log_rate": uniform(-3, 6)})
     result = sweep(tmp_path, space=space, generations=3, steps_per_generation=60).run()
@@ -237,6 +265,7 @@ def test_diverged_trials_are_last_and_replaced(tmp_path):
     assert np.isfinite(result.best.score)
 
 
+@pytest.mark.slow
 def test_every_trial_diverged(tmp_path):
     space = SearchSpace(hyperparams={"log_rate": uniform(20, 21)})
     result = sweep(tmp_path, space=space, generations=2, steps_per_generation=60).run()
@@ -244,6 +273,7 @@ def test_every_trial_diverged(tmp_path):
         _ = result.best
 
 
+@pytest.mark.slow
 def test_a_scheduler_of_ones_own(tmp_path):
     def worst_half_restarts(table, space, rng):
         del space, rng
@@ -262,6 +292,7 @@ def test_a_scheduler_of_ones_own(tmp_path):
         sweep(tmp_path / "b", scheduler=broken).run()
 
 
+@pytest.mark.slow
 def test_auto_batching_is_measured_once_and_kept(tmp_path):
     changes = {"batching": "auto", "generations": 2, "population": 8, "shards": 1}
     result = sweep(tmp_path, **changes).run()
@@ -272,6 +303,7 @@ def test_auto_batching_is_measured_once_and_kept(tmp_path):
     assert json.loads((tmp_path / "programs.json").read_text())[0]["batching"] == kept
 
 
+@pytest.mark.slow
 def test_a_mesh_of_devices(tmp_path, reference):
     result = sweep(tmp_path, mesh={"trial": 3, "data": 2}, batching="shard/map").run()
     for name in ("val_loss", "hyperparams.log_rate"):
@@ -282,7 +314,7 @@ def test_a_mesh_of_devices(tmp_path, reference):
 # --- stopping and going on --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("first", [1, 4, GENERATIONS - 1])
+@pytest.mark.parametrize("first", slow_but([1, 4, GENERATIONS - 1], 4))
 def test_going_on_gives_the_same(tmp_path, reference, first):
     sweep(tmp_path, generations=first).run()
     result = sweep(tmp_path).run()
@@ -314,7 +346,7 @@ def test_the_callback_sees_saved_generations(tmp_path):
     assert min(score for _, score in seen) == result.best.score
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", slow_but([signal.SIGINT, signal.SIGTERM], signal.SIGTERM))
 def test_a_signal_finishes_the_generation_and_says_how_to_go_on(tmp_path, reference, number, capfd):
     made = sweep(tmp_path, progress=None)
 
@@ -347,10 +379,17 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-7])
 
 
-@pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
-@pytest.mark.parametrize("what", ["checkpoint", "table", "line"])
-def test_the_generation_before_is_used(tmp_path, reference, damage, what):
-    sweep(tmp_path, generations=5).run()
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    slow_but(
+        itertools.product([flip, cut, Path.unlink], ["checkpoint", "table", "line"]),
+        (flip, "checkpoint"),
+        (cut, "line"),
+        (Path.unlink, "table"),
+    ),
+)
+def test_the_generation_before_is_used(after_5, reference, damage, what):
+    tmp_path = after_5
     if what == "line":
         path = tmp_path / "journal.jsonl"
         lines = path.read_bytes().splitlines(keepends=True)
@@ -370,20 +409,19 @@ def test_the_generation_before_is_used(tmp_path, reference, damage, what):
     assert told or (what == "line" and damage is Path.unlink)
 
 
-def test_a_damaged_line_inside_the_journal_costs_nothing(tmp_path, reference):
-    sweep(tmp_path, generations=5).run()
-    path = tmp_path / "journal.jsonl"
+def test_a_damaged_line_inside_the_journal_costs_nothing(after_5, reference):
+    path = after_5 / "journal.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     changed = bytearray(lines[1])
     changed[40] ^= 1
     path.write_bytes(lines[0] + changed + b"".join(lines[2:]))
-    result = sweep(tmp_path).run()
+    result = sweep(after_5).run()
     assert result.report.generations == GENERATIONS - 5
     assert_same_tables(result, reference)
 
 
-def test_two_damaged_generations_stop_with_both_names(tmp_path):
-    sweep(tmp_path, generations=5).run()
+def test_two_damaged_generations_stop_with_both_names(after_5):
+    tmp_path = after_5
     for generation in ("000003", "000004"):
         next((tmp_path / "checkpoints" / generation).glob("shard-0002*")).unlink()
     before = (tmp_path / "journal.jsonl").read_bytes()
@@ -392,6 +430,7 @@ def test_two_damaged_generations_stop_with_both_names(tmp_path):
     assert (tmp_path / "journal.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_the_winner_survives_the_loss_of_its_checkpoint(tmp_path):
     made = sweep(tmp_path, scheduler=RandomSearch(trial_generations=2), generations=6)
     result = made.run()
@@ -401,8 +440,7 @@ def test_the_winner_survives_the_loss_of_its_checkpoint(tmp_path):
     again = made.result()
     with pytest.raises(gradhpo.cluster.DamagedFile, match="checksum"):
         _ = again.best
-    for a, b in zip(jax.tree.leaves(again.replay()), jax.tree.leaves(expected), strict=True):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    chex.assert_trees_all_equal(again.replay(), expected, strict=True)
 
 
 # --- SIGKILL of the driver ----------------------------------------------------------------------
@@ -412,8 +450,6 @@ import os, sys
 sys.path.insert(0, {root!r})
 os.environ["XLA_FLAGS"] = {flags!r}
 from tests.sweeps import sweep
-
-pytestmark = pytest.mark.compiler
 sweep({storage!r}).run(lambda g, table: print(g, flush=True))
 """
 
@@ -434,6 +470,7 @@ def test_sigkill_of_the_driver_at_random_instants(tmp_path, reference):
             lines = []
             if kill % 3:
                 lines.append(process.stdout.readline())  # a generation is done
+                assert lines[0].strip(), process.stderr.read()
                 time.sleep(rng.uniform(0, 0.06))
             else:
                 time.sleep(rng.uniform(0.5, 4))
@@ -486,14 +523,14 @@ def contents(folder):
         ({"optimizer": sweep_problems.optimizer()}, "optimizer"),
     ],
 )
-def test_another_run_on_a_storage_is_refused_and_changes_nothing(tmp_path, changes, name):
-    sweep(tmp_path, generations=1).run()
-    before = contents(tmp_path)
+def test_another_run_on_a_storage_is_refused_and_changes_nothing(after_1, changes, name):
+    before = contents(after_1)
     with pytest.raises(SweepError, match=f"holds another run: its {name} is"):
-        sweep(tmp_path, **changes).run()
-    assert contents(tmp_path) == before
+        sweep(after_1, **changes).run()
+    assert contents(after_1) == before
 
 
+@pytest.mark.slow
 def test_code_that_changed_is_refused(tmp_path):
     made = sweep_problems.problem()
     sweep(tmp_path, problem=made, generations=1).run()
@@ -503,11 +540,10 @@ def test_code_that_changed_is_refused(tmp_path):
     assert sweep(tmp_path, problem=made, generations=2).run().generations == 2
 
 
-def test_a_second_driver_is_refused(tmp_path):
-    sweep(tmp_path, generations=1).run()
-    lock = FolderLock(tmp_path, "storage", "sweep")
+def test_a_second_driver_is_refused(after_1):
+    lock = FolderLock(after_1, "storage", "sweep")
     with pytest.raises(StorageInUse, match=f"process {os.getpid()}"):
-        sweep(tmp_path).run()
+        sweep(after_1).run()
     lock.release()
 
 
@@ -579,7 +615,9 @@ def test_lr_hyper_is_asked_for(tmp_path):
         sweep(tmp_path, optimizer=made).run()
 
 
-@pytest.mark.parametrize("name", ["trial", "val_loss", "generation", "hyperparams.x", "a|b"])
+@pytest.mark.parametrize(
+    "name", slow_but(["trial", "val_loss", "generation", "hyperparams.x", "a|b"], "trial")
+)
 def test_metrics_may_not_take_the_tables_own_names(tmp_path, name):
     made = dataclasses.replace(
         sweep_problems.problem(), metrics=lambda w, lam, data: {name: w.sum()}
@@ -588,6 +626,7 @@ def test_metrics_may_not_take_the_tables_own_names(tmp_path, name):
         sweep(tmp_path, problem=made).run()
 
 
+@pytest.mark.slow
 def test_another_number_of_workers_goes_on_with_the_same_shards(tmp_path):
     first = sweep(tmp_path, shards=None, workers=1, generations=1)
     first.run()
@@ -605,23 +644,21 @@ def test_another_number_of_workers_goes_on_with_the_same_shards(tmp_path):
         ("manifest.json", None, "not empty and holds no sweep"),
     ],
 )
-def test_damaged_descriptions_stop_with_their_name(tmp_path, file, content, message):
-    sweep(tmp_path, generations=1).run()
-    (tmp_path / file).unlink()
+def test_damaged_descriptions_stop_with_their_name(after_1, file, content, message):
+    (after_1 / file).unlink()
     if content is not None:
-        (tmp_path / file).write_text(content)
+        (after_1 / file).write_text(content)
     with pytest.raises(SweepError, match=message):
-        sweep(tmp_path).run()
+        sweep(after_1).run()
 
 
-@pytest.mark.parametrize("content", ["{", None])
-def test_damaged_incarnations_cost_nothing(tmp_path, reference, content):
-    sweep(tmp_path, generations=4).run()
-    path = tmp_path / "incarnations.json"
+@pytest.mark.parametrize("content", slow_but(["{", None], "{"))
+def test_damaged_incarnations_cost_nothing(after_5, reference, content):
+    path = after_5 / "incarnations.json"
     path.unlink()
     if content is not None:
         path.write_text(content)
-    assert_same_tables(sweep(tmp_path).run(), reference)
+    assert_same_tables(sweep(after_5).run(), reference)
 
 
 def test_an_error_of_the_problem_is_not_taken_for_the_storages(tmp_path):
@@ -640,6 +677,7 @@ def test_a_scheduler_cannot_change_the_table(tmp_path):
         sweep(tmp_path, scheduler=renumbers).run()
 
 
+@pytest.mark.slow
 def test_the_best_is_there_when_the_last_line_is_not(tmp_path):
     """Generation by generation: a new best, and then its line is cut."""
     for generations in range(2, GENERATIONS):
@@ -652,6 +690,7 @@ def test_the_best_is_there_when_the_last_line_is_not(tmp_path):
         path.write_bytes(whole)
 
 
+@pytest.mark.slow
 def test_a_replay_uses_the_winners_own_layout(tmp_path, monkeypatch):
     def prepare(self, layouts):
         return original(self, dict(zip(layouts, ["map", "vmap"], strict=True)))
@@ -662,12 +701,10 @@ def test_a_replay_uses_the_winners_own_layout(tmp_path, monkeypatch):
     result = sweep(tmp_path, space=space, generations=4, batching="auto", seed=1).run()
     assert result.best.choices == {"method": "one-step"}
     assert result._layouts == ["map", "vmap"]
-    for a, b in zip(
-        jax.tree.leaves(result.replay()), jax.tree.leaves(result.best.state), strict=True
-    ):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    chex.assert_trees_all_equal(result.replay(), result.best.state, strict=True)
 
 
+@pytest.mark.slow
 def test_a_host_that_is_done_is_forgotten(tmp_path):
     def count():
         gc.collect()
@@ -686,6 +723,7 @@ def test_it_runs_in_another_thread(tmp_path, reference):
     assert_same_tables(results[0], reference)
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_with_a_clear_error_and_goes_on(tmp_path, reference, monkeypatch):
     """A file system of the size of the sweep's own files, then a larger one."""
     small = tmp_path / "disk"
@@ -710,10 +748,11 @@ def test_a_full_disk_stops_with_a_clear_error_and_goes_on(tmp_path, reference, m
         subprocess.run(["umount", str(small)], check=True)
 
 
-def test_checkpoints_name_only_plain_arrays(tmp_path):
-    sweep(tmp_path, generations=1).run()
-    for path in tmp_path.rglob("*.npz"):
+def test_checkpoints_name_only_plain_arrays(after_1):
+    files = list(after_1.rglob("*.npz"))
+    assert files
+    for path in files:
         with np.load(path, allow_pickle=False) as file:
             assert all(file[name].dtype.kind in "biuf" for name in file.files)
     assert choice([1, 2]).describe() == {"choice": [1.0, 2.0]}
-    assert checkpoints.find(tmp_path, "tables/000000") is not None
+    assert checkpoints.find(after_1, "tables/000000") is not None

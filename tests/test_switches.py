@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 import gradhpo
 from gradhpo.parallel import Population, compilations, compiled, make_mesh
 from tests.problems import assert_same_bits
+from tests.quick import slow_but
 from tests.small import (
     BATCH,
     OPTIMIZERS,
@@ -28,10 +30,7 @@ KEY = jax.random.key(0)
 KEYS = jax.random.split(KEY, 2)
 ZERO = jnp.zeros(2)
 QUICK = ("one-step", "hyperdistill")
-METHODS = [
-    pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
-    for name in [*OPTIMIZERS, *REFERENCES]
-]
+METHODS = slow_but([*OPTIMIZERS, *REFERENCES], "one-step")
 
 
 def noisy(key):
@@ -75,14 +74,14 @@ def test_nan_checks_change_nothing(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.slow
 def test_running_in_python_changes_nothing_but_rounding(name):
     trials = Population(PROBLEM, built(name)[0], 2, batching="map")
     expected = everything(name, trials)
     with jax.disable_jit():
         found = everything(name, trials)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert jnp.result_type(a) == jnp.result_type(b)
-        np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-5)
+    chex.assert_trees_all_equal_dtypes(found, expected)
+    chex.assert_trees_all_close(found, expected, rtol=2e-3, atol=1e-5)
 
 
 def overflowing(w, lam, batch):
@@ -135,8 +134,7 @@ def test_a_divided_population_runs_in_python():
     expected = trials.run(trials.init(KEY), 1, KEYS, 0.05)
     with jax.disable_jit():
         found = trials.run(trials.init(KEY), 1, KEYS, 0.05)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-5)
+    chex.assert_trees_all_close(found, expected, rtol=2e-3, atol=1e-5)
 
 
 # --- JAX's persistent compilation cache ---------------------------------------------------------
@@ -189,6 +187,7 @@ def made(before):
 
 
 @pytest.mark.compiler
+@pytest.mark.slow
 def test_a_program_from_the_cache_is_not_sent(cache):
     first, before = sorting(), compiled.counts()
     state = first.init(KEY)
@@ -236,6 +235,7 @@ def test_what_jax_has_in_this_process_already_is_not_sent_either(cache):
 
 @pytest.mark.compiler
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
+@pytest.mark.slow
 def test_cut_entries_of_the_cache_do_not_break_a_sweep(cache, tmp_path):
     changes = {"population": 4, "shards": 2, "generations": 2, "steps_per_generation": 2}
     results = []

@@ -11,6 +11,7 @@ import pytest
 from gradhpo import OnlineHypergradientOptimizer, T1T2Optimizer, Task
 from tests import problems
 from tests.problems import Exact, assert_close, assert_same_bits
+from tests.quick import slow_but
 
 pytestmark = pytest.mark.usefixtures("only_x64")
 
@@ -46,10 +47,16 @@ def algorithm_4(gamma, batches, w_0, lam, y):
     return np.dot(x, y_) / np.dot(x, x)
 
 
+BY_SGD = {"inner_optimizer": problems.SGD}
+
+
 @pytest.mark.parametrize(
     ("gamma", "T", "inner"),
-    [(g, T, {"inner_optimizer": problems.SGD}) for g in (0, 0.5, 0.9, 0.9999, 1) for T in (1, 2, 5)]
-    + [(0.9, 5, {"update_fn": problems.quadratic_update})],
+    slow_but(
+        [(g, T, BY_SGD) for g in (0, 0.5, 0.9, 0.9999, 1) for T in (1, 2, 5)]
+        + [(0.9, 5, {"update_fn": problems.quadratic_update})],
+        *((g, 5, BY_SGD) for g in (0, 0.9, 1)),
+    ),
 )
 def test_theta_equals_algorithm_4_from_a_list_and_from_a_stack(gamma, T, inner):
     optimizer = OnlineHypergradientOptimizer(**inner, gamma=gamma, T=T)
@@ -172,6 +179,7 @@ def test_the_hypergradient_is_taken_on_the_distilled_batch():
         assert_close(after.hyperparams, lam - 0.01 * g)
 
 
+@pytest.mark.slow
 def test_theta_with_distilled_batches_is_theta_where_all_rows_are_the_same():
     plain = OnlineHypergradientOptimizer(problems.SGD, gamma=GAMMA, T=5)
     distilling = OnlineHypergradientOptimizer(problems.SGD, gamma=GAMMA, T=5, distill_data=True)

@@ -12,6 +12,7 @@ from gradhpo.cluster import SearchSpace, Sweep, trial_key
 from gradhpo.parallel import Population
 from gradhpo.timetable import Timetable
 from tests.problems import assert_close, assert_same_bits
+from tests.quick import slow_but
 from tests.small import OPTIMIZERS, REFERENCES, X, Y, build, start, train_loss, val_loss
 from tests.test_model_state import PROBLEM as REMEMBERING
 
@@ -63,9 +64,12 @@ EPISODES = {
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [(name, kind) for name in OPTIMIZERS for kind in ("no", "reptile")]
-    + [("one-step", "fresh"), ("hyperdistill", "remembering")]
-    + [pytest.param(n, k, marks=pytest.mark.slow) for n in REFERENCES for k in ("no", "reptile")],
+    slow_but(
+        [(name, kind) for name in [*OPTIMIZERS, *REFERENCES] for kind in ("no", "reptile")]
+        + [("one-step", "fresh"), ("hyperdistill", "remembering")],
+        ("hyperdistill", "reptile"),
+        ("hyperdistill", "remembering"),
+    ),
 )
 def test_one_trial_is_the_same_at_every_door(name, kind, tmp_path):
     optimizer, key, episodes = made(name), trial_key(3, 0), EPISODES[kind]
@@ -111,7 +115,8 @@ def test_theta_is_estimated_when_the_timetable_says_so(episode_length):
     assert [i for i in range(STEPS) if timetable.calibrates_at(i)] == changes
 
 
-@pytest.mark.parametrize("layout", ["vmap", "map", 3])
+@pytest.mark.parametrize("layout", slow_but(["vmap", "map", 3], "vmap"))
+@pytest.mark.slow
 def test_slots_of_different_ages_keep_their_own_time(layout):
     """A slot that started later calibrates, and ends its episodes, by its own count."""
     optimizer = made("hyperdistill")

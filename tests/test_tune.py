@@ -100,6 +100,7 @@ def test_where_it_runs_is_not_a_setting(name, tmp_path):
         population_trainable(tmp_path, **SETTINGS, **{name: 1})
 
 
+@pytest.mark.slow
 def test_without_tune_the_error_says_what_to_install():
     code = (
         "import sys, gradhpo.cluster\n"

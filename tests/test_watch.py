@@ -10,6 +10,7 @@ import pytest
 import gradhpo
 from gradhpo import Problem, Stop, solve
 from tests.problems import assert_close, assert_same_bits
+from tests.quick import slow_but
 from tests.small import BATCH, OPTIMIZERS, build, start, train_loss, val_loss
 
 KEY = jax.random.key(7)
@@ -25,7 +26,7 @@ def valley(w, lam):
 PROBLEM = Problem(start, train_loss, val_loss, lambda key: (BATCH, BATCH), metrics=valley)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", slow_but(OPTIMIZERS, "one-step"))
 def test_the_best_state_is_that_of_its_step(name):
     optimizer = build(name, outer=True)[0]
     found = solve(PROBLEM, optimizer, 20, KEY, eval_every=2, metric="far")
@@ -130,7 +131,7 @@ def test_a_callback_sees_the_evaluation_and_stops():
     assert_same_bits(whole.state, solve(PROBLEM, OPTIMIZER, 10, KEY).state)
 
 
-@pytest.mark.parametrize("name", ["one-step", "hyperdistill"])
+@pytest.mark.parametrize("name", slow_but(["one-step", "hyperdistill"], "one-step"))
 def test_fresh_episodes_start_from_new_weights(name, x64):
     """Each episode is a run from new weights, with λ and its optimizer going on."""
 
@@ -163,6 +164,7 @@ def test_fresh_episodes_start_from_new_weights(name, x64):
     assert_same_bits(again.state, found.state)
 
 
+@pytest.mark.slow
 def test_a_host_run_starts_its_episodes_anew_as_one_on_the_device():
     settings = {"episode_length": 4, "episode_init": "fresh"}
     optimizer = build("hyperdistill", outer=True, T=4, estimation_period=1)[0]

@@ -19,7 +19,7 @@ from gradhpo.compilation import jit
 from gradhpo.errors import check_count, check_number, stack, stack_length
 from gradhpo.hypergradient import Mode, at_least_float32, norm, validation
 from gradhpo.optimizer import Estimate, HypergradientMethod
-from gradhpo.state import BilevelState, LossFn, PyTree, as_array, prepare
+from gradhpo.state import BilevelState, LossFn, PyTree, as_array, prepare, remembered
 from gradhpo.task import Carried, Task
 
 
@@ -125,7 +125,7 @@ class OnlineHypergradientOptimizer(HypergradientMethod):
         keep = ema.keep_fraction(self.gamma, t)
         memory = self._distill_batch(state, train_batch, keep)
         d_star = memory.get("d_star", train_batch)
-        w_star = ema.distilled_point(state.metadata["w_star"], w, keep)
+        w_star = ema.distilled_point(remembered(state, "w_star"), w, keep)
         if self.gamma == 0:
             moved, pull = inner.pullback(w, s, lam, train_batch)  # w*_t = w_{t-1}
         else:
@@ -133,7 +133,7 @@ class OnlineHypergradientOptimizer(HypergradientMethod):
             pull = inner.pullback(optax.tree.cast_like(w_star, w), s, lam, d_star)[1]
         val = validation(task, moved.params, moved.carried, lam)
         v = pull(val.alpha)
-        second = optax.tree.scale(self._factor(v, state.metadata["theta"], t), v)
+        second = optax.tree.scale(self._factor(v, remembered(state, "theta"), t), v)
         hypergradient = optax.tree.add(val.direct, optax.tree.cast_like(second, lam))
         return Estimate.of(hypergradient, moved, val, {**memory, "w_star": w_star})
 
@@ -173,7 +173,7 @@ class OnlineHypergradientOptimizer(HypergradientMethod):
     def calibrate(self, state: BilevelState, task: Task) -> BilevelState:
         """Return `state` with θ estimated anew; an estimate that diverges leaves θ as it was."""
         theta = _algorithm_4(self, state, task)
-        before = as_array(state.metadata["theta"])
+        before = as_array(remembered(state, "theta"))
         theta = jnp.where(jnp.isfinite(theta), as_array(theta, before.dtype), before)
         return state.update(metadata={"theta": theta})
 
@@ -185,8 +185,8 @@ class OnlineHypergradientOptimizer(HypergradientMethod):
     def _distill_batch(self, state: BilevelState, batch: PyTree, keep: jax.Array) -> dict[str, Any]:
         if not self.distill_data:
             return {}
-        key, rows_key = jax.random.split(state.metadata["key"])
-        d_star = _mix_rows(state.metadata["d_star"], batch, keep, rows_key)
+        key, rows_key = jax.random.split(remembered(state, "key"))
+        d_star = _mix_rows(remembered(state, "d_star"), batch, keep, rows_key)
         return {"key": key, "d_star": d_star}
 
 
@@ -237,7 +237,7 @@ def _algorithm_4(
         y = optax.tree.vdot(optax.tree.scale(_inverse(length), v), g_so)
         return (alpha, g_so, w_star, d_star), (x, y)
 
-    key = state.metadata["key"] if optimizer.distill_data else jax.random.key(0)
+    key = remembered(state, "key") if optimizer.distill_data else jax.random.key(0)
     first_batch = jax.tree.map(lambda x: x[-1], batches)
     nothing = at_least_float32(optax.tree.zeros_like(lam))
     last = (alpha_T, nothing, at_least_float32(w_T), first_batch)

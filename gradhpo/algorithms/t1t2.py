@@ -23,7 +23,7 @@ from gradhpo.hypergradient import (
 )
 from gradhpo.inner import InnerStep, Moved
 from gradhpo.optimizer import Estimate, HypergradientMethod
-from gradhpo.state import BilevelState, PyTree
+from gradhpo.state import BilevelState, PyTree, remembered
 from gradhpo.task import Carried, Task
 
 
@@ -100,7 +100,7 @@ class T1T2Optimizer(HypergradientMethod):
         memory: dict[str, Any] = {}
         if self.gamma > 0:
             keep = ema.keep_fraction(self.gamma, state.step + 1)
-            memory["w_star"] = ema.distilled_point(state.metadata["w_star"], w, keep)
+            memory["w_star"] = ema.distilled_point(remembered(state, "w_star"), w, keep)
         elif self.update_fn is None:
             moved, alpha_b = self._moved_with_difference(inner, w, s, lam, train_batch)
             val = validation(task, moved.params, moved.carried, lam)

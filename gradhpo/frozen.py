@@ -1,0 +1,65 @@
+"""Randomness of NumPy in `Problem.batch`: drawn once, while it is traced, for all steps."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import weakref
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gradhpo.errors import FrozenWarning, warn_user
+from gradhpo.problem import Problem
+from gradhpo.state import PyTree
+
+_ASKED: weakref.WeakSet[Any] = weakref.WeakSet()
+"""The functions that were tried; each is tried once."""
+
+
+def check_frozen(problem: Problem, key: jax.Array, data: PyTree) -> None:
+    """Warn if two traces of `Problem.batch` differ: nothing compiles, and nothing is computed.
+
+    Args:
+      problem: with a `batch`.
+      key: one key, traced or not.
+      data: from `Problem.start_data`, traced or not.
+    """
+    function = inspect.unwrap(problem.batch) if problem.batch is not None else None
+    try:
+        if function is None or function in _ASKED:
+            return
+        _ASKED.add(function)
+    except TypeError:  # no weak references to it
+        return
+    first, second = (_trace(problem, key, data) for _ in range(2))
+    constants = zip(first.consts, second.consts, strict=False)
+    if _text(first) == _text(second) and all(_same(a, b) for a, b in constants):
+        return
+    warn_user(
+        "Problem.batch is not the same each time it is traced, as with np.random, random or a "
+        "counter of Python. It is traced once for a run: every step would get the same numbers. "
+        "Draw with jax.random and the key it is given, or give host data by Problem.batches",
+        FrozenWarning,
+    )
+
+
+def _trace(problem: Problem, key: jax.Array, data: PyTree) -> Any:
+    # A function of its own each time, since JAX remembers traces.
+    return jax.make_jaxpr(lambda key, data: problem.draw(key, data))(key, data)  # noqa: PLW0108
+
+
+def _text(traced: Any) -> str:
+    """Return the program without the addresses of functions in it."""
+    return re.sub("0x[0-9a-f]+", "", str(traced.jaxpr))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if jnp.issubdtype(a.dtype, jax.dtypes.extended):
+        a, b = jax.random.key_data(a), jax.random.key_data(b)
+    nan = bool(jnp.issubdtype(a.dtype, jnp.inexact))
+    return np.array_equal(np.asarray(a), np.asarray(b), equal_nan=nan)
