@@ -107,8 +107,8 @@ def row(
 
 
 def main(
-    width: Annotated[int, typer.Option(min=1, help="Hidden units.")] = 256,
-    steps: Annotated[int, typer.Option(min=GENERATIONS, help="Steps of a run.")] = 400,
+    width: Annotated[int, typer.Option(min=1, help="Hidden units.")] = 512,
+    steps: Annotated[int, typer.Option(min=GENERATIONS, help="Steps of a run.")] = 200,
     slots: Annotated[int, typer.Option(min=1, help="Trials of the population.")] = 4,
     shares: Annotated[
         str, typer.Option(help="Seconds to read over seconds to compute, with commas.")

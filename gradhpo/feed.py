@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -80,6 +82,16 @@ class Lanes:
         following = [timetable.next_calibration(int(a) + done) for a in self.ages[self.running]]
         offsets = zip(following, self.ages[self.running], strict=True)
         return min([steps, *(int(step - age) for step, age in offsets if step is not None)])
+
+    def first_ages(self) -> list[int]:
+        """Return the next step of a lane that reads each stream."""
+        if self.of is None:
+            return [int(self.ages[np.flatnonzero(self.running)[0]])]
+        lanes = [i for i in range(len(self.of)) if self.running[i]]
+        return [
+            int(self.ages[next(i for i in lanes if self.of[i] == n)])
+            for n in range(len(self.streams))
+        ]
 
     def read_by(self, lanes: np.ndarray) -> list[int]:
         """Return the streams that these lanes read."""
@@ -159,8 +171,8 @@ class HostFeed:
     ) -> Iterator[Segment]:
         """Yield the segments of so many steps; fewer if the data ends.
 
-        The next segment is read, stacked and sent while the present one computes. Nothing is read
-        that these steps do not need.
+        The next segment is read, stacked and sent while the present one computes, and as many pairs
+        as fit in another stack are read after it. None is read that these steps do not need.
 
         Args:
           seeds: of each lane, `(lanes, numbers)`.
@@ -171,16 +183,34 @@ class HostFeed:
         """
         self._settle()
         lanes = self._lanes(seeds, ages, running)
+        ends = [self._timetable.pairs_before(int(age) + steps) for age in lanes.first_ages()]
         reading = self._read(lanes, steps, first)
         self._reading = self._reader.submit(next, reading, None)
+        filling, asked = self._reading, threading.Event()
         try:
             while (segment := self._reading.result()) is not None:
-                self._reading = self._reader.submit(next, reading, None)
+                self._reading, asked = self._reader.submit(next, reading, None), threading.Event()
+                filling = self._reader.submit(self._fill, lanes.streams, ends, asked)
                 yield segment
+                asked.set()
         finally:
-            wait([self._reading])
+            asked.set()
+            wait([self._reading, filling])
             self._reading = None
         self._keep(lanes)
+
+    def _fill(self, streams: list[Stream], ends: list[int], asked: threading.Event) -> None:
+        """Read ahead pair by pair, until a segment is asked for, or a stack is full.
+
+        What a reader raises comes out when the pair is needed.
+        """
+        wanted = max(stream.there for stream in streams)
+        with contextlib.suppress(Exception):
+            most = self.capacity(len(streams) if self._axis and self.source.own else None)
+            while wanted < most and not asked.is_set():
+                wanted += 1
+                for stream, end in zip(streams, ends, strict=True):
+                    stream.ahead(min(wanted, end - (stream.position or 0)))
 
     def read_on(self) -> None:
         """Read on in the streams that were used last, as far as the next stack needs, meanwhile.
@@ -189,7 +219,7 @@ class HostFeed:
         """
         if not self.source.once:
             streams, rows = list(self._open.values()), self._rows
-            self._reading = self._reader.submit(self._ahead, streams, rows)
+            self._reading = self._reader.submit(self._try_ahead, streams, rows)
 
     def calibration(self, seeds: np.ndarray, ages: np.ndarray, running: np.ndarray) -> Segment:
         """Return the segment of a calibration of all lanes now, whose pairs stay there."""
@@ -260,7 +290,7 @@ class HostFeed:
                 yield Segment(at, at, T, True, host, lanes.apart, due, before, before)
             stop = lanes.until(self._timetable, done, steps)
             while done < stop:
-                wanted = self._rows
+                wanted = max(self._rows, min(stream.there for stream in lanes.streams))
                 self._ahead(lanes.streams[:1], 1)  # to know a pair's size
                 if not lanes.streams[0].there:
                     return
@@ -276,6 +306,10 @@ class HostFeed:
                 if read < wanted:
                     return
                 done, before = done + read, after
+
+    def _try_ahead(self, streams: list[Stream], wanted: int) -> None:
+        with contextlib.suppress(Exception):  # raised when the pair is needed
+            self._ahead(streams, wanted)
 
     def _ahead(self, streams: list[Stream], wanted: int) -> None:
         """Read ahead in streams, and see how many pairs can be read in `READ_SECONDS`."""

@@ -25,6 +25,8 @@ ACCEPTED = (
     "an iterable of (train_batch, val_batch) pairs, or a function of a NumPy generator, or of none "
     "(it may also take `start`) that returns one"
 )
+MARK_PAIRS = 16
+"""Pairs between two notes of an iterator's state, while it is read ahead."""
 Seed: TypeAlias = tuple[int, ...]
 """Of a stream; empty where all runs or slots have the same."""
 Saved: TypeAlias = dict[str, Any]
@@ -236,7 +238,8 @@ class Stream:
         self.position = position
         """Pairs that were taken, those before the stream was opened included."""
         self._ahead: collections.deque[Any] = collections.deque()
-        self._mark: Saved | None = None
+        self._marks: collections.deque[Saved] = collections.deque()
+        self._error: Exception | None = None
 
     @property
     def read(self) -> int:
@@ -249,14 +252,23 @@ class Stream:
         return len(self._ahead)
 
     def ahead(self, wanted: int) -> int:
-        """Read until so many pairs are there, untaken; return how many are."""
-        if not self._ahead and self.position is not None:
-            self._mark = self._state()
-        for pair in itertools.islice(self._pairs, max(0, wanted - len(self._ahead))):
-            arrays = self._source.read(self, pair)
-            if self.read == 0 and not self._source.once:
-                self._check_first(arrays)
-            self._ahead.append(arrays)
+        """Read until so many pairs are there, untaken; return how many are.
+
+        What the reader raises is raised when a pair is wanted that it did not give.
+        """
+        lacking = wanted - len(self._ahead)
+        if lacking > 0 and self._error is None:
+            try:
+                self._mark()
+                for pair in itertools.islice(self._pairs, lacking):
+                    arrays = self._source.read(self, pair)
+                    if self.read == 0 and not self._source.once:
+                        self._check_first(arrays)
+                    self._ahead.append(arrays)
+            except Exception as error:
+                self._error = error
+        if self._error is not None and len(self._ahead) < wanted:
+            raise self._error
         return min(wanted, len(self._ahead))
 
     def take(self, wanted: int) -> list[Any]:
@@ -278,13 +290,22 @@ class Stream:
 
     def save(self) -> Saved:
         """Return what leads back here, or a little before, without reading all that came before."""
-        mark = self._mark if self._ahead else self._state()
-        return {**(mark or {}), **({} if self._first is None else {"first": self._first})}
+        if not self._ahead:
+            self._mark()
+        while len(self._marks) > 1 and self._marks[1]["at"] <= self.position:
+            self._marks.popleft()
+        mark = self._marks[0] if self._marks else {}
+        return {**mark, **({} if self._first is None else {"first": self._first})}
 
-    def _state(self) -> Saved | None:
-        if not _has_state(self._pairs):
-            return None
-        return {"at": self.position, "state": _as_json(self._pairs.get_state())}
+    def _mark(self) -> None:
+        """Note the iterator's state, if nothing is read ahead or the last note is a while ago."""
+        if self.position is None or not _has_state(self._pairs):
+            return
+        if not self._ahead:
+            self._marks.clear()
+        elif self._marks and self.read - self._marks[-1]["at"] < MARK_PAIRS:
+            return
+        self._marks.append({"at": self.read, "state": _as_json(self._pairs.get_state())})
 
     def _check_first(self, pair: Any) -> None:
         digest = hashlib.sha256()
