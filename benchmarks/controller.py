@@ -12,6 +12,7 @@ import numpy as np
 import typer
 from measure import Report
 
+from gradhpo.checkpoints import Saved
 from gradhpo.cluster import (
     PBT,
     RandomSearch,
@@ -21,7 +22,6 @@ from gradhpo.cluster import (
     loguniform,
     uniform,
 )
-from gradhpo.cluster.checkpoints import Saved
 from gradhpo.cluster.controller import Columns, Controller, Layout, Rules
 from gradhpo.cluster.executors import Executor
 from gradhpo.cluster.journal import Journal

@@ -4,9 +4,8 @@ Imported as `gradhpo.cluster`. Without the `cluster` extra, which brings Ray, sw
 process.
 """
 
-from gradhpo.cluster.checkpoints import DamagedFile
+from gradhpo.checkpoints import DamagedFile
 from gradhpo.cluster.executors import SweepError, local_ray
-from gradhpo.cluster.journal import StorageInUse
 from gradhpo.cluster.result import SweepResult, Trial
 from gradhpo.cluster.schedulers import (
     NEW,
@@ -20,6 +19,7 @@ from gradhpo.cluster.schedulers import (
 from gradhpo.cluster.shard import trial_key
 from gradhpo.cluster.space import Change, SearchSpace, choice, loguniform, uniform
 from gradhpo.cluster.sweep import Sweep
+from gradhpo.lock import StorageInUse
 
 __all__ = [
     "NEW",

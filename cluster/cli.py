@@ -13,11 +13,12 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from gradhpo.cluster.checkpoints import DamagedFile
+from gradhpo.checkpoints import DamagedFile
 from gradhpo.cluster.executors import SweepError
-from gradhpo.cluster.journal import Journal, StorageInUse, holder
+from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.result import SweepResult
 from gradhpo.cluster.sweep import EVENTS, Sweep, read_manifest
+from gradhpo.lock import StorageInUse, holder
 
 STOPPED = 130
 """The exit status of a sweep that was told to stop before its end."""

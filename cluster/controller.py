@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from gradhpo.cluster import checkpoints, schedulers
-from gradhpo.cluster.checkpoints import DamagedFile, Saved
+from gradhpo import checkpoints
+from gradhpo.checkpoints import DamagedFile, Saved
+from gradhpo.cluster import schedulers
 from gradhpo.cluster.executors import Executor, SweepError
 from gradhpo.cluster.journal import Best, Entry, Journal
 from gradhpo.cluster.schedulers import NEW, Decision, Scheduler, Table

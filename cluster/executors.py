@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from gradhpo.cluster.checkpoints import DamagedFile
+from gradhpo.checkpoints import DamagedFile
 from gradhpo.cluster.incarnations import Incarnations, Superseded
 from gradhpo.cluster.shard import Order, Prepared, Result, ShardHost, Spec, StorageFailed
 from gradhpo.cluster.worker import Worker, environment

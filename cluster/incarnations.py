@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gradhpo.cluster.checkpoints import write_json
+from gradhpo.checkpoints import write_json
 
 FILE = "incarnations.json"
 RESERVE = 1000

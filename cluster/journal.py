@@ -1,4 +1,4 @@
-"""The journal: one line for each generation that is done, and the lock that one driver holds.
+"""The journal: one line for each generation that is done.
 
 A line is the beginning of its SHA-256, a space, and JSON. It is written after the files that it
 names, in one write, and fsync'd; a generation is done when its line is whole.
@@ -7,20 +7,16 @@ names, in one write, and fsync'd; a generation is done when its line is whole.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
-import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypedDict
 
-from gradhpo.cluster.checkpoints import Saved, sync_folder
+from gradhpo.checkpoints import Saved, sync_folder
 
 FILE = "journal.jsonl"
-LOCK = "driver.lock"
 
 
 class Best(TypedDict):
@@ -149,77 +145,3 @@ def _ends_with_newline(path: Path) -> bool:
     with open(path, "rb") as file:
         file.seek(-1, os.SEEK_END)
         return file.read(1) == b"\n"
-
-
-class StorageInUse(RuntimeError):  # noqa: N818
-    """Another driver holds the storage."""
-
-
-class DriverLock:
-    """Held by the one driver that may write to a storage, until its process ends, however.
-
-    It is a lock of the operating system (`flock`) on a file, which says who holds it.
-
-    Raises:
-      StorageInUse: if another driver holds it, with its host and process.
-    """
-
-    def __init__(self, storage: Path) -> None:
-        self._descriptor = os.open(storage / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            self._lock()
-        except BlockingIOError:
-            text = os.read(self._descriptor, 4096).decode(errors="replace")
-            os.close(self._descriptor)
-            holder = holder_of(text)
-            raise StorageInUse(
-                f"storage {str(storage)!r} is in use by another sweep: {holder}. Wait for it, "
-                "stop it, or give another storage"
-            ) from None
-        except OSError as error:
-            os.close(self._descriptor)
-            raise type(error)(
-                error.errno,
-                f"storage {str(storage)!r} is on a file system without locks (flock), which keep a "
-                f"second driver away: {error.strerror}",
-            ) from None
-        about = {"host": socket.gethostname(), "pid": os.getpid(), "since": int(time.time())}
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(about).encode(), 0)
-
-    def _lock(self, tries: int = 3) -> None:
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if tries == 1:
-                raise
-            time.sleep(0.1)  # `holder` may be looking
-            self._lock(tries - 1)
-
-    def release(self) -> None:
-        """Let another driver have the storage."""
-        with contextlib.suppress(OSError):
-            os.ftruncate(self._descriptor, 0)
-            os.close(self._descriptor)
-
-
-def holder(storage: Path) -> str | None:
-    """Return who holds a storage, as text; None where nobody does."""
-    path = storage / LOCK
-    if not path.exists():
-        return None
-    with open(path, "rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return holder_of(file.read().decode(errors="replace"))
-    return None
-
-
-def holder_of(text: str) -> str:
-    """Return the lock file's text as a person reads it."""
-    try:
-        about = json.loads(text)
-        return f"process {about['pid']} on host {about['host']}"
-    except (ValueError, KeyError):
-        return "a process that did not leave its name"

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gradhpo.cluster import checkpoints
-from gradhpo.cluster.checkpoints import DamagedFile
+from gradhpo import checkpoints
+from gradhpo.checkpoints import DamagedFile
 from gradhpo.cluster.controller import PARENT, Columns, Layout, decision_of
 from gradhpo.cluster.executors import SweepError
 from gradhpo.cluster.journal import Journal

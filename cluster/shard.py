@@ -19,16 +19,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from gradhpo.cluster import checkpoints, importing
-from gradhpo.cluster.checkpoints import DamagedFile, Saved
+from gradhpo import checkpoints
+from gradhpo.checkpoints import DamagedFile, Saved
+from gradhpo.cluster import importing
+from gradhpo.cluster.host_turns import HostTurns
 from gradhpo.cluster.incarnations import check_owner
 from gradhpo.cluster.space import LR_HYPER, SearchSpace
 from gradhpo.errors import UnreachedWarning, check_hashable
+from gradhpo.host import Places, check_once
 from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.parallel import Population, compilations, compiled, data_parallel, make_mesh
 from gradhpo.parallel.mesh import to_host
 from gradhpo.problem import Problem
 from gradhpo.state import METRICS, BilevelState, PyTree
+from gradhpo.task import step_metrics
 from gradhpo.timetable import EpisodeInit
 from gradhpo.trial import Rates
 
@@ -154,6 +158,7 @@ class Variant:
     def __init__(self, spec: Spec, arguments: Mapping[str, Any], data: PyTree) -> None:
         self.spec, self.settings = spec, spec.space.hyperparams
         problem, optimizer = build(spec, arguments, data)
+        check_once(problem.batches)
         mesh = None if spec.mesh is None else make_mesh(**spec.mesh)
         if spec.mesh is not None and spec.mesh.get("data", 1) > 1:
             optimizer = data_parallel(optimizer, mesh)  # pyright: ignore[reportArgumentType]
@@ -170,9 +175,11 @@ class Variant:
         self.programs: dict[str, Any] = {}
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), spec.slots))
         data_shape = jax.eval_shape(lambda: self.population.trace_data(jax.random.key(0)))
-        self._template = jax.eval_shape(self.population.trace_init, keys, {}, data_shape)
+        pairs = self.population.first_pair_shapes(spec.slots)
+        self._template = jax.eval_shape(self.population.trace_init, keys, {}, data_shape, pairs)
         self._check_settings()
         self.data: PyTree = None
+        self.host = HostTurns(self, spec.steps) if problem.batch is None else None
 
     def prepare(self, blobs: Mapping[str, bytes] | None) -> Prepared:
         """Compile the programs, or load them from what another worker compiled."""
@@ -201,14 +208,20 @@ class Variant:
             self.programs["data"].run(self._make_data, np.uint32(spec.seed))
         )
         state, some = self.zeros(), self._padded([], 0)
-        for name, function, args in (
+        parts: list[tuple[str, Any, tuple[Any, ...]]] = [
             ("take", _take, (state, some)),
             ("put", self._put, (state, some, self._zero_rows())),
             ("select", self._select, (state, np.zeros(spec.slots, np.int32))),
-        ):
-            self.programs[name] = get(name, function, *args)
+        ]
+        if self.host is None:
+            turn, args = self._turn, self._example(state, rates)
+        else:
+            parts += self.host.parts(self._example(state, rates))
+            turn, args = self.host.turn(self._example(state, rates))
+        for part in parts:
+            self.programs[part[0]] = get(part[0], part[1], *part[2])
         small = compiled.counts()
-        self.programs["turn"] = get("turn", self._turn, *self._example(state, rates))
+        self.programs["turn"] = get("turn", turn, *args)
         end = compiled.counts()
         shared = None
         if blobs is None and jax.process_count() == 1:
@@ -227,7 +240,7 @@ class Variant:
             small_compiles=small.compiles - start.compiles,
             calibration_compiles=calibration,
             warnings=notes,
-            columns=sorted(_second_names(self.programs["turn"].executable.out_tree)),
+            columns=sorted(self._column_names()),
         )
 
     def turn(self, state: Arrays, order: Order) -> tuple[Arrays, dict[str, np.ndarray]]:
@@ -239,10 +252,11 @@ class Variant:
             "changes": {n: _as_float32(order.changes.get(n), order) for n in self.settings},
         }
         rates = self.population.rates(order.lr_hyper if self._takes_rate else None)
-        seed = np.uint32(self.spec.seed)
-        state, columns = self.programs["turn"].run(
-            self._turn, state, place(per_slot), place(rates), seed, self.data
-        )
+        args = (place(per_slot), place(rates), np.uint32(self.spec.seed), self.data)
+        if self.host is None:
+            state, columns = self.programs["turn"].run(self._turn, state, *args)
+        else:
+            state, columns = self.host.run(order.shard, order.fresh, state, *args)
         columns = {name: np.array(to_host(column)) for name, column in columns.items()}
         for name, column in columns.items():
             if name != DIVERGED and not name.startswith("hyperparams."):
@@ -303,22 +317,39 @@ class Variant:
     def _turn(
         self, state: Arrays, per_slot: Arrays, rates: Rates, seed: jax.Array, data: PyTree
     ) -> tuple[Arrays, Arrays]:
-        keys = jax.vmap(lambda trial: trial_key(seed, trial))(per_slot["trials"])
-        whole, fresh, changes = self._unpack(state), per_slot["fresh"], per_slot["changes"]
+        keys = self.trial_keys(per_slot["trials"], seed)
+        whole = self.begun(state, per_slot, keys, data)
+        run = self.population.trace_run(self.spec.steps, self.schedule)
+        whole, rows = run(whole, keys, rates, data)
+        columns = {name: row[-1] for name, row in rows.items() if name != "stopped"}
+        columns |= self.measured(whole, data)
+        return self.packed(whole), columns
+
+    def trial_keys(self, trials: jax.Array, seed: jax.Array) -> jax.Array:
+        """Return each slot's key."""
+        return jax.vmap(lambda trial: trial_key(seed, trial))(trials)
+
+    def begun(
+        self, state: Arrays, per_slot: Arrays, keys: jax.Array, data: PyTree, pairs: PyTree = None
+    ) -> BilevelState:
+        """Return the state with new trials started and settings changed; see `trace_init`."""
+        whole, fresh, changes = self.unpacked(state), per_slot["fresh"], per_slot["changes"]
         whole = whole.update(hyperparams=self._changed(whole.hyperparams, changes))
 
         def start(whole: BilevelState) -> BilevelState:
             # What was drawn comes first: an optimizer's state may be made from λ.
             drawn = self._changed(self.population.trace_hyperparams(keys), changes)
-            first = self.population.trace_init(keys, {"hyperparams": drawn}, data)
+            first = self.population.trace_init(keys, {"hyperparams": drawn}, data, pairs)
             return _where(fresh, first, whole)
 
-        whole = jax.lax.cond(jnp.any(fresh), start, lambda same: same, whole)
-        run = self.population.trace_run(self.spec.steps, self.schedule)
-        whole, rows = run(whole, keys, rates, data)
-        columns = {name: rows[name][-1] for name in METRICS}
+        return jax.lax.cond(jnp.any(fresh), start, lambda same: same, whole)
+
+    def measured(self, whole: BilevelState, data: PyTree) -> Arrays:
+        """Return the columns that come from the state after a generation."""
+        columns: Arrays = {}
         for name, value in self.population.trace_measure(whole, data).items():
-            taken = name in RESERVED or name.startswith("hyperparams.") or "|" in name
+            taken = name in (*RESERVED, *step_metrics(whole.metadata))
+            taken |= name.startswith("hyperparams.") or "|" in name
             if value.ndim != 1 or taken:
                 got = f"{name!r} of shape {value.shape[1:]}"
                 raise ValueError(
@@ -329,7 +360,7 @@ class Variant:
         for name, leaf in self._leaves(whole.hyperparams).items():
             columns[f"hyperparams.{name}"] = leaf.reshape(leaf.shape[0], -1).mean(1)
         columns[DIVERGED] = whole.metadata[DIVERGED]
-        return self._where_slots_lie(self._pack(whole)), columns
+        return columns
 
     def _put(self, state: Arrays, slots: jax.Array, rows: Arrays) -> Arrays:
         moved = {n: x.at[slots].set(rows[n], mode="drop") for n, x in state.items()}
@@ -359,14 +390,27 @@ class Variant:
     def _make_data(self, seed: jax.Array) -> PyTree:
         return self.population.trace_data(data_key(seed))
 
+    def packed(self, state: BilevelState) -> Arrays:
+        """Return a state's arrays by path, laid out as they are placed."""
+        return self._where_slots_lie(self._pack(state))
+
     def _pack(self, state: BilevelState) -> Arrays:
         leaves = tree_flatten_with_path(state)[0]
         return {keystr(path): _plain(leaf) for path, leaf in leaves}
 
-    def _unpack(self, arrays: Arrays) -> BilevelState:
+    def unpacked(self, arrays: Arrays) -> BilevelState:
+        """Return the state that arrays are packed of."""
         leaves, structure = tree_flatten_with_path(self._template)
         made = [_typed(arrays[keystr(path)], like) for path, like in leaves]
         return structure.unflatten(made)
+
+    def _column_names(self) -> list[str]:
+        if self.host is None:
+            return _names(self.programs["turn"].executable.out_tree, 1)
+        return [
+            *step_metrics(self._template.metadata),
+            *_names(self.programs["end"].executable.out_tree),
+        ]
 
     # --- shapes ---------------------------------------------------------------------------------
 
@@ -482,7 +526,8 @@ class ShardHost:
         arrays = {name: to_host(leaf) for name, leaf in state.items()}
         saved = Saved("", "")
         if jax.process_index() == 0:
-            saved = self._commit(order, incarnation, arrays)
+            places = [] if variant.host is None else variant.host.places(order.shard)
+            saved = self._commit(order, incarnation, arrays, places)
         self._keep(order.shard, order.generation, state)
         seconds = time.perf_counter() - started
         return Result(order.shard, order.generation, columns, saved, incarnation, seconds)
@@ -506,9 +551,12 @@ class ShardHost:
         arrays = checkpoints.load(self.storage, checkpoint)[0]
         return self._variants[variant].unflatten({name: x[slot] for name, x in arrays.items()})
 
-    def _commit(self, order: Order, incarnation: int, arrays: Mapping[str, np.ndarray]) -> Saved:
+    def _commit(
+        self, order: Order, incarnation: int, arrays: Mapping[str, np.ndarray], places: Places
+    ) -> Saved:
         stem = f"checkpoints/{order.generation:06d}/shard-{order.shard:04d}-i{incarnation}"
         about = {"shard": order.shard, "generation": order.generation, "variant": order.variant}
+        about |= {"batches": places} if places else {}
         try:
             check_owner(self.storage, order.shard, incarnation)
             return checkpoints.save(self.storage, stem, arrays, about)
@@ -523,8 +571,10 @@ class ShardHost:
             return held[1]
         if saved is None:
             raise DamagedFile(f"shard {shard}", f"no checkpoint of generation {generation}")
-        arrays = checkpoints.load(self.storage, saved)[0]
+        arrays, about = checkpoints.load(self.storage, saved)
         state = self._variants[variant].place(arrays)
+        if (host := self._variants[variant].host) is not None:
+            host.know(shard, about.get("batches", []))
         self._keep(shard, generation, state)
         return state
 
@@ -606,9 +656,10 @@ def _as_float32(change: Any, order: Order) -> Any:
     return np.asarray(mask), np.asarray(multiply, np.float32), np.asarray(add, np.float32)
 
 
-def _second_names(structure: Any) -> list[str]:
-    """Return the keys of the second of two results, a dictionary."""
-    return list(structure.unflatten(range(structure.num_leaves))[1])
+def _names(structure: Any, index: int | None = None) -> list[str]:
+    """Return the keys of a result that is a dictionary, or of one of several results."""
+    made = structure.unflatten(range(structure.num_leaves))
+    return list(made if index is None else made[index])
 
 
 def _where(mask: jax.Array, new: PyTree, old: PyTree) -> PyTree:

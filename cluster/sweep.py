@@ -6,23 +6,22 @@ import contextlib
 import hashlib
 import json
 import os
-import signal
 import sys
-import threading
 import time
 import tomllib
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import jax
 import numpy as np
 
+from gradhpo import checkpoints
 from gradhpo._version import __version__
-from gradhpo.cluster import checkpoints, executors, importing, report, schedulers
+from gradhpo.cluster import executors, importing, report, schedulers
 from gradhpo.cluster.controller import Controller, Layout, Rules
 from gradhpo.cluster.executors import Executor, RayExecutor, RaySettings, SweepError
-from gradhpo.cluster.journal import FILE, DriverLock, Journal
+from gradhpo.cluster.journal import FILE, Journal
 from gradhpo.cluster.result import Report, SweepResult
 from gradhpo.cluster.schedulers import PBT, Scheduler
 from gradhpo.cluster.shard import Prepared, Spec
@@ -34,6 +33,9 @@ from gradhpo.errors import (
     check_number,
     warn_user,
 )
+from gradhpo.host import check_once
+from gradhpo.interrupts import deferred
+from gradhpo.lock import FolderLock
 from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.problem import Problem
 from gradhpo.timetable import EpisodeInit, starts_fresh
@@ -69,7 +71,9 @@ class Sweep:
     Args:
       problem: `"package.module:name"` or `"folder/file.py:name"` of a `Problem` or of a function
         that returns one (it may take choices of the space, and `data`); or such an object itself,
-        which the command line cannot resume.
+        which the command line cannot resume. `Problem.batches` may be anything but an iterator,
+        which could not be read again after a failure; a trial's n-th step takes the n-th pair of
+        its stream, see `Problem`.
       optimizer: likewise, a `BilevelOptimizer`.
       space: what differs between trials.
       population: trials at a time, in all. With choices in the space it is divided equally among
@@ -160,6 +164,8 @@ class Sweep:
             elif not isinstance(value, kind) and not callable(value):
                 accepted = f"{importing.ACCEPTED}, a {kind.__name__}, or a function that makes one"
                 raise TypeError(f"{name} must be {accepted}, got {value!r}")
+        if isinstance(problem, Problem):
+            check_once(problem.batches)
         if not isinstance(space, SearchSpace):
             raise TypeError(f"space must be a SearchSpace, got {space!r}")
         self.population = check_count("population", population)
@@ -305,7 +311,7 @@ class Sweep:
         """
         self._check_storage()
         self.events = []
-        lock = DriverLock(self.storage)
+        lock = FolderLock(self.storage, "storage", "sweep")
         try:
             data = self._load_data()
             self._claim(data)
@@ -360,7 +366,12 @@ class Sweep:
                 controller = Controller(self.storage, journal, executor, self.layout, rules, notify)
                 display.begin()
                 started = time.perf_counter()
-                with _stops(controller, display):
+
+                def stop(name: str) -> None:
+                    controller.stop = True
+                    display.say(f"{name}: finishing this generation; once more to stop at once")
+
+                with deferred(stop):
                     controller.run(self.generations)
                 seconds = time.perf_counter() - started
                 compiles = executor.xla_compiles() if isinstance(executor, RayExecutor) else []
@@ -679,29 +690,6 @@ def read_manifest(storage: Path) -> dict[str, Any]:
         raise SweepError(f"there is no sweep in {str(storage)!r}: no {MANIFEST}") from None
     except ValueError as error:
         raise SweepError(f"{path} is damaged: {error}") from None
-
-
-@contextlib.contextmanager
-def _stops(controller: Controller, display: report.Display) -> Generator[None]:
-    """Let SIGINT and SIGTERM finish the generation in flight; a second one ends at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        del frame
-        if controller.stop:
-            raise KeyboardInterrupt
-        controller.stop = True
-        name = signal.Signals(number).name
-        display.say(f"{name}: finishing this generation; once more to stop at once")
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _sys_path() -> tuple[str, ...]:

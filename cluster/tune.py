@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gradhpo.cluster.checkpoints import DamagedFile
+from gradhpo.checkpoints import DamagedFile
 from gradhpo.cluster.executors import SweepError
 from gradhpo.cluster.space import SearchSpace
 from gradhpo.cluster.sweep import Sweep

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
-from gradhpo.cluster.checkpoints import Saved
+from gradhpo.checkpoints import Saved
 
 PASSED_ON = ("XLA_FLAGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")
 """Settings of JAX that change numbers, handed from the driver to workers."""

@@ -12,6 +12,7 @@ from gradhpo.algorithms import (
     T1T2Optimizer,
     UnrolledOptimizer,
 )
+from gradhpo.checkpoints import DamagedFile
 from gradhpo.compat import (
     LossFunctions,
     MetricDict,
@@ -32,6 +33,7 @@ from gradhpo.errors import (
     RecompileWarning,
     UnreachedWarning,
 )
+from gradhpo.lock import StorageInUse
 from gradhpo.models import EquinoxModel, FlaxModel
 from gradhpo.optimizer import BilevelOptimizer, Estimate
 from gradhpo.problem import Problem
@@ -46,6 +48,7 @@ __all__ = [
     "Best",
     "BilevelOptimizer",
     "BilevelState",
+    "DamagedFile",
     "DataBatch",
     "Diagnosis",
     "DivergenceWarning",
@@ -68,6 +71,7 @@ __all__ = [
     "RecompileWarning",
     "Solution",
     "Stop",
+    "StorageInUse",
     "T1T2Optimizer",
     "Task",
     "UnreachedWarning",

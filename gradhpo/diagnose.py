@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import time as clock
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -29,6 +28,7 @@ from gradhpo.diagnosis import Diagnosis, Row
 from gradhpo.errors import check_count, check_number, check_same_tree, stack
 from gradhpo.flops import flops
 from gradhpo.horizon import estimate_at, fresh_state, moved, walk
+from gradhpo.host import Source, seeds_of
 from gradhpo.hypergradient import at_least_float32, norm, validation
 from gradhpo.inner import InnerStep
 from gradhpo.optimizer import BilevelOptimizer, HypergradientMethod
@@ -279,13 +279,10 @@ def _walks(problem: Problem, key: jax.Array, T: int, samples: int) -> Any:
             pairs = [problem.draw(k, data) for k in keys]
             yield task(pairs, index)
         return
-    source: Any = problem.batches
-    if callable(source):
-        seed = np.asarray(jax.random.key_data(fresh)).ravel().tolist()
-        source = source(np.random.default_rng(seed))
-    iterator = iter(source)
+    source = Source(problem.batches)
+    given = source.open(seeds_of(fresh)[0].tolist(), 0)
     for index in range(samples):
-        pairs = list(itertools.islice(iterator, 2 * T))
+        pairs = [source.form.on_device(pair, jnp.asarray) for pair in given.take(2 * T)]
         if len(pairs) < 2 * T:
             needed = f"{samples} samples of 2 x {T} batches"
             raise ValueError(f"Problem.batches ended early: diagnose needs {needed}")

@@ -15,6 +15,7 @@ import numpy as np
 from gradhpo.compilation import jit
 from gradhpo.errors import (
     DivergenceWarning,
+    advice,
     check_callable,
     check_count,
     check_number,
@@ -156,5 +157,5 @@ def _describe(fault: np.ndarray, episode: int) -> str | None:
         return None
     return (
         f"{METRICS[metric]} stopped being finite at step {step} of episode {episode}: the run "
-        "ends, and the state before that step is returned. Lower the learning rates, or clip"
+        f"ends, and the state before that step is returned. {advice(METRICS[metric])}"
     )

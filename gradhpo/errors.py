@@ -21,6 +21,16 @@ class DivergenceWarning(RuntimeWarning):
     """A loss or a norm became NaN or infinite; the last finite state was kept."""
 
 
+def advice(metric: str) -> str:
+    """Return what to try where this metric is the first of a step that is not finite."""
+    if metric != "hypergrad_norm":
+        return "Lower the learning rates, or clip"
+    return (
+        "Both losses are finite and a derivative is not: put a small number under a square root, a "
+        "norm or a power that is taken of 0, as optax's eps_root does; or the unroll explodes"
+    )
+
+
 class UnreachedWarning(UserWarning):
     """A hyperparameter gets no hypergradient, whatever the numbers: nothing leads from it on."""
 

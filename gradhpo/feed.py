@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from gradhpo.errors import check_same_tree
+from gradhpo.host import Places, Saved, Seed, Source, Stream
 from gradhpo.state import PyTree
 from gradhpo.timetable import Timetable
 
@@ -22,6 +21,8 @@ HOST_CHUNK_STEPS = 64
 """Batches in a stack of host data, at most."""
 HOST_CHUNK_BYTES = 2**26
 """Bytes of a stack of host data, at most, unless one batch has more."""
+READ_SECONDS = 0.1
+"""How long a stack may take to read, so that a slow loader does not keep the device waiting."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,15 @@ class Segment:
     """Steps that fit in a chunk."""
     calibrate: bool = False
     host: PyTree = None
-    """A stack of host batch pairs, with `capacity` rows, the first for step `start`."""
+    """A stack of host batch pairs, with `capacity` rows, the first for step `start`; after an axis
+    of lanes, where they have streams of their own."""
+    apart: bool = False
+    """Whether `host` has that axis."""
+    due: Any = None
+    """For each lane whether it calibrates."""
+    before: Places = dataclasses.field(default_factory=Places)
+    """Where the streams stood before it (of steps: before a calibration that comes first)."""
+    after: Places = dataclasses.field(default_factory=Places)
 
 
 def device_feed(first: int, steps: int) -> Iterator[Segment]:
@@ -43,119 +52,270 @@ def device_feed(first: int, steps: int) -> Iterator[Segment]:
         yield Segment(first, steps, CHUNK_STEPS)
 
 
-def host_feed(
-    timetable: Timetable, first: int, steps: int, pairs: Iterator[Any]
-) -> Iterator[Segment]:
-    """Yield the segments of a run with host data, stacked on the device; fewer if it ends early.
+@dataclasses.dataclass(frozen=True)
+class Lanes:
+    """The runs or slots that go on together, and the stream that each of them reads."""
 
-    Batches are read in the order of use and no further than needed. The next segment is read,
-    stacked and sent while the present one computes.
+    streams: list[Stream]
+    seeds: list[Seed]
+    """Of each stream."""
+    of: list[int] | None
+    """For each lane its stream; None: all have the one, and a stack has no axis of lanes."""
+    ages: np.ndarray
+    """The step that each lane takes next."""
+    running: np.ndarray
+    """Which lanes need data."""
+
+    @property
+    def apart(self) -> bool:
+        """Whether stacks have an axis of lanes."""
+        return self.of is not None
+
+    def due(self, timetable: Timetable, done: int) -> np.ndarray:
+        """Return which lanes calibrate after `done` steps from here."""
+        return self.running & np.array([timetable.calibrates_at(int(a) + done) for a in self.ages])
+
+    def until(self, timetable: Timetable, done: int, steps: int) -> int:
+        """Return after how many steps from here the next calibration comes, at most `steps`."""
+        following = [timetable.next_calibration(int(a) + done) for a in self.ages[self.running]]
+        offsets = zip(following, self.ages[self.running], strict=True)
+        return min([steps, *(int(step - age) for step, age in offsets if step is not None)])
+
+    def read_by(self, lanes: np.ndarray) -> list[int]:
+        """Return the streams that these lanes read."""
+        if self.of is None:
+            return [0]
+        return sorted({self.of[lane] for lane in np.flatnonzero(lanes)})
+
+    def open(self) -> dict[tuple[Seed, int], Stream]:
+        """Return the streams by what they give next."""
+        streams = zip(self.seeds, self.streams, strict=True)
+        return {(seed, stream.position or 0): stream for seed, stream in streams}
+
+    def places(self) -> Places:
+        """Return where the streams stand."""
+        return [(seed, s.save()) for seed, s in zip(self.seeds, self.streams, strict=True)]
+
+
+class HostFeed:
+    """Reads the pairs of runs or slots ahead, and stacks them on the device, in a thread.
+
+    Which pair a lane gets at a step is decided by its seed and the number of its step alone.
+
+    Args:
+      source: of the pairs.
+      timetable: which pairs calibrations take.
+      axis: whether stacks have a leading axis of lanes where lanes have streams of their own.
+      put: places a stack without that axis, and one with it.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="gradhpo-feed") as reader:
-        segments = _read_segments(timetable, first, steps, pairs)
-        upcoming = reader.submit(next, segments, None)
-        while (segment := upcoming.result()) is not None:
-            upcoming = reader.submit(next, segments, None)
-            yield segment
 
+    def __init__(
+        self,
+        source: Source,
+        timetable: Timetable,
+        *,
+        axis: bool,
+        put: tuple[Callable[[Any], Any], Callable[[Any], Any]] = (jax.device_put, jax.device_put),
+    ) -> None:
+        self.source, self._timetable, self._axis, self._put = source, timetable, axis, put
+        self._open: dict[tuple[Seed, int], Stream] = {}
+        self._known: dict[Seed, list[Saved]] = {}
+        self._rows = 1
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="gradhpo-feed")
+        self._reading: Future[Any] | None = None
 
-def host_pairs(batches: Any, seed: list[int], timetable: Timetable, first: int) -> Iterator[Any]:
-    """Return the iterator of batch pairs at the first step that the run still takes."""
-    source: Any = batches(np.random.default_rng(seed)) if callable(batches) else batches
-    pairs: Iterator[Any] = iter(source)
-    if pairs is batches:
-        return pairs  # stands where the last run left it
-    calibrations = sum(timetable.calibrates_at(step) for step in range(first))
-    return itertools.islice(pairs, first + timetable.T * calibrations, None)
+    def know(self, places: Places) -> None:
+        """Take the short ways that `places` of another feed gave."""
+        for seed, saved in places:
+            self._known.setdefault(seed, []).append(saved)
 
+    @property
+    def places(self) -> Places:
+        """Where the streams stood after the last segments."""
+        return [(seed, saved[-1]) for seed, saved in self._known.items() if saved[-1]]
 
-def _read_segments(
-    timetable: Timetable, first: int, steps: int, pairs: Iterator[Any]
-) -> Iterator[Segment]:
-    reader, step = _Reader(pairs), first
-    while step < steps:
-        if timetable.calibrates_at(step):
-            read, host = reader.stack(timetable.T, capacity=timetable.T)
-            if read < timetable.T:
-                return
-            yield Segment(step, step, timetable.T, calibrate=True, host=host)
-        stop = min(steps, timetable.next_calibration(step) or steps)
-        while step < stop:
-            capacity = reader.capacity()
-            wanted = min(capacity, stop - step)
-            read, host = reader.stack(wanted, capacity)
-            if read:
-                yield Segment(step, step + read, capacity, host=host)
-            if read < wanted:
-                return
-            step += read
+    def example(self, lanes: int | None) -> PyTree:
+        """Return a full stack like those of `lanes`, on the device: one pair, repeated."""
+        stack = _repeated(self.source.form.pair, lanes, self.capacity(lanes))
+        return self._place(stack, lanes is not None)
 
+    def example_calibration(self, lanes: int | None) -> PyTree:
+        """Return such a stack for a calibration."""
+        stack = _repeated(self.source.form.pair, lanes, self._timetable.T)
+        return self._place(stack, lanes is not None)
 
-class _Reader:
-    """Reads batch pairs, checks that they are of one shape, and stacks them."""
+    def capacity(self, lanes: int | None) -> int:
+        """Return how many pairs a stack holds; `lanes` is its leading axis, None for none."""
+        size = max(1, self.source.form.nbytes * (lanes or 1))
+        return max(1, min(HOST_CHUNK_STEPS, HOST_CHUNK_BYTES // size))
 
-    def __init__(self, pairs: Iterator[Any]) -> None:
-        self._pairs = pairs
-        self._first: Any = None
-        self._kinds: Any = None
-        """For each leaf of a pair the kind of PRNG key that it is, "" for none."""
-        self._count = 0
-        self._peeked: list[Any] = []
+    def segments(
+        self,
+        seeds: np.ndarray,
+        ages: np.ndarray,
+        running: np.ndarray,
+        steps: int,
+        first: int = 0,
+    ) -> Iterator[Segment]:
+        """Yield the segments of so many steps; fewer if the data ends.
 
-    def capacity(self) -> int:
-        """Return how many pairs a stack holds, from the size of the first pair."""
-        if self._first is None:
-            self._peeked = self._read(1)
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(self._first))
-        return max(1, min(HOST_CHUNK_STEPS, HOST_CHUNK_BYTES // max(1, size)))
+        The next segment is read, stacked and sent while the present one computes. Nothing is read
+        that these steps do not need.
 
-    def stack(self, wanted: int, capacity: int) -> tuple[int, PyTree]:
-        """Return how many of the wanted pairs there were, and their stack on the device."""
-        pairs = self._peeked + self._read(wanted - len(self._peeked))
-        self._peeked = []
-        if not pairs:
+        Args:
+          seeds: of each lane, `(lanes, numbers)`.
+          ages: the step that each lane takes next, `(lanes,)`.
+          running: which lanes need data, `(lanes,)`.
+          steps: to take.
+          first: the number that the first of them has in a `Segment`.
+        """
+        self._settle()
+        lanes = self._lanes(seeds, ages, running)
+        reading = self._read(lanes, steps, first)
+        self._reading = self._reader.submit(next, reading, None)
+        try:
+            while (segment := self._reading.result()) is not None:
+                self._reading = self._reader.submit(next, reading, None)
+                yield segment
+        finally:
+            wait([self._reading])
+            self._reading = None
+        self._keep(lanes)
+
+    def read_on(self) -> None:
+        """Read on in the streams that were used last, as far as the next stack needs, meanwhile.
+
+        Not in an iterator, which stands after the pairs that were used.
+        """
+        if not self.source.once:
+            streams, rows = list(self._open.values()), self._rows
+            self._reading = self._reader.submit(self._ahead, streams, rows)
+
+    def calibration(self, seeds: np.ndarray, ages: np.ndarray, running: np.ndarray) -> Segment:
+        """Return the segment of a calibration of all lanes now, whose pairs stay there."""
+        self._settle()
+        lanes, T = self._lanes(seeds, ages, running), self._timetable.T
+        read, stack = self._stack(lanes, T, T, lanes.running, Stream.peek)
+        self._open |= lanes.open()
+        if read < T:
+            raise ValueError(f"Problem.batches ended: {read} of the {T} pairs were left")
+        host = self._place(stack, lanes.apart)
+        return Segment(0, 0, T, True, host, lanes.apart, np.ones(len(running), bool))
+
+    def first_pairs(self, seeds: np.ndarray, running: np.ndarray) -> PyTree:
+        """Return the first pair of each lane, after an axis of lanes where stacks have one."""
+        self._settle()
+        axis = self._axis and self.source.own
+        if not running.any():  # any numbers do
+            return self._place(
+                _repeated(self.source.form.pair, len(running) if axis else None), axis
+            )
+        lanes = self._lanes(seeds, np.zeros(len(running), int), running)
+        host = self._stack(lanes, 1, 1, lanes.running, Stream.peek)[1]
+        self._open |= lanes.open()
+        return self._place(jax.tree.map(lambda x: x[:, 0] if axis else x[0], host), axis)
+
+    def _settle(self) -> None:
+        """Wait for the reader, and raise what it raised."""
+        if self._reading is not None:
+            reading, self._reading = self._reading, None
+            reading.result()
+
+    def _lanes(self, seeds: np.ndarray, ages: np.ndarray, running: np.ndarray) -> Lanes:
+        running = running if running.any() else np.ones_like(running)
+        own = self.source.own
+        keys = [
+            (tuple(seed.tolist()) if own else (), self._timetable.pairs_before(int(age)))
+            for seed, age in zip(seeds, ages, strict=True)
+        ]
+        used = list(dict.fromkeys(key for key, runs in zip(keys, running, strict=True) if runs))
+        streams = [self._at(*key) for key in used]
+        apart = (self._axis and own) or len(used) > 1
+        of = [used.index(key) if key in used else 0 for key in keys] if apart else None
+        return Lanes(streams, [seed for seed, _ in used], of, ages, running)
+
+    def _at(self, seed: Seed, position: int) -> Stream:
+        if (stream := self._open.pop((seed, position), None)) is not None:
+            return stream
+        known = [saved for saved in self._known.get(seed, []) if saved.get("at", -1) <= position]
+        best = max(known, key=lambda saved: saved.get("at", -1), default=None)
+        return self.source.open(seed, position, best)
+
+    def _keep(self, lanes: Lanes) -> None:
+        """Let the streams stand there for whoever goes on, and remember the way to them."""
+        before, self._known = self._known, {}
+        for seed, saved in lanes.places():
+            self._known.setdefault(seed, before.get(seed, [])[-1:]).append(saved)
+        self._open = lanes.open()
+
+    def _read(self, lanes: Lanes, steps: int, first: int) -> Iterator[Segment]:
+        T, done, after = self._timetable.T, 0, lanes.places()
+        while done < steps:
+            due, before = lanes.due(self._timetable, done), after
+            if due.any():
+                read, stack = self._stack(lanes, T, T, due)
+                if read < T:
+                    return
+                at, host = first + done, self._place(stack, lanes.apart)
+                yield Segment(at, at, T, True, host, lanes.apart, due, before, before)
+            stop = lanes.until(self._timetable, done, steps)
+            while done < stop:
+                wanted = self._rows
+                self._ahead(lanes.streams[:1], 1)  # to know a pair's size
+                if not lanes.streams[0].there:
+                    return
+                capacity = self.capacity(None if lanes.of is None else len(lanes.of))
+                wanted = min(wanted, capacity, stop - done)
+                self._ahead(lanes.streams, wanted)
+                read, stack = self._stack(lanes, wanted, capacity, lanes.running)
+                after = lanes.places()
+                if read:
+                    host = self._place(stack, lanes.apart)
+                    at, end = first + done, first + done + read
+                    yield Segment(at, end, capacity, False, host, lanes.apart, None, before, after)
+                if read < wanted:
+                    return
+                done, before = done + read, after
+
+    def _ahead(self, streams: list[Stream], wanted: int) -> None:
+        """Read ahead in streams, and see how many pairs can be read in `READ_SECONDS`."""
+        lacking, began = max(wanted - stream.there for stream in streams), time.perf_counter()
+        for stream in streams:
+            stream.ahead(wanted)
+        if lacking > 0:  # what was there already says nothing of the reader
+            seconds = max(time.perf_counter() - began, 1e-6) / lacking
+            self._rows = max(1, min(HOST_CHUNK_STEPS, int(READ_SECONDS / seconds)))
+
+    def _stack(
+        self,
+        lanes: Lanes,
+        wanted: int,
+        capacity: int,
+        using: np.ndarray,
+        take: Callable[[Stream, int], list[Any]] = Stream.take,
+    ) -> tuple[int, PyTree]:
+        """Return how many of the pairs wanted for some lanes there were, and their NumPy stack."""
+        pairs = {index: take(lanes.streams[index], wanted) for index in lanes.read_by(using)}
+        read = min(len(found) for found in pairs.values())
+        if not read:
             return 0, None
+        other = next(iter(pairs))  # for lanes without use: any numbers, and finite ones
+        rows = [pairs.get(index, pairs[other])[:read] for index in lanes.of or [0]]
 
-        def fill(*leaves: np.ndarray) -> np.ndarray:
-            stack = np.zeros((capacity, *leaves[0].shape), leaves[0].dtype)
-            np.stack(leaves, out=stack[: len(leaves)])
-            return stack
+        def fill(like: np.ndarray, *leaves: np.ndarray) -> np.ndarray:
+            stack = np.zeros((len(rows), capacity, *like.shape), like.dtype)
+            for lane in range(len(rows)):
+                np.stack(leaves[lane * read : (lane + 1) * read], out=stack[lane, :read])
+            return stack if lanes.apart else stack[0]
 
-        return len(pairs), jax.tree.map(_on_device, jax.tree.map(fill, *pairs), self._kinds)
+        flat = [pair for found in rows for pair in found]
+        return read, jax.tree.map(fill, self.source.form.pair, *flat)
 
-    def _read(self, wanted: int) -> list[Any]:
-        pairs: list[Any] = []
-        for given in itertools.islice(self._pairs, wanted):
-            if not isinstance(given, tuple | list) or len(given) != 2:
-                accepted = "must give (train_batch, val_batch) pairs"
-                got = f"{type(given).__name__} at index {self._count}"
-                raise TypeError(f"Problem.batches {accepted}, got {got}")
-            pair = jax.tree.map(_on_host, tuple(given))
-            if self._first is None:
-                self._first, self._kinds = pair, jax.tree.map(_kind_of_key, tuple(given))
-            try:
-                check_same_tree(f"Problem.batches: pair {self._count}", pair, "pair 0", self._first)
-            except ValueError as error:
-                error.add_note(
-                    "a loader's last batch may be smaller: drop it (drop_last, drop_remainder)"
-                )
-                raise
-            self._count += 1
-            pairs.append(pair)
-        return pairs
+    def _place(self, stack: PyTree, apart: bool) -> PyTree:
+        return self.source.form.on_device(stack, self._put[apart])
 
 
-def _kind_of_key(leaf: Any) -> str:
-    """Return the implementation of a typed PRNG key, "" for anything else."""
-    typed = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return str(jax.random.key_impl(leaf)) if typed else ""
-
-
-def _on_host(leaf: Any) -> np.ndarray:
-    """Return a copy, since its owner may use the buffer again; of a typed key, its numbers."""
-    return np.array(jax.random.key_data(leaf) if _kind_of_key(leaf) else leaf)
-
-
-def _on_device(stack: np.ndarray, kind_of_key: str) -> jax.Array:
-    array = jax.device_put(stack)
-    return jax.random.wrap_key_data(array, impl=kind_of_key) if kind_of_key else array
+def _repeated(pair: PyTree, *leading: int | None) -> PyTree:
+    """Return a pair with more axes, those that are not None, in front."""
+    axes = [n for n in leading if n is not None]
+    return jax.tree.map(lambda x: np.broadcast_to(x, (*axes, *x.shape)), pair)

@@ -34,13 +34,8 @@ class FlaxModel:
       def loss(module, hyperparams, batch):
           return cross_entropy(module(batch["x"]), batch["y"])
 
-      def init(key):
-          params, model_state = model.init(key)
-          return params, {"decay": jnp.zeros(())}, model_state
-
-      problem = gradhpo.Problem(
-          init, model.train_loss(loss), model.val_loss(loss), batches=loader
-      )
+      losses = model.train_loss(loss), model.val_loss(loss)
+      problem = gradhpo.Problem(model.start({"rate": jnp.log(0.1)}), *losses, batches=loader)
       ```
     """
 
@@ -67,6 +62,15 @@ class FlaxModel:
         nnx = _nnx()
         _, params, rest = self._split(self._make(nnx.Rngs(key)))
         return params, rest
+
+    def start(self, hyperparams: PyTree) -> Callable[[jax.Array], tuple[PyTree, PyTree, PyTree]]:
+        """Return an `init` for `Problem`: a new module, and these hyperparameters."""
+
+        def init(key: jax.Array) -> tuple[PyTree, PyTree, PyTree]:
+            params, model_state = self.init(key)
+            return params, hyperparams, model_state
+
+        return init
 
     def module(self, params: PyTree, model_state: PyTree = None, key: Any = None) -> Any:
         """Return a module with these weights and this state.
@@ -156,6 +160,15 @@ class EquinoxModel:
         module, state = _module_and_state(self._make(key))
         rest = _rest_of(module, state)
         return _equinox().filter(module, _floating), rest if self._remembers else None
+
+    def start(self, hyperparams: PyTree) -> Callable[[jax.Array], tuple[PyTree, PyTree, PyTree]]:
+        """Return an `init` for `Problem`: a new module, and these hyperparameters."""
+
+        def init(key: jax.Array) -> tuple[PyTree, PyTree, PyTree]:
+            params, model_state = self.init(key)
+            return params, hyperparams, model_state
+
+        return init
 
     def module(self, params: PyTree, model_state: PyTree = None) -> tuple[Any, Any]:
         """Return the module with these weights, and its `eqx.nn.State`; None where it has none.

@@ -7,13 +7,18 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
-import numpy as np
 
 from gradhpo.errors import check_exactly_one, check_hashable, described, tracing
+from gradhpo.host import Source
 from gradhpo.state import LossFn, PyTree
 from gradhpo.task import wanted
 
 Batches: TypeAlias = Iterable[tuple[Any, Any]]
+
+READ_AGAIN = (
+    "must be readable again: a list, a function of a numpy.random.Generator that makes the "
+    "iterator, or an iterator with get_state and set_state"
+)
 
 
 class Start(NamedTuple):
@@ -48,11 +53,15 @@ class Problem:
       batch: `key -> (train_batch, val_batch)`, two pytrees of arrays for the two losses: drawn on
         the device, inside the compiled run, with a key of their own at every step; with `data`,
         `(key, data) -> (train_batch, val_batch)`. For all data at every step, ignore the key.
-      batches: host data: an iterable of `(train_batch, val_batch)`, each a pytree of NumPy arrays
-        (typed PRNG keys may be among them), all pairs of one shape; or a function
-        `rng -> iterable` of a `numpy.random.Generator`, which `solve` seeds by its key. Read a
-        pair a step, in order, and sent ahead; use `drop_last` where a loader's last batch is
-        smaller.
+      batches: host data, a stream of pairs `(train_batch, val_batch)`, each a pytree of NumPy
+        arrays or what becomes one (PyTorch's CPU tensors), typed PRNG keys too, all pairs of one
+        shape (`drop_last`). Read a pair a step, in order, and sent ahead. One of:
+        `rng -> iterable`, of a `numpy.random.Generator` seeded by the key of each run or trial;
+        `() -> iterable`, the same stream for all; either with an argument `start`, the number of
+        pairs before the first one wanted, so that it begins in the middle; or an iterable itself,
+        the same stream for all: a list, a loader, a dataset of Grain. What is read again must give
+        the same pairs again. Where its iterator has `get_state` and `set_state`, as Grain's,
+        nothing is read twice. An iterator, or a generator, is read on from where it stands.
       metrics: `(params, hyperparams) -> {name: array}`, or with `data`
         `(params, hyperparams, data) -> {name: array}`: what else to follow, a test accuracy say;
         it may take `model_state` too, by this name.
@@ -71,7 +80,7 @@ class Problem:
     train_loss: LossFn
     val_loss: LossFn
     batch: Callable[..., tuple[PyTree, PyTree]] | None = None
-    batches: Batches | Callable[[np.random.Generator], Batches] | None = dataclasses.field(
+    batches: Batches | Callable[..., Batches] | None = dataclasses.field(
         default=None, compare=False
     )
     metrics: Callable[..., dict[str, Any]] | None = None
@@ -83,13 +92,33 @@ class Problem:
         check_exactly_one("Problem", batch=self.batch, batches=self.batches)
         if self.batch is not None:
             check_hashable("Problem.batch", self.batch)
-        elif not callable(self.batches) and not isinstance(self.batches, Iterable):
-            got = type(self.batches).__name__
-            accepted = "an iterable of (train, val) pairs, or a function of a NumPy generator"
-            raise TypeError(f"Problem.batches must be {accepted}, got {got}")
+        else:
+            Source(self.batches)
         for name in ("metrics", "data"):
             if getattr(self, name) is not None:
                 check_hashable(f"Problem.{name}", getattr(self, name))
+
+    def described(self) -> Problem:
+        """Return the problem without its host data, which compiled code must not keep."""
+        return self if self.batches is None else dataclasses.replace(self, batches=())
+
+    @property
+    def reopens(self) -> bool:
+        """Whether a position in its data can be gone to again, in a new process too."""
+        return self.batches is None or Source(self.batches).reopens
+
+    def first_pair(self) -> PyTree:
+        """Return the shapes of a pair of `batches`; None where there are none.
+
+        Raises:
+          ValueError: if `batches` cannot be read twice, or are empty.
+        """
+        if self.batches is None:
+            return None
+        if not self.reopens:
+            got = type(self.batches).__name__
+            raise ValueError(f"Problem.batches {READ_AGAIN}; got {got}, an iterator")
+        return Source(self.batches).shapes()
 
     def start(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         """Return the weights and hyperparameters from which `solve` starts with this key."""

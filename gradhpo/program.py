@@ -13,6 +13,7 @@ from jax.tree_util import keystr
 
 from gradhpo.compilation import jit
 from gradhpo.errors import check_floating, described, tracing
+from gradhpo.fingerprint import Fingerprint, checksum, settings, versions
 from gradhpo.state import METRICS, BilevelState, PyTree, faults
 from gradhpo.trial import Rates, Trial
 
@@ -26,6 +27,8 @@ class Program:
     """Whether keys, states and data have a leading axis of runs."""
     record: Callable[[PyTree], dict[str, Any]] | tuple[str, ...] | None = ()
     """What to keep of λ after each step: a function of it, names of leaves, or None for scalars."""
+    own_batches: bool = False
+    """Whether each run has host batches of its own, with a leading axis of runs."""
 
     @functools.partial(jit, static_argnums=0)
     def data(self, key: jax.Array) -> PyTree:
@@ -36,10 +39,56 @@ class Program:
     def init(self, key: jax.Array, data: PyTree, host_pair: PyTree) -> BilevelState:
         """Make the weights, the hyperparameters and the state of each run."""
 
-        def one(key: jax.Array, data: PyTree) -> BilevelState:
-            return self.trial.start(key, data, host=host_pair)
+        def one(key: jax.Array, data: PyTree, pair: PyTree) -> BilevelState:
+            return self.trial.start(key, data, host=pair)
 
-        return self._each(one)(key, data)
+        return self._each(one, self._axes(2))(key, data, host_pair)
+
+    @functools.partial(jax.jit, static_argnums=0, inline=True)
+    def step(
+        self,
+        state: BilevelState,
+        key: jax.Array,
+        data: PyTree,
+        rates: Rates,
+        index: Any,
+        pair: PyTree,
+    ) -> BilevelState:
+        """Take step `index` of each run, and what comes before it; a part of `chunk`."""
+        trial = self.trial
+
+        def one(state: BilevelState, key: jax.Array, data: PyTree, pair: PyTree) -> BilevelState:
+            state = trial.begin(state, key, index, data)
+            return trial.step(state, trial.task(key, data, index, pair), index, rates)
+
+        return self._each(one, self._axes(3))(state, key, data, pair)
+
+    def fingerprint(
+        self, state: BilevelState, key: jax.Array, data: PyTree, pair: PyTree
+    ) -> Fingerprint:
+        """Return what the runs compute; of arrays it needs the shapes and dtypes.
+
+        What may change while a run goes on is left out: rates, and what is kept of λ. A step that
+        is traced for this is not traced again for a chunk.
+        """
+        trial = dataclasses.replace(self.trial, schedule=None)
+        plain = dataclasses.replace(self, trial=trial, record=())
+        optimizer: Any = trial.optimizer
+        number = jax.ShapeDtypeStruct((), jnp.result_type(float))
+        rates = Rates(
+            None if optimizer.outer_optimizer is not None else number,
+            None if trial.timetable.episode_length is None else number,
+        )
+        index = jax.ShapeDtypeStruct((), jnp.int32)
+        step = plain.step.trace(plain, state, key, data, rates, index, pair).jaxpr
+        made = None if data is None else self.data.trace(self, key).jaxpr
+        return Fingerprint(
+            versions(),
+            settings(optimizer),
+            checksum(self.init.trace(self, key, data, pair).jaxpr),
+            None if made is None else checksum(made),
+            checksum(step),
+        )
 
     @functools.partial(jit, static_argnums=(0, 7))
     def chunk(
@@ -58,19 +107,18 @@ class Program:
         with a leading axis of `capacity` the metrics, what is kept of λ, and which of `METRICS`
         were not finite.
         """
-        trial = self.trial
+        alone = dataclasses.replace(self, record=())  # whatever is kept, a step is traced once
 
-        def one(state: BilevelState, key: jax.Array, data: PyTree, index: Any, pair: Any) -> Any:
-            state = trial.begin(state, key, index, data)
-            state = trial.step(state, trial.task(key, data, index, pair), index, rates)
+        def measured(state: BilevelState) -> Any:
             values = {name: state.metadata[name] for name in names}
-            return state, values, self.kept(state.hyperparams), faults(state.metadata)
+            return values, self.kept(state.hyperparams), faults(state.metadata)
 
         def body(i: jax.Array, loop: Any) -> Any:
             state, buffers = loop
-            pair = jax.tree.map(lambda x: x[span["offset"] + i], host)
-            step = self._each(one, in_axes=(0, 0, 0, None, None))
-            state, *made = step(state, key, data, span["start"] + i, pair)
+            row, own = span["offset"] + i, self.own_batches
+            pair = jax.tree.map(lambda x: x[:, row] if own else x[row], host)
+            state = alone.step(state, key, data, rates, span["start"] + i, pair)
+            made = list(self._each(measured)(state))
             return state, jax.tree.map(lambda buffer, row: buffer.at[i].set(row), buffers, made)
 
         runs = key.shape
@@ -89,9 +137,13 @@ class Program:
         state, (values, record, bad) = jax.lax.fori_loop(0, span["n"], body, start)
         return state, values, record, bad
 
+    def keep(self, hyperparams: PyTree) -> dict[str, Any]:
+        """Return what is kept of the λ of each run at a step."""
+        return self._each(self.kept)(hyperparams)
+
     def kept_shapes(self, hyperparams: PyTree) -> dict[str, Any]:
         """Return the shapes of what is kept of the λ of each run at a step."""
-        return jax.eval_shape(self._each(self.kept), hyperparams)
+        return jax.eval_shape(self.keep, hyperparams)
 
     def kept(self, hyperparams: PyTree) -> dict[str, Any]:
         """Return what is kept of one run's λ.
@@ -103,10 +155,10 @@ class Program:
         if callable(self.record):
             with tracing("record", hyperparams=hyperparams):
                 made = self.record(hyperparams)
-            if not isinstance(made, dict) or not all(isinstance(name, str) for name in made):
-                raise TypeError(
-                    f"record must return a dict of arrays by name, got {described(made)}"
-                )
+            by_name = isinstance(made, dict) and all(isinstance(name, str) for name in made)
+            if not by_name or not jax.tree_util.all_leaves(list(made.values())):
+                got = "a tree in it" if by_name else described(made)
+                raise TypeError(f"record must return a dict of arrays by name, got {got}")
             check_floating("record", made) if made else None
             return jax.tree.map(jnp.asarray, made)
         paths = jax.tree_util.tree_flatten_with_path(hyperparams)[0]
@@ -124,11 +176,11 @@ class Program:
     ) -> BilevelState:
         """Estimate the algorithm's own settings from a stack of host batches."""
 
-        def one(state: BilevelState, key: jax.Array, data: PyTree) -> BilevelState:
+        def one(state: BilevelState, key: jax.Array, data: PyTree, host: PyTree) -> BilevelState:
             state = self.trial.begin_if_fresh(state, key, index)
             return self.trial.calibrate(state, key, index, data, host)
 
-        return self._each(one)(state, key, data)
+        return self._each(one, self._axes(3))(state, key, data, host)
 
     @functools.partial(jit, static_argnums=0)
     def evaluate(self, state: BilevelState, data: PyTree) -> dict[str, Any]:
@@ -142,6 +194,10 @@ class Program:
             lambda mask, a, b: jax.tree.map(lambda x, y: jnp.where(mask, y, x), a, b)
         )
         return choose(mask, state, other)
+
+    def _axes(self, n: int) -> tuple[int | None, ...]:
+        """Return where n arguments have the axis of runs, and host batches after them."""
+        return (*[0] * n, 0 if self.own_batches else None)
 
     def _each(self, function: Callable[..., Any], in_axes: Any = 0) -> Callable[..., Any]:
         return jax.vmap(function, in_axes=in_axes) if self.batched else function

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from gradhpo import checkpoints
+from gradhpo.errors import check_instance
+from gradhpo.fingerprint import Fingerprint, settings
+from gradhpo.optimizer import BilevelOptimizer
+from gradhpo.problem import Problem
+from gradhpo.program import Program
+from gradhpo.saved import Packer, Unpacker
 from gradhpo.state import BilevelState, PyTree
+from gradhpo.timetable import Timetable
+from gradhpo.trial import PHI, Trial
 
 
 @jax.tree_util.register_dataclass
@@ -60,6 +73,12 @@ class Solution:
         `step`.
       record: `{name: array}`, each `(steps, …)`: what `solve(record=…)` kept of λ after every step;
         by default its scalar leaves, by their path.
+      data_state: where the host's batches stand, after those that the steps used: with `resume=`,
+        an iterator with `get_state` and `set_state` goes on from there; None without host data, or
+        where nothing is to be known. No leaf of the pytree.
+      record_start: `{name: array}`, each `(…)`: the same of the λ before the first step.
+      fingerprint: what tells the run's problem and optimizer from others, by which `resume=` sees
+        that they are the same; None lets any go on.
     """
 
     state: BilevelState
@@ -72,25 +91,156 @@ class Solution:
     key_data: np.ndarray | None = None
     best: Best | None = None
     record: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    data_state: bytes | None = dataclasses.field(default=None, metadata={"static": True})
+    record_start: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    fingerprint: Fingerprint | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the solution to a file, whole or not at all; nothing in it is pickled.
+
+        Args:
+          path: the file, an `.npz` of NumPy's whatever its name; one of that name is replaced.
+
+        Raises:
+          OSError: if it cannot be written, a full disk included.
+        """
+        arrays, about = packed(self)
+        checkpoints.write(Path(path), arrays, about)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], problem: Problem, optimizer: BilevelOptimizer
+    ) -> Solution:
+        """Return a solution that was saved, to the bit; `solve(resume=…)` goes on from it.
+
+        Its trees of weights and optimizer states are built from the problem and the optimizer,
+        whose functions are traced for that; nothing is compiled or computed.
+
+        Args:
+          path: what `save` was given.
+          problem: the run's problem.
+          optimizer: the run's optimizer.
+
+        Raises:
+          DamagedFile: if the file is missing, cut short or changed.
+          ValueError: if it is of another problem or optimizer; what differs is named.
+        """
+        check_instance("problem", problem, Problem)
+        check_instance("optimizer", optimizer, BilevelOptimizer)
+        arrays, about = checkpoints.read(Path(path))
+        runs, episodes = tuple(about["runs"]), about["episodes"]
+        # Of the timetable, only whether there are episodes changes what a state holds.
+        trial = Trial(problem.described(), optimizer, Timetable(1 if episodes else None, 0, 0))
+        key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), runs or 1))
+        key = key if runs else jax.ShapeDtypeStruct((), key.dtype)
+        pair = problem.first_pair() if problem.reopens else None
+        program = Program(trial, bool(runs))
+        found = unpacked(arrays, about, templates(program, key, pair), str(path))
+        if found.fingerprint is not None:
+            found.fingerprint.check_optimizer(str(path), settings(optimizer))
+        return found
+
+    def schedule(
+        self, name: str, function: Callable[[Any], Any] | None = None, *, run: int | None = None
+    ) -> Callable[[Any], jax.Array]:
+        """Return λ(t) as an optax schedule, to train with what was found and without gradhpo.
+
+        At count t it gives what was recorded of the λ that step t was taken with: before the first
+        step, `record_start`. After the last step it stays at the last value.
+
+        Args:
+          name: of `record`.
+          function: of a recorded value, traceable: `jnp.exp` where the logarithm was tuned.
+          run: which run, with a batch of keys.
+
+        Returns:
+          A traceable function of the count, an integer `()`; it gives an array of the shape of
+          one recorded value.
+
+        Raises:
+          ValueError: for a name that was not recorded, a run that there is not, or no step.
+        """
+        if name not in self.record or name not in self.record_start:
+            there = ", ".join(map(repr, self.record)) or "nothing"
+            raise ValueError(f"name must be one of what was recorded, {there}; got {name!r}")
+        runs = np.shape(self.diverged_at)
+        if (run is None) != (runs == ()) or (run is not None and run not in range(runs[0])):
+            accepted = f"one of {runs[0]} runs" if runs else "None: there is one run"
+            raise ValueError(f"run must be {accepted}, got {run}")
+        which = () if run is None else (run,)
+        diverged = int(np.asarray(self.diverged_at)[which])
+        steps = diverged - 1 if diverged else self.steps
+        rows = np.asarray(self.record[name])[:steps][(slice(None), *which)]
+        values = np.concatenate([np.asarray(self.record_start[name])[which][None], rows])
+
+        def at(count: Any) -> jax.Array:
+            value = jnp.asarray(values)[jnp.clip(count, 0, len(values) - 1)]
+            return value if function is None else function(value)
+
+        return at
 
 
-def check_resume(resume: Any, key: jax.Array, episode_length: int | None) -> None:
+def packed(solution: Solution) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return a solution as arrays by path, and what they are."""
+    packer = Packer(_CLASSES, _TEMPLATED)
+    spec = packer.pack(solution)
+    runs = list(np.shape(solution.diverged_at))
+    return packer.arrays, {"solution": spec, "runs": runs, "episodes": solution.phi is not None}
+
+
+def unpacked(
+    arrays: Mapping[str, np.ndarray],
+    about: Mapping[str, Any],
+    like: Mapping[str, PyTree],
+    source: str,
+) -> Solution:
+    """Return the solution that was packed.
+
+    Args:
+      arrays: of `packed`.
+      about: of `packed`.
+      like: from `templates`.
+      source: how an error names the file.
+
+    Raises:
+      ValueError: if it is of another problem or optimizer.
+    """
+    return Unpacker(arrays, like, ("state", "phi"), _CLASSES, source).unpack(about["solution"])
+
+
+def templates(program: Program, key: Any, pair: PyTree) -> dict[str, PyTree]:
+    """Return shapes and dtypes of a run's trees, by field; the key's shape is enough."""
+    data = None
+    if program.trial.problem.data is not None:
+        data = jax.eval_shape(program.data, key)
+    state = jax.eval_shape(program.init, key, data, pair)
+    evals = jax.eval_shape(program.evaluate, state, data)
+    return {"state": state, "phi": state.metadata.get(PHI), "evals": evals}
+
+
+_CLASSES = (Solution, Best, Fingerprint)
+_TEMPLATED = ("state", "phi", "evals")
+
+
+def check_resume(
+    resume: Any, key: jax.Array, episode_length: int | None, name: str = "resume"
+) -> None:
     """Raise if the solution is not one of a run with these keys and episodes."""
     if not isinstance(resume, Solution):
-        raise TypeError(f"resume must be a Solution, got {type(resume).__name__}")
+        raise TypeError(f"{name} must be a Solution, got {type(resume).__name__}")
     shape = np.shape(resume.diverged_at)
     if shape != key.shape:
-        raise ValueError(f"resume must be of a run with keys of shape {key.shape}, got {shape}")
+        raise ValueError(f"{name} must be of a run with keys of shape {key.shape}, got {shape}")
     if resume.key_data is not None:
         had, has = np.asarray(resume.key_data), np.asarray(jax.random.key_data(key))
         if not np.array_equal(had, has):
             raise ValueError(
-                f"resume must be of a run with this key: its key has the numbers {had.tolist()}, "
+                f"{name} must be of a run with this key: its key has the numbers {had.tolist()}, "
                 f"and key has {has.tolist()}"
             )
     if (resume.phi is None) != (episode_length is None):
         had, has = ("no", "has one") if resume.phi is None else ("an", "has none")
-        raise ValueError(f"resume is of a run with {had} episode_length, and this one {has}")
+        raise ValueError(f"{name} is of a run with {had} episode_length, and this one {has}")
 
 
 def check_same_names(what: str, now: dict[str, Any], before: dict[str, Any]) -> None:

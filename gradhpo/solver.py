@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import functools
 import inspect
+import os
 import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -16,18 +16,24 @@ import numpy as np
 
 from gradhpo.errors import (
     DivergenceWarning,
+    advice,
     check_callable,
     check_count,
     check_hashable,
     check_instance,
     check_number,
     check_same_tree,
+    warn_user,
 )
-from gradhpo.feed import Segment, device_feed, host_feed, host_pairs
+from gradhpo.feed import HostFeed, Segment, device_feed
+from gradhpo.fingerprint import Fingerprint
+from gradhpo.host import Source, decode, encode, seeds_of
+from gradhpo.interrupts import deferred
 from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.problem import Problem
 from gradhpo.program import Program
 from gradhpo.progress import Bar
+from gradhpo.run_folder import RunFolder, open_folder, run_kind
 from gradhpo.solution import Best, Solution, check_resume, check_same_names
 from gradhpo.state import METRICS, BilevelState, PyTree, prepare
 from gradhpo.timetable import EpisodeInit, Timetable, schedule_and_rate, starts_fresh
@@ -57,6 +63,8 @@ def solve(
     stop: Stop | None = None,
     record: Record = None,
     resume: Solution | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    every: int | None = None,
     callback: Callable[..., Any] | None = None,
     progress: bool | None = None,
 ) -> Solution:
@@ -71,7 +79,8 @@ def solve(
       optimizer: any `BilevelOptimizer`.
       steps: steps to take in all, those before `resume` included.
       key: a key from `jax.random.key`, or an array of n keys: n runs, batched by `vmap` in one
-        program, each with its own weights, hyperparameters and device data. Host data is shared.
+        program, each with its own weights, hyperparameters and data: a run of a batch takes the
+        batches that it takes alone. Host data of an iterable is shared.
       lr_hyper: step size of plain gradient descent on λ, where the optimizer has no
         `outer_optimizer`: a number, or a traceable function of the step, counted from 0.
       episode_length: steps in an episode, after which the weights start anew from φ, moved by
@@ -89,27 +98,44 @@ def solve(
       record: what to keep of λ after every step: a function of the hyperparameters that returns a
         dict of arrays by name; or names of their leaves, as `"layer.decay"`; by default the leaves
         that are scalars. `[]` keeps nothing.
-      resume: a solution of the same problem, optimizer and key, to go on from. An iterator of
-        host batches is read on from where it stands (exactly the batches used were read, unless
-        the run diverged, or was stopped by `stop` or `callback`: more were read ahead then); a
-        list, or a function that makes an iterator, is started anew, and the batches used are
-        skipped. `record` and the names of `Problem.metrics` must be as before; with another
-        `metric` or `mode` the best is looked for anew.
+      resume: a solution of the same problem, optimizer and key, to go on from. Host batches go on
+        after those that were used: a function that takes `start` begins there; an iterator with
+        `get_state` and `set_state` is put there by `Solution.data_state`; an iterable, or another
+        function, is read anew, and the batches used are skipped. A plain iterator is read on from
+        where it stands (exactly the batches used were read, unless the run diverged, or was
+        stopped by `stop`, `callback` or a signal: more were read ahead then). `record` and the
+        names of `Problem.metrics` must be as before; with another `metric` or `mode` the best is
+        looked for anew. The rates may be others; a problem or optimizer that computes something
+        else is refused by the solution's `fingerprint`.
+      checkpoint: a folder in which the run is saved now and then, and at its end. Where it holds
+        this run already, the run goes on from there, in a new process too, to the bits of one
+        that was not interrupted; `resume` is then not looked at. The two newest checkpoints are
+        kept. Another key, problem, optimizer, rate or kind of episodes is refused (after a
+        divergence another rate is taken); `steps`, `stop`, `callback` and `eval_every` may change.
+        `batches` must be something that can be read again, or an iterator with `get_state` and
+        `set_state`.
+      every: steps between checkpoints; by default one a minute, or more seldom if writing one
+        takes more than three seconds.
       callback: called as `callback(steps, state, evals)` at every evaluation, `evals` being what
         `problem.metrics` gave there; or, if it takes two arguments, without. Returning True stops.
+        After a crash it is called again for evaluations since the last checkpoint.
       progress: whether to draw a progress bar (needs tqdm); None draws one on a terminal.
 
     Returns:
       The state and the metrics of every step. If a metric of a step is not finite, a
       `DivergenceWarning` names it, and the state before that step is returned; in a batch of
       keys, the others go on. If host data ends early, a warning says so, and what was done is
-      returned.
+      returned. So it is at Ctrl-C or SIGTERM, after the chunk of steps that is being computed, and
+      without an evaluation that is not due there, so that the run can go on as if nothing had
+      been; a second Ctrl-C raises KeyboardInterrupt at once.
 
     Raises:
       ValueError: for an argument out of range, neither or both of `outer_optimizer` and
-        `lr_hyper`, host batches whose shapes differ, a `resume` of another run, or if no
-        hyperparameter would ever move.
+        `lr_hyper`, host batches whose shapes differ, a `resume` or `checkpoint` of another run, or
+        if no hyperparameter would ever move.
       TypeError: for an argument of the wrong kind.
+      DamagedFile: if no checkpoint in the folder is whole.
+      StorageInUse: if another process runs with this folder.
 
     Warns:
       UnreachedWarning: if a hyperparameter gets no hypergradient, whatever the numbers.
@@ -126,7 +152,7 @@ def solve(
         check_count("eval_every", eval_every)
     elif stop is not None:
         raise ValueError("stop needs eval_every: it is asked at evaluations")
-    watch = Watch(metric, mode, stop, eval_every or steps)
+    watch = Watch(metric, mode, stop, eval_every or steps + 1)
     if callback is not None:
         check_callable("callback", callback)
     fresh = starts_fresh(episode_init, episode_length, lr_reptile)
@@ -135,36 +161,51 @@ def solve(
     if rate is not None:
         rate = check_number("lr_hyper", rate, -np.inf, np.inf)
     rates = Rates(rate, None if episode_length is None else lr_reptile)
-    # Compiled code is kept by the problem; it must not keep the host data too.
-    described = problem if problem.batches is None else dataclasses.replace(problem, batches=())
     batched = jnp.shape(key) != ()
-    trial = Trial(described, optimizer, timetable, schedule, fresh)
-    program = Program(trial, batched, _recorded(record))
-    if resume is not None:
-        check_resume(resume, key, episode_length)
-    first = 0 if resume is None else resume.steps
-    if first > steps:
-        raise ValueError(f"resume has taken {first} steps already, more than steps={steps}")
-    if problem.batch is not None:
-        segments = device_feed(first, steps)
-    else:
-        seed = np.asarray(jax.random.key_data(key)).ravel().tolist()
-        pairs = host_pairs(problem.batches, seed, timetable, first)
-        segments = host_feed(timetable, first, steps, pairs)
-    with Bar(progress, total=steps, unit="step", done=first) as bar:
-        run = _Run(program, key, rates, resume, watch, _called(callback))
-        for segment in segments:
-            run.begin(segment)
-            while run.done < segment.end and not run.over:
-                evaluated = min(steps, (run.done // watch.every + 1) * watch.every)
-                taken = run.advance(segment, until=min(segment.end, evaluated))
-                bar.advance(taken, **run.latest)
-                if run.done == evaluated and run.alive.any():
-                    run.evaluate()
-            if run.over:
-                break
-    run.finish(steps)
-    return run.solution()
+    # Compiled code is kept by the problem; it must not keep the host data too.
+    trial = Trial(problem.described(), optimizer, timetable, schedule, fresh)
+    data = None if problem.batch is not None else Source(problem.batches)
+    own_batches = batched and data is not None and data.own
+    program = Program(trial, batched, _recorded(record), own_batches)
+    kind = run_kind(schedule or rate, episode_length, lr_reptile, episode_init)
+    folder = open_folder(checkpoint, every, problem, kind)
+
+    def pair() -> PyTree:
+        """Return the shapes of what the first step takes from the host."""
+        return None if data is None else data.form.shapes(*(key.shape if own_batches else ()))
+
+    with folder or contextlib.nullcontext():
+        source, found = "resume", None if folder is None else folder.restored(program, key, pair)
+        if folder is not None and found is not None:
+            source, resume = folder.name, found
+        if resume is not None:
+            check_resume(resume, key, episode_length, source)
+        first = 0 if resume is None else resume.steps
+        if first > steps:
+            raise ValueError(f"{source} has taken {first} steps already, more than steps={steps}")
+        run = _Run(program, key, rates, resume, watch, _called(callback), source)
+        if folder is not None and found is not None:
+            run.stop_as_before(folder.told and callback is not None)
+        if first == steps or run.stopped:
+            segments = iter(())
+            run.check(pair() if problem.reopens else None)
+        elif data is None:
+            segments = device_feed(first, steps)
+        else:
+            segments = _host_segments(data, timetable, key, resume, steps)
+        with Bar(progress, total=steps, unit="step", done=first) as bar:
+            run.go(segments, steps, bar, folder)
+        return run.solution()
+
+
+def _host_segments(
+    data: Source, timetable: Timetable, key: jax.Array, resume: Solution | None, steps: int
+) -> Iterator[Segment]:
+    """Return the segments of a run on host data, after those that were taken already."""
+    feed, seeds = HostFeed(data, timetable, axis=jnp.shape(key) != ()), seeds_of(key)
+    feed.know(decode(None if resume is None else resume.data_state))
+    first, runs = 0 if resume is None else resume.steps, len(seeds)
+    return feed.segments(seeds, np.full(runs, first), np.ones(runs, bool), steps - first, first)
 
 
 class _Run:
@@ -178,9 +219,12 @@ class _Run:
         resume: Solution | None,
         watch: Watch,
         callback: Callback,
+        source: str,
     ) -> None:
         self.program, self.key, self.watch, self.callback = program, key, watch, callback
-        self.stopped = False
+        self.stopped = self.told = False
+        self._source = source
+        """What `resume` is called in messages."""
         self._best: Best | None = None
         self.rates = jax.tree.map(lambda rate: np.asarray(rate, jnp.result_type(float)), rates)
         self.done = 0
@@ -190,18 +234,24 @@ class _Run:
         self._metrics: list[dict[str, np.ndarray]] = []
         self._evals: list[dict[str, Any]] = []
         self._record: list[dict[str, Any]] = []
+        self._record_start: dict[str, Any] = {}
+        self._fingerprint: Fingerprint | None = None
+        """Of the run that is gone on with, until it is compared; then of this one."""
         self._eval_steps: list[int] = []
         self._diverged = np.zeros(key.shape, int)
         self._frozen: BilevelState | None = None
+        self._segment: Segment | None = None
+        self._data_state: bytes | None = None
         if resume is not None:
             self._state = prepare(resume.state)
             if resume.phi is not None:
                 self._state = self._state.update(metadata={PHI: resume.phi})
-            self.done = resume.steps
+            self.done, self._data_state = resume.steps, resume.data_state
             # Without the row of a divergence: that step is taken anew.
             rows = (resume.metrics, resume.record)
             metrics, kept = jax.tree.map(lambda rows: rows[: resume.steps], rows)
             self._metrics, self._evals, self._record = [metrics], [resume.evals], [kept]
+            self._record_start, self._fingerprint = resume.record_start, resume.fingerprint
             if resume.best is not None and watch.asks_as(resume.best):
                 self._best = resume.best
             self._eval_steps = resume.eval_steps.tolist()
@@ -229,15 +279,63 @@ class _Run:
         """`Problem.data` of the run or runs."""
         return None if self._problem.data is None else self.program.data(self.key)
 
+    def go(
+        self, segments: Iterable[Segment], steps: int, bar: Bar, folder: RunFolder | None
+    ) -> None:
+        """Take the steps, evaluate and save when it is due; a signal ends it after a chunk."""
+        asked: list[str] = []
+
+        def note(name: str) -> None:
+            asked.append(name)
+            bar.write(f"{name}: finishing a chunk of steps; once more to stop at once")
+
+        with deferred(note):
+            for segment in segments:
+                self.begin(segment)
+                while self.done < segment.end and not (self.over or asked):
+                    evaluated = (self.done // self.watch.every + 1) * self.watch.every
+                    saved = evaluated if folder is None else folder.next(self.done)
+                    until = min(segment.end, evaluated, saved)
+                    bar.advance(self.advance(segment, until), **self.latest)
+                    if self.done == evaluated and self.alive.any():
+                        self.evaluate()
+                    if folder is not None and folder.due(self.done):
+                        folder.save(self.solution(), self.told)
+                if self.over or asked:
+                    break
+            if folder is not None and self._state is not None:
+                folder.save(self.solution(), self.told)
+        if asked and self.done < steps and not self.over:
+            again = "resume=solution" if folder is None else f"checkpoint={str(folder.path)!r}"
+            warn_user(
+                f"{asked[0]}: stopped after step {self.done} of {steps}. To go on, call solve "
+                f"again with {again}",
+                RuntimeWarning,
+            )
+        else:
+            self.finish(steps)
+
+    def stop_as_before(self, told: bool) -> None:
+        """Stop where the run that is gone on with had stopped, if that still holds."""
+        best = self._best
+        over = best is not None and self.watch.over(self.done, best, self.alive)
+        self.stopped = told or over
+
     def begin(self, segment: Segment) -> None:
         """Make the first state if there is none, and calibrate where the segment says so."""
+        self._segment = segment
         if not self._checked:
-            pair = jax.tree.map(lambda x: x[0], segment.host)
-            first = self._check(segment, pair)
+            own = self.program.own_batches
+            pair = jax.tree.map(lambda x: x[:, 0] if own else x[0], segment.host)
+            first = self.check(pair)
+            if not segment.calibrate:
+                span = dict.fromkeys(("start", "n", "offset"), np.int32(0))
+                args = (first, self.key, self._data_shape, self.rates, span, segment.host)
+                jax.eval_shape(lambda *args: self.program.chunk(*args, segment.capacity), *args)
             if self._state is None:
-                self._state = self.program.init(self.key, self.data, pair)
-            else:
-                check_same_tree("resume", self._state, "the state of this run", first)
+                self._state = state = self.program.init(self.key, self.data, pair)
+                kept = jax.device_get(self.program.keep(state.hyperparams))
+                self._record_start = jax.tree.map(np.array, kept)
             self._checked = True
         if segment.calibrate:
             index = np.int32(segment.start)
@@ -245,23 +343,35 @@ class _Run:
                 self._state, self.key, self.data, index, segment.host
             )
 
-    def _check(self, segment: Segment, pair: PyTree) -> BilevelState:
-        """Trace a run, and compile nothing: what is wrong with a loss is said here."""
-        data: PyTree = None
-        if self._problem.data is not None:
-            data = jax.eval_shape(self.program.data, self.key)
+    def check(self, pair: PyTree) -> BilevelState:
+        """Trace a run, and compile nothing: what is wrong with a loss is said here.
+
+        Returns the shapes of its state. Without a pair of host batches its program is not compared
+        with that of the run that is gone on with.
+        """
+        data, problem = self._data_shape, self._problem
         first = jax.eval_shape(self.program.init, self.key, data, pair)
         evals = jax.eval_shape(self.program.evaluate, first, data)
         self.watch.check(first.metadata, evals, self.key.shape)
         if self._metrics and self._metrics[0]:  # rows of a resumed run; a state by hand has none
             kept = self.program.kept_shapes(first.hyperparams)
             check_same_names("record", kept, self._record[0])
-            check_same_names("Problem.metrics", evals, self._evals[0])
-        if not segment.calibrate:
-            span = dict.fromkeys(("start", "n", "offset"), np.int32(0))
-            args = (first, self.key, data, self.rates, span, segment.host)
-            jax.eval_shape(lambda *args: self.program.chunk(*args, segment.capacity), *args)
+            if self._eval_steps:
+                check_same_names("Problem.metrics", evals, self._evals[0])
+        if self._state is not None:
+            check_same_tree(self._source, self._state, "the state of this run", first)
+        if pair is not None or problem.batch is not None:
+            before = self._fingerprint
+            self._fingerprint = self.program.fingerprint(first, self.key, data, pair)
+            if before is not None:
+                self._fingerprint.check(self._source, before)
         return first
+
+    @functools.cached_property
+    def _data_shape(self) -> PyTree:
+        if self._problem.data is None:
+            return None
+        return jax.eval_shape(self.program.data, self.key)
 
     def advance(self, segment: Segment, until: int) -> int:
         """Take steps of the segment, no more than until the given one; return how many."""
@@ -293,7 +403,7 @@ class _Run:
             raise ValueError("Problem.batches is empty: no step was taken")
         if self.done < steps and self.alive.any() and not self.stopped:
             message = f"Problem.batches ended: {self.done} of {steps} steps were taken"
-            warnings.warn(message, RuntimeWarning, stacklevel=3)
+            warn_user(message, RuntimeWarning)
         if self._evaluated < self.done:
             self.evaluate()
 
@@ -309,7 +419,8 @@ class _Run:
         asked = self.callback(self.done, state, evals)
         over = self.watch.over(self.done, self._best, self.alive)
         said = isinstance(asked, bool | np.bool_ | np.ndarray | jax.Array)
-        self.stopped = over or (said and np.shape(asked) == () and bool(asked))
+        self.told = said and np.shape(asked) == () and bool(asked)
+        self.stopped = over or self.told
 
     def _better(self, state: BilevelState, evals: dict[str, Any]) -> Best:
         """Return the best of each run, now that it has this state."""
@@ -334,6 +445,14 @@ class _Run:
             mode,
         )
 
+    def data_state(self) -> bytes | None:
+        """Return where the host's batches stand: after those of the steps that are done."""
+        segment = self._segment
+        if segment is None:
+            return self._data_state
+        over = self.done >= segment.end and not segment.calibrate
+        return encode(segment.after if over else segment.before)
+
     def solution(self) -> Solution:
         """Return what there is."""
         state = self._mended()
@@ -350,6 +469,9 @@ class _Run:
             np.asarray(jax.random.key_data(self.key)),
             self._best,
             jax.tree.map(lambda rows: rows[:ends], _concatenate(self._record)),
+            self.data_state(),
+            self._record_start,
+            self._fingerprint,
         )
 
     def _chunk(self, state: BilevelState | None, segment: Segment, n: int) -> Any:
@@ -372,11 +494,10 @@ class _Run:
         step = self.done + first + 1
         metric = METRICS[int(np.argmax(faults[first]))]
         which = f" of run {run}" if self.program.batched else ""
-        warnings.warn(
+        warn_user(
             f"{metric} stopped being finite at step {step}{which}: the state after step "
-            f"{step - 1} is kept. Lower the learning rates, or clip",
+            f"{step - 1} is kept. {advice(metric)}",
             DivergenceWarning,
-            stacklevel=4,
         )
         kept = self._chunk(before, segment, first)[0]
         mask = (np.arange(self._diverged.size) == run).reshape(self._diverged.shape)

@@ -61,6 +61,11 @@ class Timetable:
             return False
         return step % self.period == 0 if self.period else step == 0
 
+    def pairs_before(self, step: int) -> int:
+        """Return how many pairs of batches come before a step, and before a calibration there."""
+        calibrations = -(-step // self.period) if self.period else int(step > 0)
+        return step + self.T * calibrations
+
     def ends_episode(self, step: Any) -> Any:
         """Whether an episode ends with this step."""
         return False if self.episode_length is None else (step + 1) % self.episode_length == 0

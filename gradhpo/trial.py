@@ -85,15 +85,19 @@ class Trial:
           key: decides all randomness of the trial.
           data: from `Problem.start_data`.
           given: may hold `params` and `hyperparams` to start from instead.
-          host: the first pair of batches, where they come from the host.
+          host: the first pair of batches, where they come from the host; without it the state has
+            no place for metrics that the losses return.
         """
         first = self.problem.first(key)._replace(**(given or {}))
-        task, extra = self.task(key, data, 0, host), {}
+        known = self.problem.batch is not None or host is not None
+        task, extra = self.task(key, data, 0, host) if known else None, {}
         if self.optimizer.remembers_batch:
+            assert task is not None
             extra = {"train_batch": task.train_batch, "key": stream(key, "optimizer")}
         state = self.optimizer.init(first.params, first.hyperparams, **extra)
         model_state = jax.tree.map(as_array, first.model_state)
-        state = self.optimizer.ready(prepare(state.update(model_state=model_state)), task)
+        state = prepare(state.update(model_state=model_state))
+        state = state if task is None else self.optimizer.ready(state, task)
         if self.timetable.episode_length is None:
             return state
         return state.update(metadata=_phi(state.params, model_state))

@@ -191,7 +191,7 @@ def load(blob: bytes, function: Callable[..., Any], *args: PyTree, layout: str =
     """
     lowered, key = _lower(function, args, layout)
     devices = devices_of(args)
-    if (known := _find(key, devices)) is not None:
+    if (known := _find(key, devices, lowered)) is not None:
         return known
     reason, payload = _open(blob, key)
     if _calls_python(lowered):
@@ -205,7 +205,7 @@ def load(blob: bytes, function: Callable[..., Any], *args: PyTree, layout: str =
                 reason += " (it was compiled for devices of other numbers)"
         else:
             _count(loads=1)
-            return _keep(compiled, devices)
+            return _keep(compiled, devices, lowered)
     _count(refusals=1)
     warnings.warn(f"{reason}; the program is compiled here", CompileWarning, stacklevel=2)
     return _find_or_compile(lowered, key, devices)
@@ -224,8 +224,8 @@ def clear() -> None:
 
 
 _LOCK = threading.Lock()
-_PROGRAMS: dict[tuple[StepKey, tuple[int, ...]], Compiled] = {}
-"""By step key and the numbers of the devices: a program stays on its devices."""
+_PROGRAMS: dict[tuple[Any, ...], Compiled] = {}
+"""By step key and `_where`: a program stays on its devices."""
 _COUNTS = [Counts()]
 
 
@@ -256,7 +256,7 @@ def _lower(
 
 def _find_or_compile(lowered: Any, key: StepKey, devices: list[Any]) -> Compiled:
     calls_python = _calls_python(lowered)  # which the step key does not see
-    if not calls_python and (known := _find(key, devices)) is not None:
+    if not calls_python and (known := _find(key, devices, lowered)) is not None:
         return known
     compilations.watch()
     before = compilations.of_this_thread()
@@ -266,25 +266,33 @@ def _find_or_compile(lowered: Any, key: StepKey, devices: list[Any]) -> Compiled
     # JAX may also have had it in this process, from wherever: then nothing was made now.
     whole = made.compiled > 0
     compiled = Compiled(key, executable, calls_python=calls_python, whole=whole)
-    return compiled if calls_python else _keep(compiled, devices)
+    return compiled if calls_python else _keep(compiled, devices, lowered)
 
 
 def _calls_python(lowered: Any) -> bool:
     return "callback" in lowered.as_text()
 
 
-def _find(key: StepKey, devices: list[Any]) -> Compiled | None:
+def _find(key: StepKey, devices: list[Any], lowered: Any) -> Compiled | None:
     with _LOCK:
-        known = _PROGRAMS.get((key, tuple(device.id for device in devices)))
+        known = _PROGRAMS.get((key, *_where(devices, lowered)))
     if known is not None:
         _count(hits=1)
     return known
 
 
-def _keep(compiled: Compiled, devices: list[Any]) -> Compiled:
+def _keep(compiled: Compiled, devices: list[Any], lowered: Any) -> Compiled:
     with _LOCK:
-        ids = tuple(device.id for device in devices)
-        return _PROGRAMS.setdefault((compiled.key, ids), compiled)
+        return _PROGRAMS.setdefault((compiled.key, *_where(devices, lowered)), compiled)
+
+
+def _where(devices: list[Any], lowered: Any) -> tuple[Any, ...]:
+    """Return the numbers of the devices, and the structures of what goes in and out.
+
+    A list and a tuple have the same paths, and an executable takes only the one that it was made
+    for.
+    """
+    return tuple(device.id for device in devices), lowered.in_tree, lowered.out_tree
 
 
 def _count(**more: int) -> None:

@@ -16,18 +16,19 @@ from jax.sharding import PartitionSpec as P
 
 from gradhpo import convolutions
 from gradhpo.errors import check_count, check_instance, check_number
+from gradhpo.feed import HostFeed, Segment
+from gradhpo.host import Source
 from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.parallel import batching as layouts
-from gradhpo.parallel import compiled
+from gradhpo.parallel import chunks, compiled
 from gradhpo.parallel.batching import Batching, Layout
 from gradhpo.parallel.compiled import Compiled
 from gradhpo.parallel.data import DataParallel
 from gradhpo.parallel.mesh import put, to_host
 from gradhpo.problem import Problem
 from gradhpo.state import BilevelState, PyTree, as_array, prepare
-from gradhpo.task import step_metrics
 from gradhpo.timetable import EpisodeInit, Timetable, schedule_and_rate, starts_fresh
-from gradhpo.trial import PHI, Rates, Trial, guard
+from gradhpo.trial import PHI, Rates, Trial
 
 MOST_SLOTS = 2**20
 """On one device, that "fit" tries."""
@@ -45,7 +46,10 @@ class Population:
     depend on its neighbours.
 
     Args:
-      problem: with traceable data: `batch`, and `data` for arrays.
+      problem: with data of the device or the host. Where `batches` is a function that takes a
+        generator, every slot has a stream of its own, seeded by its key; otherwise all slots read
+        the same one, once for those whose next step has the same number. Either way a slot's n-th
+        step takes the stream's n-th pair, and the next pairs are read while the device computes.
       optimizer: any `BilevelOptimizer`; a `data_parallel` one divides each trial's batches too.
       slots: how many trials, or "fit" for as many as the device holds.
       mesh: from `make_mesh`; slots are divided over its axis "trial".
@@ -64,7 +68,7 @@ class Population:
       episode_init: as in `solve`: where an episode starts, "reptile" or "fresh".
 
     Raises:
-      ValueError: for host data, or an argument out of range.
+      ValueError: for an argument out of range.
     """
 
     def __init__(
@@ -84,9 +88,6 @@ class Population:
     ) -> None:
         check_instance("problem", problem, Problem)
         check_instance("optimizer", optimizer, BilevelOptimizer)
-        if problem.batch is None:
-            accepted = "Problem.batch, drawn on the device; arrays of the host go into Problem.data"
-            raise ValueError(f"a population needs {accepted}")
         if isinstance(optimizer, DataParallel):
             if optimizer.backend != "shard_map":
                 got = f'got backend="{optimizer.backend}"'
@@ -101,6 +102,8 @@ class Population:
         timetable = Timetable.of(optimizer, episode_length)
         fresh = starts_fresh(episode_init, episode_length, lr_reptile)
         self._trial = Trial(problem, within, timetable, fresh=fresh)
+        self._source = None if problem.batch is not None else Source(problem.batches)
+        self._feed = None if self._source is None else self.new_feed()
         self._lr_reptile = check_number("lr_reptile", lr_reptile, -np.inf, np.inf)
         self._given_data_key = data_key
         self._programs: dict[Any, Compiled] = {}
@@ -154,7 +157,10 @@ class Population:
             _check_slots(name, tree, self.slots)
         keys = jax.random.split(key, self.slots) if jnp.ndim(key) == 0 else key
         _check_slots("key", keys, self.slots)
-        args = (self.place(keys), self.place(given), self.data)
+        pairs = None
+        if self._feed is not None and self.optimizer.remembers_batch:
+            pairs = self._feed.first_pairs(_seeds(keys), np.ones(self.slots, bool))
+        args = (self.place(keys), self.place(given), self.data, pairs)
         return self._call("init", self.trace_init, *args)
 
     def run(
@@ -166,7 +172,7 @@ class Population:
 
         Args:
           state: from `init`, `run` or `select`; it stays valid.
-          steps: steps in the generation. Another number is another program.
+          steps: steps in the generation. Another number is another program, but with host data.
           keys: one key for each slot, `(slots,)`; with the number of the trial's step it decides
             the batch, so that a generation that is run again gives the same bits.
           lr_hyper: where there is no `outer_optimizer`: a number, one for each slot, or a traceable
@@ -177,13 +183,17 @@ class Population:
           `(steps, slots)`; NaN from a slot's divergence on.
 
         Raises:
-          ValueError: if a leading axis is not the slots, or for an argument out of range.
+          ValueError: if a leading axis is not the slots, for an argument out of range, or if host
+            data ends before the generation, or is an iterator that stands elsewhere.
         """
         check_count("steps", steps)
         schedule, args = self._arguments(state, keys, lr_hyper)
-        program = self._program(steps, schedule, *args)
-        state, rows = program.run(self.trace_run(steps, schedule), *args)
-        rows = {name: to_host(row) for name, row in rows.items()}
+        if self._feed is None:
+            program = self._program(steps, schedule, *args)
+            state, rows = program.run(self.trace_run(steps, schedule), *args)
+            rows = {name: to_host(row) for name, row in rows.items()}
+        else:
+            state, rows = self._run_chunks(steps, schedule, _seeds(keys), *args)
         stopped = rows.pop("stopped")
         # Here and not in the program, which would be stopped by `jax_debug_nans`.
         return state, {n: np.where(stopped, row.dtype.type("nan"), row) for n, row in rows.items()}
@@ -200,7 +210,11 @@ class Population:
         """
         if not self.optimizer.calibration_period:
             return state
-        _, (state, keys, _, data) = self._arguments(state, keys, None, check_rate=False)
+        _, args = self._arguments(state, keys, None, check_rate=False)
+        if self._feed is not None:
+            now = self._feed.calibration(_seeds(keys), *ages(args[0]))
+            return self._calibrate(args[0], now, *args[1:])
+        state, keys, _, data = args
         return self._call("calibrate", self.trace_calibrate, state, keys, data)
 
     def select(self, state: BilevelState, parents: Any) -> BilevelState:
@@ -224,7 +238,7 @@ class Population:
         if self._layout is None:
             keys = jax.random.split(jax.random.key(0), self.slots)
             schedule, args = self._arguments(state, keys, lr_hyper)
-            self._layout = self._calibrated(schedule, *args)
+            self._layout = self._calibrated(schedule, *self._whole(args))
         return self.batching
 
     def compile(self, state: BilevelState, steps: int, lr_hyper: Any = None) -> Compiled:
@@ -232,7 +246,7 @@ class Population:
         check_count("steps", steps)
         keys = jax.random.split(jax.random.key(0), self.slots)
         schedule, args = self._arguments(state, keys, lr_hyper)
-        return self._program(steps, schedule, *args)
+        return self._program(steps, schedule, *self._whole(args))
 
     def load(self, blob: bytes, state: BilevelState, steps: int, lr_hyper: Any = None) -> Compiled:
         """Use a program that another process compiled; see `parallel.compiled.load`.
@@ -245,9 +259,11 @@ class Population:
             raise ValueError('load needs the layout: pass the other Population\'s "batching"')
         keys = jax.random.split(jax.random.key(0), self.slots)
         schedule, args = self._arguments(state, keys, lr_hyper)
-        function, name = self._generation(steps, schedule, self._layout), str(self._layout.name)
+        function, name = self._function(steps, schedule, self._layout), str(self._layout.name)
+        args = self._whole(args)
         program = compiled.load(blob, function, *args, layout=name)
-        self._programs[_program_key(("run", steps, schedule, name), args)] = program
+        what = ("run", steps, schedule) if self._feed is None else ("chunk", schedule)
+        self._programs[_program_key((what, name), args)] = program
         return program
 
     # --- what is traced: parts for a program of one's own, such as a sweep's --------------------
@@ -257,15 +273,27 @@ class Population:
         make = self.problem.start_data
         return jax.vmap(make)(key) if self._per_slot_data else make(key)
 
-    def trace_init(self, keys: jax.Array, given: dict[str, Any], data: PyTree) -> BilevelState:
-        """Return every slot's first state; `given` may hold `params` and `hyperparams`."""
+    def trace_init(
+        self, keys: jax.Array, given: dict[str, Any], data: PyTree, pairs: PyTree = None
+    ) -> BilevelState:
+        """Return every slot's first state.
 
-        def one(key: jax.Array, given: dict[str, Any], data: PyTree) -> BilevelState:
+        `given` may hold `params` and `hyperparams`; `pairs` are of `first_pairs`, where the
+        optimizer remembers a batch of the host.
+        """
+
+        def one(key: jax.Array, given: dict[str, Any], data: PyTree, pair: PyTree) -> BilevelState:
             flags = {"trial_step": jnp.int32(0), "diverged_at": jnp.int32(0)}
-            return self._trial.start(key, data, given).update(metadata=flags)
+            return self._trial.start(key, data, given, pair).update(metadata=flags)
 
         data_axis = 0 if self._per_slot_data else None
-        first = jax.vmap(one, in_axes=(0, 0, data_axis))(keys, given, data)
+        pairs_axis = 0 if pairs is not None and self.own_batches else None
+        if pairs is None and self._source is not None:
+            # Its shapes tell what metrics the losses return; nothing else is made of it.
+            with jax.ensure_compile_time_eval():  # the user's reader may compute with JAX
+                pairs = self._source.form.on_device(self._source.form.pair, jnp.asarray)
+        axes = (0, 0, data_axis, pairs_axis)
+        first = jax.vmap(one, in_axes=axes)(keys, given, data, pairs)
         sharding = self.sharding
         return first if sharding is None else jax.lax.with_sharding_constraint(first, sharding)
 
@@ -318,9 +346,24 @@ class Population:
         def one(state: BilevelState, key: jax.Array, rates: Any, data: PyTree) -> BilevelState:
             del rates
             new = self._trial.calibrate(state, key, state.metadata["trial_step"], data)
-            return jax.tree.map(lambda a, b: jnp.where(_running(state), b, a), state, new)
+            return jax.tree.map(lambda a, b: jnp.where(chunks.running(state), b, a), state, new)
 
         return self._over(one, Layout("map"))(state, keys, None, data)
+
+    def trace_chunk(self, schedule: Callable[[Any], Any] | None, apart: bool) -> Callable[..., Any]:
+        """Return the function of a chunk on host data; see `chunks.chunk`.
+
+        `(state, keys, rates, data, host, n) -> (state, rows)`, with slot axes: of `host` where the
+        slots' batches are `apart`, and of all but the number `n`; the rows are `(slots, capacity)`.
+        """
+        if self._layout is None:
+            raise ValueError('batching is "auto": call resolve first')
+        trial = dataclasses.replace(self._trial, schedule=schedule)
+        return self._over(chunks.chunk(trial), self._layout, apart, False)
+
+    def trace_chunk_calibration(self, apart: bool) -> Callable[..., Any]:
+        """Return the function of a calibration on host data; see `chunks.calibration`."""
+        return self._over(chunks.calibration(self._trial), Layout("map"), apart, True)
 
     def _generation(
         self, steps: int, schedule: Callable[[Any], Any] | None, layout: Layout
@@ -329,10 +372,7 @@ class Population:
 
         def one(state: BilevelState, key: jax.Array, rates: Rates, data: PyTree) -> Any:
             def body(state: BilevelState, _: None) -> Any:
-                index, running = state.metadata["trial_step"], _running(state)
-                state = trial.begin(state, key, index, data, running)
-                new = trial.step(state, trial.task(key, data, index), index, rates)
-                return _guarded(state, new)
+                return chunks.guarded_step(trial, state, key, rates, data, None)
 
             return jax.lax.scan(body, state, length=steps)
 
@@ -344,28 +384,77 @@ class Population:
 
         return generation
 
-    def _over(self, one: Callable[..., Any], layout: Layout) -> Callable[..., Any]:
-        """Return `one` over all slots in this layout, and over the mesh's devices."""
+    def _over(self, one: Callable[..., Any], layout: Layout, *more: bool) -> Callable[..., Any]:
+        """Return `one` over all slots in this layout, and over the mesh's devices.
 
-        def slots(state: BilevelState, keys: Any, rates: Any, data: PyTree) -> Any:
-            stacked, each = (state, keys, rates), one
-            if self._per_slot_data:
-                stacked = (*stacked, data)
-            else:
+        State, keys and rates have an axis of slots; `more` says of arguments after the data whether
+        they have one.
+        """
+        axes = (True, True, True, self._per_slot_data, *more)
 
-                def each(state: BilevelState, key: jax.Array, rates: Any) -> Any:
-                    return one(state, key, rates, data)
+        def slots(*args: Any) -> Any:
+            def each(*own: Any) -> Any:
+                mine = iter(own)
+                given = zip(args, axes, strict=True)
+                return one(*(next(mine) if axis else shared for shared, axis in given))
 
-            return layout.over_slots(each, state.step.shape[0])(*stacked)
+            stacked = [arg for arg, axis in zip(args, axes, strict=True) if axis]
+            return layout.over_slots(each, args[0].step.shape[0])(*stacked)
 
         if self.mesh is None:
             return slots
         trial = self.sharding.spec
-        specs = (trial, trial, trial, trial if self._per_slot_data else P())
+        specs = tuple(trial if axis else P() for axis in axes)
         # Unchecked, so that a user's loop may start from a constant; see `collectives`.
         return jax.shard_map(
             slots, mesh=self.mesh, in_specs=specs, out_specs=trial, check_vma=False
         )
+
+    # --- host data ------------------------------------------------------------------------------
+
+    def new_feed(self) -> HostFeed:
+        """Return what reads `Problem.batches` for the slots, and places it on the devices."""
+        assert self._source is not None
+        put_both = (self.place_shared, self.place)
+        return HostFeed(self._source, self._trial.timetable, axis=True, put=put_both)
+
+    @property
+    def own_batches(self) -> bool:
+        """Whether every slot has a stream of host batches of its own."""
+        return self._source is not None and self._source.own
+
+    def first_pair_shapes(self, slots: int) -> PyTree:
+        """Return its shapes; None where `trace_init` takes none."""
+        if self._source is None or not self.optimizer.remembers_batch:
+            return None
+        return self._source.form.shapes(*([slots] if self.own_batches else []))
+
+    def chunk_arguments(self, n: int) -> tuple[PyTree, jax.Array]:
+        """Return what a chunk takes after the data, on the devices: an example."""
+        assert self._feed is not None
+        host = self._feed.example(self.slots if self.own_batches else None)
+        return host, self.place_shared(np.int32(n))
+
+    def _run_chunks(
+        self, steps: int, schedule: Any, seeds: np.ndarray, state: BilevelState, *args: Any
+    ) -> tuple[BilevelState, dict[str, np.ndarray]]:
+        assert self._feed is not None
+        if self._layout is None:
+            self._layout = self._calibrated(schedule, *self._whole((state, *args)))
+        layout = self._layout
+
+        def take(state: BilevelState, segment: Segment, n: np.int32) -> Any:
+            function = self.trace_chunk(schedule, segment.apart)
+            whole = (state, *args, segment.host, self.place_shared(n))
+            return self._call(("chunk", schedule), function, *whole, layout=str(layout.name))
+
+        generation = chunks.segments(self._feed, seeds, *ages(state), steps)
+        return chunks.drive(state, generation, lambda s, now: self._calibrate(s, now, *args), take)
+
+    def _calibrate(self, state: BilevelState, now: Segment, *args: Any) -> BilevelState:
+        function = self.trace_chunk_calibration(now.apart)
+        whole = (state, *args, now.host, self.place(now.due))
+        return self._call("calibrate", function, *whole)
 
     # --- programs -------------------------------------------------------------------------------
 
@@ -374,21 +463,34 @@ class Population:
             self._layout = self._calibrated(schedule, *args)
         return self._generation_program(steps, schedule, self._layout, *args)
 
-    def _call(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
-        key = _program_key(name, args)
+    def _call(self, name: Any, function: Callable[..., Any], *args: Any, layout: str = "") -> Any:
+        return self._compiled(name, function, args, layout).run(function, *args)
+
+    def _compiled(
+        self, name: Any, function: Callable[..., Any], args: tuple[Any, ...], layout: str
+    ) -> Compiled:
+        key = _program_key((name, layout), args)
         if key not in self._programs:
-            self._programs[key] = compiled.compile(function, *args)
-        return self._programs[key].run(function, *args)
+            self._programs[key] = compiled.compile(function, *args, layout=layout)
+        return self._programs[key]
 
     def _generation_program(
         self, steps: int, schedule: Any, layout: Layout, *args: Any
     ) -> Compiled:
-        name = str(layout.name)
-        key = _program_key(("run", steps, schedule, name), args)
-        if key not in self._programs:
-            function = self._generation(steps, schedule, layout)
-            self._programs[key] = compiled.compile(function, *args, layout=name)
-        return self._programs[key]
+        name = ("run", steps, schedule) if self._feed is None else ("chunk", schedule)
+        function = self._function(steps, schedule, layout)
+        return self._compiled(name, function, args, str(layout.name))
+
+    def _function(self, steps: int, schedule: Any, layout: Layout) -> Callable[..., Any]:
+        """Return a generation; on host data a chunk of one, which takes any number of steps."""
+        if self._feed is None:
+            return self._generation(steps, schedule, layout)
+        trial = dataclasses.replace(self._trial, schedule=schedule)
+        return self._over(chunks.chunk(trial), layout, self.own_batches, False)
+
+    def _whole(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return all arguments of `_function`."""
+        return args if self._feed is None else (*args, *self.chunk_arguments(CALIBRATION_STEPS))
 
     def _calibrated(self, schedule: Any, *args: Any) -> Layout:
         """Return the fastest layout, measured once for a step key in this process."""
@@ -417,7 +519,7 @@ class Population:
         """
         found = layouts.candidates(slots, self.mesh)
         if compiled.devices_of(args)[0].platform == "cpu" and len(found) > 1:
-            function = self._generation(CALIBRATION_STEPS, schedule, found[-1])
+            function = self._function(CALIBRATION_STEPS, schedule, found[-1])
             program = jax.make_jaxpr(function)(*args)
             found = found[:1] if convolutions.grouped(program) else found
         return found
@@ -456,7 +558,8 @@ class Population:
         self._layout = layout or layouts.candidates(slots, self.mesh)[-1]
         data = jax.eval_shape(self.trace_data, self._data_key)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), slots))
-        state = jax.eval_shape(self.trace_init, keys, {}, data)
+        pairs = self.first_pair_shapes(slots)
+        state = jax.eval_shape(self.trace_init, keys, {}, data, pairs)
         rates = self._rates(1.0 if self.optimizer.outer_optimizer is None else None, slots)
 
         def placed(tree: PyTree, sharding: Any) -> PyTree:
@@ -466,10 +569,20 @@ class Population:
             return jax.tree.map(place, tree)
 
         args = (*placed((state, keys, rates), self.sharding), placed(data, self._replicated()))
+        ahead = 0
+        if self._feed is not None:
+            lanes = [slots] if self.own_batches else []
+            capacity = self._feed.capacity(slots if lanes else None)
+            host = self._feed.source.form.shapes(*lanes, capacity)
+            lies = self.sharding if lanes else self._replicated()
+            args = (*args, placed(host, lies), placed(np.int32(0), self._replicated()))
+            # The next stack is sent while the present one is in use.
+            parts = self._layout.shards if lanes else 1
+            ahead = capacity * self._feed.source.form.nbytes * (slots if lanes else 1) // parts
         layout = layout or self._candidates(slots, None, *args)[-1]
-        function = self._generation(steps, None, layout)
+        function = self._function(steps, None, layout)
         program = compiled.compile(function, *args, layout=str(layout.name))
-        return program.bytes_needed()
+        return program.bytes_needed() + ahead
 
     # --- placement ------------------------------------------------------------------------------
 
@@ -501,18 +614,14 @@ class Population:
 _FASTEST: dict[compiled.StepKey, Layout] = {}
 
 
-def _running(state: BilevelState) -> jax.Array:
-    return state.metadata["diverged_at"] == 0
+def ages(state: BilevelState) -> tuple[np.ndarray, np.ndarray]:
+    """Return the number of each slot's next step, and which slots have not diverged."""
+    flags = [to_host(state.metadata[name]) for name in ("trial_step", "diverged_at")]
+    return flags[0], flags[1] == 0
 
 
-def _guarded(old: BilevelState, new: BilevelState) -> tuple[BilevelState, dict[str, jax.Array]]:
-    """Return the new state, or the old one from the first step on that is not finite; and a row."""
-    taken, running = old.metadata["trial_step"] + 1, _running(old)
-    new = new.update(metadata={"trial_step": taken})
-    kept, runs_on, _ = guard(old, new, running)
-    since = jnp.where(running & ~runs_on, taken, old.metadata["diverged_at"])
-    row = {"stopped": ~runs_on, **{name: new.metadata[name] for name in step_metrics(new.metadata)}}
-    return kept.update(metadata={"diverged_at": since}), row
+def _seeds(keys: jax.Array) -> np.ndarray:
+    return to_host(jax.random.key_data(keys))
 
 
 def _gather(state: BilevelState, parents: jax.Array) -> BilevelState:

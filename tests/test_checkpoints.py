@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gradhpo.cluster import DamagedFile, StorageInUse, checkpoints, incarnations, journal
-from gradhpo.cluster.checkpoints import Saved
+from gradhpo import checkpoints, lock
+from gradhpo.checkpoints import Saved
+from gradhpo.cluster import DamagedFile, StorageInUse, incarnations, journal
 
 ARRAYS = {
     ".params['w']": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -64,11 +65,11 @@ def test_a_pickle_is_never_read(tmp_path):
     path = tmp_path / "file-0.npz"
     np.savez(path, header=np.asarray([Bomb()], object))
     saved = Saved("file-0.npz", checkpoints.checksum(path))
-    with pytest.raises(DamagedFile, match="not a file of gradhpo"):
+    with pytest.raises(DamagedFile, match="not a whole file of gradhpo"):
         checkpoints.load(tmp_path, saved)
     path.write_bytes(pickle.dumps(Bomb()))
     saved = Saved("file-0.npz", checkpoints.checksum(path))
-    with pytest.raises(DamagedFile, match="not a file of gradhpo"):
+    with pytest.raises(DamagedFile, match="not a whole file of gradhpo"):
         checkpoints.load(tmp_path, saved)
 
 
@@ -150,13 +151,13 @@ def test_a_second_driver_is_refused_with_the_first_ones_name(tmp_path):
     import os
     import socket
 
-    first = journal.DriverLock(tmp_path)
+    first = lock.FolderLock(tmp_path, "storage", "sweep")
     with pytest.raises(StorageInUse, match=f"process {os.getpid()} on host {socket.gethostname()}"):
-        journal.DriverLock(tmp_path)
-    assert str(os.getpid()) in journal.holder(tmp_path)
+        lock.FolderLock(tmp_path, "storage", "sweep")
+    assert str(os.getpid()) in lock.holder(tmp_path)
     first.release()
-    assert journal.holder(tmp_path) is None
-    journal.DriverLock(tmp_path).release()
+    assert lock.holder(tmp_path) is None
+    lock.FolderLock(tmp_path, "storage", "sweep").release()
 
 
 def test_incarnations_are_never_given_twice(tmp_path):
@@ -171,3 +172,29 @@ def test_incarnations_are_never_given_twice(tmp_path):
     with pytest.raises(incarnations.Superseded, match=f"incarnation {new}, not {old}"):
         incarnations.check_owner(tmp_path, 0, old)
     incarnations.check_owner(tmp_path, 1, old)
+
+
+def test_every_bit_of_a_file_without_a_checksum_in_its_name_is_guarded(tmp_path):
+    """Each member of the file has its own checksum; what is no content may change."""
+    path = tmp_path / "file"
+    checkpoints.write(path, ARRAYS, {"steps": 3})
+    content, seen = path.read_bytes(), 0
+    for at in range(0, len(content), 7):
+        changed = bytearray(content)
+        changed[at] ^= 1 << (at % 8)
+        path.write_bytes(changed)
+        try:
+            arrays, about = checkpoints.read(path)
+        except DamagedFile:
+            seen += 1
+            continue
+        assert about == {"steps": 3}
+        assert {name: array.tobytes() for name, array in arrays.items()} == {
+            name: array.tobytes() for name, array in ARRAYS.items()
+        }
+    assert seen > len(content) / 7 / 3
+    path.write_bytes(content[:-20])
+    with pytest.raises(DamagedFile, match="not a whole file of gradhpo"):
+        checkpoints.read(path)
+    with pytest.raises(DamagedFile, match=r"other: cannot be read"):
+        checkpoints.read(tmp_path / "other")

@@ -1,5 +1,6 @@
 """The README's code runs, and the examples run on a small budget."""
 
+import difflib
 import importlib.util
 import re
 import subprocess
@@ -34,6 +35,29 @@ def test_the_readme_has_code():
 )
 def test_code_in_the_readme_runs(block):
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_the_tuned_training_loop_is_the_plain_one_with_few_changed_lines():
+    plain, tuned = (
+        (ROOT / f"examples/training_loop{kind}.py").read_text().splitlines()
+        for kind in ("_plain", "")
+    )
+    changed = [line for line in difflib.ndiff(plain, tuned) if line[0] in "+-"]
+    assert len(changed) < 40
+
+
+@pytest.mark.slow
+@pytest.mark.compiler
+def test_the_tuned_training_loop_runs(monkeypatch, capsys):
+    tuned, plain = load("training_loop"), load("training_loop_plain")
+    for module in (plain, tuned):
+        monkeypatch.setattr(module, "STEPS", 20)
+        module.main(seeds=1)
+    found = re.findall(r"test accuracy (0\.\d+) ± 0\.0000, 1 seeds", capsys.readouterr().out)
+    assert len(found) == 2
+    assert all(float(accuracy) > 0.2 for accuracy in found)
+    settings = tuned.tune(0, tuned.USUAL)
+    assert all(settings[name] != tuned.USUAL[name] for name in settings)
 
 
 @pytest.mark.compiler

@@ -357,7 +357,6 @@ def test_a_program_of_another_problem_is_refused():
 
 
 OPTIMIZER, _ = build("one-step")
-HOST = gradhpo.Problem(start, train_loss, val_loss, batches=[])
 
 
 @pytest.mark.parametrize(
@@ -368,7 +367,6 @@ HOST = gradhpo.Problem(start, train_loss, val_loss, batches=[])
         ({"batching": True}, "batching must be .*, got True"),
         ({"batching": "shard"}, "batching='shard' needs a mesh"),
         ({"slots": 0}, "slots must be at least 1, got 0"),
-        ({"problem": HOST}, r"a population needs Problem\.batch"),
         (
             {"slots": 6, "mesh": (4, 1), "batching": "shard"},
             "multiple of the mesh's 4 trials, got 6",

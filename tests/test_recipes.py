@@ -1,4 +1,4 @@
-"""The recipes of docs/schedules.md and docs/recipes.md, as they stand there."""
+"""The code of the pages in docs/, as it stands there."""
 
 import re
 from pathlib import Path
@@ -36,6 +36,11 @@ def run(page):
 def loss(w, lam, batch):
     x, y = batch
     return jnp.mean((x @ w - y) ** 2)
+
+
+@pytest.mark.parametrize("page", ["models"])
+def test_the_code_of_a_page_runs(page):
+    run(DOCS / f"{page}.md")
 
 
 def test_every_recipe_is_tried():

@@ -22,6 +22,7 @@ import pytest
 from optax import contrib
 
 import gradhpo
+from gradhpo import checkpoints
 from gradhpo.cluster import (
     NEW,
     PBT,
@@ -32,7 +33,6 @@ from gradhpo.cluster import (
     SuccessiveHalving,
     Sweep,
     SweepError,
-    checkpoints,
     choice,
     executors,
     loguniform,
@@ -40,7 +40,7 @@ from gradhpo.cluster import (
 )
 from gradhpo.cluster.controller import Rules, first_plan, orders
 from gradhpo.cluster.incarnations import Incarnations, Superseded
-from gradhpo.cluster.journal import DriverLock
+from gradhpo.lock import FolderLock
 from gradhpo.parallel import compiled
 from tests import sweep_problems
 from tests.quick import slow_but
@@ -542,7 +542,7 @@ def test_code_that_changed_is_refused(tmp_path):
 
 
 def test_a_second_driver_is_refused(after_1):
-    lock = DriverLock(after_1)
+    lock = FolderLock(after_1, "storage", "sweep")
     with pytest.raises(StorageInUse, match=f"process {os.getpid()}"):
         sweep(after_1).run()
     lock.release()

@@ -14,6 +14,7 @@ from gradhpo.timetable import Timetable
 from tests.problems import assert_close, assert_same_bits
 from tests.quick import slow_but
 from tests.small import OPTIMIZERS, REFERENCES, X, Y, build, start, train_loss, val_loss
+from tests.test_model_state import PROBLEM as REMEMBERING
 
 pytestmark = pytest.mark.compiler
 
@@ -41,9 +42,9 @@ def made(name):
     return build(name, **settings)[0]
 
 
-def solved(optimizer, key, steps=STEPS, **settings):
+def solved(optimizer, key, steps=STEPS, problem=PROBLEM, **settings):
     rate = {} if optimizer.outer_optimizer else {"lr_hyper": falling}
-    return gradhpo.solve(PROBLEM, optimizer, steps, key, **rate, **settings)
+    return gradhpo.solve(problem, optimizer, steps, key, **rate, **settings)
 
 
 def trials_state(state):
@@ -55,6 +56,7 @@ def trials_state(state):
 
 EPISODES = {
     "no": {},
+    "remembering": {"episode_length": T, "lr_reptile": 0.5},
     "reptile": {"episode_length": T, "lr_reptile": 0.5},
     "fresh": {"episode_length": T, "episode_init": "fresh"},
 }
@@ -64,37 +66,38 @@ EPISODES = {
     ("name", "kind"),
     slow_but(
         [(name, kind) for name in [*OPTIMIZERS, *REFERENCES] for kind in ("no", "reptile")]
-        + [("one-step", "fresh")],
-        ("one-step", "reptile"),
+        + [("one-step", "fresh"), ("hyperdistill", "remembering")],
+        ("hyperdistill", "remembering"),
     ),
 )
 def test_one_trial_is_the_same_at_every_door(name, kind, tmp_path):
     optimizer, key, episodes = made(name), trial_key(3, 0), EPISODES[kind]
-    solution = solved(optimizer, key, **episodes)
+    problem = REMEMBERING if kind == "remembering" else PROBLEM
+    solution = solved(optimizer, key, problem=problem, **episodes)
 
-    trials = Population(PROBLEM, optimizer, 1, batching="map", **episodes)
+    trials = Population(problem, optimizer, 1, batching="map", **episodes)
     rate = () if optimizer.outer_optimizer else (falling,)
     state, rows = trials.init(key[None]), []
     for _ in range(3):
         state, row = trials.run(state, STEPS // 3, key[None], *rate)
         rows.append(row)
     assert_same_bits(trials_state(state), jax.device_get(solution.state))
-    for metric in gradhpo.state.METRICS:
+    for metric in rows[0]:
         of_slot = np.concatenate([row[metric][:, 0] for row in rows])
         assert_same_bits(of_slot, solution.metrics[metric])
 
     rated = {} if optimizer.outer_optimizer else {"lr_hyper": 1.0}
     result = Sweep(
-        PROBLEM, optimizer, SearchSpace(**rated), population=1, generations=3,
+        problem, optimizer, SearchSpace(**rated), population=1, generations=3,
         steps_per_generation=STEPS // 3, storage=tmp_path, seed=3, batching="map", **episodes,
         lr_schedule=falling if rated else None, executor="local", progress=False,
     ).run()  # fmt: skip
-    for metric in (*gradhpo.state.METRICS, "first"):
+    for metric in (*rows[0], *solution.evals):
         of_trial = {**solution.metrics, **solution.evals}[metric][-1]
         np.testing.assert_array_equal(result.table[metric][-1], of_trial)
     # The best generation need not be the last.
     steps = (result.best.generation + 1) * (STEPS // 3)
-    then = solved(optimizer, key, steps, **episodes)
+    then = solved(optimizer, key, steps, problem, **episodes)
     best = jax.tree.map(lambda x: x[None], jax.device_get(result.best.state))
     assert_same_bits(trials_state(best), jax.device_get(then.state))
 

@@ -10,8 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,8 @@ import numpy as np
 
 SHOWN = 16
 """Hexadecimal digits of the checksum in a file's name."""
+UNFINISHED = ".tmp"
+"""The ending of a file that is being written; after a crash it may be left."""
 
 
 class Saved(NamedTuple):
@@ -49,7 +50,7 @@ def save(
     Written to a temporary name, fsync'd, and renamed to `{stem}-{checksum}.npz`.
 
     Args:
-      storage: the sweep's folder.
+      storage: the folder of a sweep or a run.
       stem: the path below it, without an ending.
       arrays: by name; any NumPy dtype of plain numbers, bfloat16 and other ML dtypes too.
       about: what else to remember, as JSON.
@@ -57,33 +58,19 @@ def save(
     Raises:
       OSError: if it cannot be written, a full disk included; the temporary file is removed.
     """
-    stored: dict[str, np.ndarray] = {}
-    dtypes: list[str] = []
-    for index, array in enumerate(arrays.values()):
-        plain = np.asarray(array)
-        dtypes.append(plain.dtype.name)
-        if plain.dtype.kind == "V" or plain.dtype.name not in np.sctypeDict:
-            plain = plain.view(f"u{plain.dtype.itemsize}")
-        stored[f"a{index}"] = plain
-    header = {"names": list(arrays), "dtypes": dtypes, "about": dict(about)}
-    text = np.frombuffer(json.dumps(header).encode(), np.uint8)
-    folder = (storage / stem).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = storage / f"{stem}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, allow_pickle=False, header=text, **stored)
-            file.flush()
-            os.fsync(file.fileno())
+    with _temporary(storage / stem) as temporary:
+        _write(temporary, arrays, about)
         digest = checksum(temporary)
         final = f"{stem}-{digest[:SHOWN]}.npz"
         os.replace(temporary, storage / final)
-        sync_folder(folder)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
     return Saved(final, digest)
+
+
+def write(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
+    """Write arrays as `save` does, under this very name; a file of that name is replaced."""
+    with _temporary(path) as temporary:
+        _write(temporary, arrays, about)
+        os.replace(temporary, path)
 
 
 def load(storage: Path, saved: Saved) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -99,18 +86,35 @@ def load(storage: Path, saved: Saved) -> tuple[dict[str, np.ndarray], dict[str, 
         raise DamagedFile(saved.file, f"cannot be read ({error.strerror})") from None
     if digest != saved.sha256:
         raise DamagedFile(saved.file, "its checksum does not match; it was cut short or changed")
+    return read(path, saved.file)
+
+
+def read(path: Path, name: str | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return the arrays of a file and what was remembered with them.
+
+    Its name is not asked for a checksum; those inside of it are compared.
+
+    Args:
+      path: the file.
+      name: how an error names it.
+
+    Raises:
+      DamagedFile: if it is missing, cut short or changed, or another kind of file.
+    """
+    arrays: dict[str, np.ndarray] = {}
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             header = json.loads(file["header"].tobytes())
-            arrays: dict[str, np.ndarray] = {}
-            for index, (name, dtype) in enumerate(
+            for index, (key, dtype) in enumerate(
                 zip(header["names"], header["dtypes"], strict=True)
             ):
                 array = file[f"a{index}"]
-                arrays[name] = array if array.dtype.name == dtype else array.view(_dtype(dtype))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise DamagedFile(saved.file, f"is not a file of gradhpo: {error}") from None
-    return arrays, header["about"]
+                arrays[key] = array if array.dtype.name == dtype else array.view(_dtype(dtype))
+            return arrays, header["about"]
+    except OSError as error:
+        raise DamagedFile(name or str(path), f"cannot be read ({error.strerror})") from None
+    except Exception as error:  # NumPy and zipfile raise all kinds at bytes that were changed
+        raise DamagedFile(name or str(path), f"is not a whole file of gradhpo: {error}") from None
 
 
 def find(storage: Path, stem: str) -> Saved | None:
@@ -130,19 +134,13 @@ def checksum(path: Path) -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a small JSON file, whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with _temporary(path) as temporary:
         with open(temporary, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=2)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_folder(path.parent)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def sync_folder(folder: Path) -> None:
@@ -152,6 +150,37 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Generator[Path]:
+    """Give a name beside a path, for what is renamed when it is whole; nothing is left of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{UNFINISHED}")
+    try:
+        yield temporary
+        sync_folder(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _write(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
+    stored: dict[str, np.ndarray] = {}
+    dtypes: list[str] = []
+    for index, array in enumerate(arrays.values()):
+        plain = np.asarray(array)
+        dtypes.append(plain.dtype.name)
+        if plain.dtype.kind == "V" or plain.dtype.name not in np.sctypeDict:
+            plain = plain.view(f"u{plain.dtype.itemsize}")
+        stored[f"a{index}"] = plain
+    header = {"names": list(arrays), "dtypes": dtypes, "about": dict(about)}
+    text = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    with open(path, "wb") as file:
+        np.savez(file, allow_pickle=False, header=text, **stored)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _dtype(name: str) -> np.dtype[Any]:

@@ -1,0 +1,95 @@
+"""A folder that one process at a time may write to."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+LOCK = "driver.lock"
+
+
+class StorageInUse(RuntimeError):  # noqa: N818
+    """Another process holds the folder."""
+
+
+class FolderLock:
+    """Held by the one process that may write to a folder, until that process ends, however.
+
+    It is a lock of the operating system (`flock`) on a file, which says who holds it.
+
+    Args:
+      folder: what is held; it exists.
+      name: the argument that gave the folder, for messages.
+      user: what writes to it: "sweep", "run".
+
+    Raises:
+      StorageInUse: if another process holds it, with its host and number.
+    """
+
+    def __init__(self, folder: Path, name: str, user: str) -> None:
+        self._descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._lock()
+        except BlockingIOError:
+            text = os.read(self._descriptor, 4096).decode(errors="replace")
+            os.close(self._descriptor)
+            holder = holder_of(text)
+            raise StorageInUse(
+                f"{name} {str(folder)!r} is in use by another {user}: {holder}. Wait for it, "
+                f"stop it, or give another {name}"
+            ) from None
+        except OSError as error:
+            os.close(self._descriptor)
+            raise type(error)(
+                error.errno,
+                f"{name} {str(folder)!r} is on a file system without locks (flock), which keep a "
+                f"second {user} away: {error.strerror}",
+            ) from None
+        about = {"host": socket.gethostname(), "pid": os.getpid(), "since": int(time.time())}
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, json.dumps(about).encode(), 0)
+
+    def _lock(self, tries: int = 3) -> None:
+        import fcntl  # Windows has none
+
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if tries == 1:
+                raise
+            time.sleep(0.1)  # `holder` may be looking
+            self._lock(tries - 1)
+
+    def release(self) -> None:
+        """Let another process have the folder."""
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._descriptor, 0)
+            os.close(self._descriptor)
+
+
+def holder(folder: Path) -> str | None:
+    """Return who holds a folder, as text; None where nobody does."""
+    import fcntl
+
+    path = folder / LOCK
+    if not path.exists():
+        return None
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return holder_of(file.read().decode(errors="replace"))
+    return None
+
+
+def holder_of(text: str) -> str:
+    """Return the lock file's text as a person reads it."""
+    try:
+        about = json.loads(text)
+        return f"process {about['pid']} on host {about['host']}"
+    except (ValueError, KeyError):
+        return "a process that did not leave its name"

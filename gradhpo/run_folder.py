@@ -1,0 +1,217 @@
+"""The folder of a run: its newest checkpoints, from which `solve` goes on by itself."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gradhpo import checkpoints
+from gradhpo.checkpoints import DamagedFile, Saved
+from gradhpo.errors import check_count, tracing, warn_user
+from gradhpo.fingerprint import checksum
+from gradhpo.lock import FolderLock
+from gradhpo.problem import READ_AGAIN, Problem
+from gradhpo.program import Program
+from gradhpo.solution import Solution, packed, templates, unpacked
+from gradhpo.state import PyTree
+
+KEPT = 2
+"""Checkpoints that are kept: the newest, and the one before, should the newest be damaged."""
+SECONDS = 60.0
+"""Between two checkpoints, where nothing else is asked for."""
+NEVER = sys.maxsize
+SHARE = 20
+"""How many times as long as writing it took is waited before the next one, at least."""
+
+
+class RunFolder:
+    """Holds a run's folder as a context, reads what is there, and saves to it now and then.
+
+    Args:
+      folder: made if it is not there.
+      every: steps between checkpoints; None for one a minute, or more seldom, so that they take
+        a twentieth of the time at most.
+      problem: of the run.
+      kind: what else makes the run, from `run_kind`.
+
+    Raises:
+      TypeError: if the folder is no path.
+      ValueError: for host data that cannot be read again.
+      StorageInUse: if another process has the folder.
+    """
+
+    def __init__(
+        self, folder: Any, every: int | None, problem: Problem, kind: Mapping[str, Any]
+    ) -> None:
+        try:
+            self.path = Path(folder)
+        except TypeError:
+            raise TypeError(f"checkpoint must be the path of a folder, got {folder!r}") from None
+        if every is not None:
+            check_count("every", every)
+        if not problem.reopens:
+            got = type(problem.batches).__name__
+            raise ValueError(f"with checkpoint= Problem.batches {READ_AGAIN}; got {got}")
+        self._every, self._problem, self._kind = every, problem, dict(kind)
+        self.told = False
+        """Whether the callback had stopped the run that was found."""
+        self._saved: tuple[int, bool, list[int]] | None = None
+        """Of the newest checkpoint: its steps, whether it was told to stop, and what diverged."""
+        self._due = 0.0
+
+    def __enter__(self) -> RunFolder:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = FolderLock(self.path, "checkpoint", "run")
+        self._due = time.monotonic() + SECONDS
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.release()
+
+    @property
+    def name(self) -> str:
+        """How messages name it."""
+        return f"checkpoint {str(self.path)!r}"
+
+    def restored(
+        self, program: Program, key: jax.Array, pair: Callable[[], PyTree]
+    ) -> Solution | None:
+        """Return the newest solution; None where there is none.
+
+        Args:
+          program: of the run.
+          key: of the run.
+          pair: returns the shapes of what a step takes from the host.
+
+        Raises:
+          DamagedFile: if there are checkpoints, and all of them are damaged.
+          ValueError: if they are of another problem or optimizer, or a run with other settings.
+        """
+        for left in self.path.glob(f"*{checkpoints.UNFINISHED}"):
+            left.unlink()  # the folder is ours alone: whoever was writing it is dead
+        found = self._newest()
+        if found is None:
+            return None
+        arrays, about = found
+        if tuple(about["runs"]) != key.shape:
+            had = tuple(about["runs"])
+            raise ValueError(f"{self.name} is of a run with keys of shape {had}, got {key.shape}")
+        for name, before in about["kind"].items():
+            now = self._kind.get(name)
+            if now != before and not (name == "lr_hyper" and about["diverged"]):
+                raise ValueError(f"{self.name} is of a run with {name}={before}, got {name}={now}")
+        solution = unpacked(arrays, about, templates(program, key, pair()), self.name)
+        self.told = about["told"]
+        self._saved = _moment(solution, self.told)
+        return solution
+
+    def next(self, done: int) -> int:
+        """Return the step after which a chunk must end, since a checkpoint is due there."""
+        return NEVER if self._every is None else (done // self._every + 1) * self._every
+
+    def due(self, done: int) -> bool:
+        """Whether it is time to save, after so many steps."""
+        return time.monotonic() >= self._due if self._every is None else done % self._every == 0
+
+    def save(self, solution: Solution, told: bool) -> None:
+        """Write a checkpoint, unless it is there, and remove the older ones but one.
+
+        If it cannot be written, a warning says so, and the run goes on.
+
+        Args:
+          solution: what there is.
+          told: whether the callback stopped the run there.
+        """
+        now = _moment(solution, told)
+        if solution.steps == 0 or self._saved == now:
+            return
+        started = time.monotonic()
+        arrays, about = packed(solution)
+        about = {**about, "kind": self._kind, "told": told, "diverged": any(now[2])}
+        number = max((int(path.name.split("-")[0]) for path in self._files()), default=0) + 1
+        try:
+            checkpoints.save(self.path, f"{number:08d}-step-{solution.steps}", arrays, about)
+        except OSError as error:
+            warn_user(
+                f"{self.name}: step {solution.steps} could not be saved, and the run goes on: "
+                f"{error.strerror}",
+                RuntimeWarning,
+            )
+        else:
+            self._saved = now
+            for path in self._files()[KEPT:]:
+                path.unlink()
+        ended = time.monotonic()
+        self._due = ended + max(SECONDS, SHARE * (ended - started))
+
+    def _files(self) -> list[Path]:
+        """Return the checkpoints, the newest first."""
+        return sorted(self.path.glob(f"{'[0-9]' * 8}-step-*.npz"), reverse=True)
+
+    def _newest(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+        damaged: dict[Path, str] = {}
+        for path in self._files():
+            digest = checkpoints.checksum(path)
+            try:
+                if not path.stem.endswith(digest[: checkpoints.SHOWN]):
+                    raise DamagedFile(path.name, "its checksum does not match")
+                found = checkpoints.load(self.path, Saved(path.name, digest))
+            except DamagedFile as error:
+                damaged[path] = str(error)
+                continue
+            if damaged:
+                told = "; ".join(damaged.values())
+                warn_user(
+                    f"{self.name} is damaged, and goes on from {path.name}: {told}",
+                    RuntimeWarning,
+                )
+                for file in damaged:
+                    file.unlink()
+            return found
+        if damaged:
+            told = "; ".join(damaged.values())
+            raise DamagedFile(str(self.path), f"has no whole checkpoint ({told})")
+        return None
+
+
+def _moment(solution: Solution, told: bool) -> tuple[int, bool, list[int]]:
+    return solution.steps, told, np.ravel(solution.diverged_at).tolist()
+
+
+def open_folder(
+    folder: Any, every: int | None, problem: Problem, kind: Callable[[], dict[str, Any]]
+) -> RunFolder | None:
+    """Return a run's folder; None for None.
+
+    Raises:
+      ValueError: for `every` without a folder.
+    """
+    if folder is not None:
+        return RunFolder(folder, every, problem, kind())
+    if every is not None:
+        raise ValueError("every needs checkpoint: it is the number of steps between checkpoints")
+    return None
+
+
+def run_kind(
+    lr_hyper: Any, episode_length: int | None, lr_reptile: float, episode_init: str
+) -> Callable[[], dict[str, Any]]:
+    """Return what gives, as JSON, what else makes a run: in a folder it stays as it is."""
+
+    def kind() -> dict[str, Any]:
+        rate = lr_hyper
+        if callable(rate):
+            with tracing("lr_hyper, a function of the step,", step=np.int32(0)):
+                rate = f"a function ({checksum(jax.make_jaxpr(rate)(np.int32(0)))[:12]})"
+        made = {"lr_hyper": rate, "episode_length": episode_length}
+        if episode_length is not None:
+            made |= {"lr_reptile": lr_reptile, "episode_init": episode_init}
+        return made
+
+    return kind

@@ -1,0 +1,88 @@
+"""A run with a checkpoint, in a process that may be killed: run by `test_long_runs`."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gradhpo import Problem, solve
+from tests.small import OPTIMIZERS, REFERENCES, X, Y, build, start, train_loss, val_loss
+
+KEY = jax.random.key(3)
+STEPS = 60
+
+
+def host_pairs(rng):
+    while True:
+        rows = rng.choice(len(X), (2, 6))
+        yield (X[rows[0]], Y[rows[0]]), (X[rows[1]], Y[rows[1]])
+
+
+def metrics(w, lam):
+    return {"far": jnp.abs(lam["decay"] + 2.6), "w": w}
+
+
+def batch(key):
+    rows = jax.random.choice(key, len(X), (2, 6))
+    x, y = jnp.asarray(X)[rows], jnp.asarray(Y)[rows]
+    return (x[0], y[0]), (x[1], y[1])
+
+
+KINDS = {
+    "device": ("one-step", {"batch": batch}, KEY, {}),
+    "episodes": ("greedy", {"batch": batch}, jax.random.split(KEY, 2), {"episode_length": 7}),
+    "host": ("hyperdistill", {"batches": host_pairs}, KEY, {"episode_length": 5}),
+}
+
+
+def run(kind, folder=None, callback=None):
+    name, data, key, settings = KINDS[kind]
+    own = {"T": 5, "estimation_period": 2} if name == "hyperdistill" else {}
+    optimizer = build(name, outer=True, **own)[0]
+    problem = Problem(start, train_loss, val_loss, metrics=metrics, **data)
+    if folder is not None:
+        settings = settings | {"checkpoint": folder, "every": 4}
+    return solve(
+        problem, optimizer, STEPS, key, eval_every=3, metric="far", callback=callback, **settings
+    )
+
+
+def fingerprints():
+    """What tells the program of each method, by its name."""
+    problem = Problem(start, train_loss, val_loss, batch=batch)
+    methods = {name: build(name, outer=True)[0] for name in (*OPTIMIZERS, *REFERENCES)}
+    return {name: solve(problem, made, 1, KEY).fingerprint for name, made in methods.items()}
+
+
+def killed_at(name, count):
+    """Let SIGKILL come at the call of a function of `os` that has this number, before it."""
+    function, calls = getattr(os, name), iter(range(1, 10**6))
+
+    def dangerous(*args, **kwargs):
+        if next(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    setattr(os, name, dangerous)
+
+
+def main(kind, folder, function="", count=0):
+    if kind == "fingerprints":
+        Path(folder).write_text(repr(fingerprints()))
+        return
+    if function:
+        killed_at(function, int(count))
+    found = run(kind, folder, lambda steps, state: time.sleep(0.05))
+    found.save(Path(folder) / "result")
+    assert np.isfinite(found.metrics["val_loss"]).all()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
