@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # Eight CPU devices for the tests, set before JAX starts.
 PYTEST = XLA_FLAGS=--xla_force_host_platform_device_count=8 $(BIN)/python -m pytest
 JOBS := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+# One more where the tests of Ray, which mostly wait, are among them.
+WITH_RAY := --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 
 .PHONY: demo test quick lint bench docs clean
 .DELETE_ON_ERROR:
@@ -18,7 +20,7 @@ ifdef ARGS
 	$(PYTEST) $(ARGS)
 else
 	@failed=0; set -x; \
-	QUICK_COMPILE=1 $(PYTEST) $(JOBS) -m "not compiler" || failed=1; \
+	QUICK_COMPILE=1 $(PYTEST) $(WITH_RAY) -m "not compiler" || failed=1; \
 	$(PYTEST) $(JOBS) -m compiler || failed=1; \
 	exit $$failed
 endif

@@ -9,7 +9,7 @@ def slow_but(cases, *quick):
     assert all(case in cases for case in quick), f"{quick} are not all among the cases"
 
     def marked(case):
-        values = case if isinstance(case, tuple) else (case,)
+        values = case if type(case) is tuple else (case,)  # an optax optimizer is a NamedTuple
         return pytest.param(*values, marks=pytest.mark.slow)
 
     return [case if case in quick else marked(case) for case in cases]

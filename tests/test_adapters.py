@@ -15,7 +15,6 @@ import gradhpo
 from gradhpo import EquinoxModel, FlaxModel, Problem, solve
 from gradhpo.problem import stream
 from tests.problems import assert_close
-from tests.quick import slow_but
 from tests.small import OPTIMIZERS, REFERENCES, UNROLLING
 
 METHODS = OPTIMIZERS | REFERENCES
@@ -77,7 +76,8 @@ def by_nnx(unroll):
     return module, loss(module, LAM, BATCH)
 
 
-@pytest.mark.parametrize("name", slow_but(METHODS, "one-step"))
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.slow
 def test_a_flax_module_trains_as_in_flax(name):
     settings = {"unroll_steps": 2} if name in UNROLLING else {}
     optimizer = METHODS[name](INNER, optax.sgd(0.0), **settings)

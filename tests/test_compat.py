@@ -25,7 +25,6 @@ from gradhpo import (
     vjp_wrt_lambda,
 )
 from gradhpo.parallel.compilations import CompileCounter
-from tests.quick import slow_but
 
 M, T = 20, 20
 RNG = np.random.default_rng(0)
@@ -100,22 +99,17 @@ def play(optimizer, *T, **settings):
     return final, seen, compiled.count
 
 
-ONE_STEP = OneStepOptimizer(update_fn=update_fn)
-
-
 @pytest.mark.parametrize(
     ("optimizer", "length"),
-    slow_but(
-        [
-            (OnlineHypergradientOptimizer(update_fn=update_fn, estimation_period=10, T=T), ()),
-            (ONE_STEP, (T,)),
-            (FOOptimizer(update_fn=update_fn), (T,)),
-            (T1T2Optimizer(update_fn=update_fn, T=T), ()),
-        ],
-        (ONE_STEP, (T,)),
-    ),
+    [
+        (OnlineHypergradientOptimizer(update_fn=update_fn, estimation_period=10, T=T), ()),
+        (OneStepOptimizer(update_fn=update_fn), (T,)),
+        (FOOptimizer(update_fn=update_fn), (T,)),
+        (T1T2Optimizer(update_fn=update_fn, T=T), ()),
+    ],
     ids=lambda value: type(value).__name__,
 )
+@pytest.mark.slow
 def test_the_demo_runs_unchanged_and_compiles_its_step_once(optimizer, length):
     final, seen, compiles = play(optimizer, *length, lr_hyper=3e-3)
     assert len(seen) == M

@@ -286,7 +286,7 @@ def test_solve_is_the_loop_of_steps(method, x64):
     assert "feature_group_count = 4" not in text
 
 
-@pytest.mark.parametrize("batching", slow_but(["map", "vmap"], "map"))
+@pytest.mark.parametrize("batching", ["map", "vmap"])
 @pytest.mark.slow
 def test_a_population_has_no_slow_form(batching):
     population = Population(problem(), METHODS["one-step"], 2, batching=batching)
@@ -307,7 +307,7 @@ def test_auto_tries_no_groups_on_a_cpu():
     assert gradhpo.parallel.compiled.counts().compiles == before
 
 
-@pytest.mark.parametrize("backend", slow_but(["shard_map", "auto"], "shard_map"))
+@pytest.mark.parametrize("backend", ["shard_map", "auto"])
 @pytest.mark.slow
 def test_data_parallel_convolves_as_one_device(backend):
     one = METHODS["one-step"]

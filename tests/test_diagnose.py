@@ -45,6 +45,7 @@ def state_of(problem, inner=INNER):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_a_quadratic_in_closed_form():
     T, G = 7, np.asarray([1.0, 0.5])
     found = gradhpo.diagnose(
@@ -168,7 +169,6 @@ def test_costs_the_table_and_the_figure(tmp_path, capsys):
         found.row("two-step")
 
 
-@pytest.mark.slow
 def test_quick_compares_four_and_tells_how_long_it_takes(capsys):
     settings = {"inner_optimizer": INNER, "horizon": 2, "samples": 1, "rounds": 0}
     found = gradhpo.diagnose(SMALL, state_of(SMALL), KEY, methods="quick", **settings)

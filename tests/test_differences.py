@@ -199,7 +199,7 @@ def test_a_nan_in_the_validation_gradient_is_seen():
     assert np.isnan(found).all()
 
 
-@pytest.mark.parametrize("name", slow_but(["sgd", "momentum", "adam", "sgd of λ"], "adam"))
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "sgd of λ"])
 @pytest.mark.slow
 def test_bfloat16_weights_with_float32_hyperparameters(name):
     with jax.enable_x64(False):
@@ -299,9 +299,8 @@ def test_a_term_switched_off_by_lambda_is_seen_behind_adam(lam, slots):
     np.testing.assert_allclose(found[1], found[0], rtol=1e-2)
 
 
-@pytest.mark.parametrize(
-    ("eps", "wide"), slow_but(itertools.product([None, 1e-2, 1e-4], [False, True]), (None, False))
-)
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("eps", [None, 1e-2, 1e-4])
 @pytest.mark.slow
 def test_a_unit_dead_on_the_training_batch_alone_adds_nothing(eps, wide):
     """Its weights have no gradient and no mixed derivative, and a validation gradient."""

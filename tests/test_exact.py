@@ -113,7 +113,7 @@ def test_w_star_is_the_weighted_average_of_the_past_weights(gamma):
 
 
 @BY_OPTAX_OR_UPDATE_FN
-@pytest.mark.parametrize("gamma", [0.8, 1.0])
+@pytest.mark.parametrize("gamma", slow_but([0.8, 1.0], 0.8))
 @pytest.mark.parametrize("batches", ["repeat", "stack"])
 def test_greedy_on_a_quadratic_equals_equation_6(batches, gamma, inner):
     T = 3
@@ -145,7 +145,9 @@ def test_greedy_refuses_a_stack_of_another_length():
             optimizer.step(state, wrong, problems.VAL, *QUADRATIC)
 
 
-@pytest.mark.parametrize("inner", [problems.SGD, MOMENTUM, ADAM], ids=["sgd", "momentum", "adam"])
+@pytest.mark.parametrize(
+    "inner", slow_but([problems.SGD, MOMENTUM, ADAM], ADAM), ids=["sgd", "momentum", "adam"]
+)
 def test_one_step_of_a_network_equals_the_unrolled_gradient(inner):
     batch, val_batch = as_jax(problems.MLP_TRAIN[0]), as_jax(problems.MLP_VAL)
     exact = jax.jit(
@@ -269,7 +271,10 @@ def test_first_order_is_exactly_zero_where_lambda_is_not_in_the_validation_loss(
 
 
 @BY_OPTAX_OR_UPDATE_FN
-@pytest.mark.parametrize("name", one_of_each(inner_optimizer=problems.SGD))
+@pytest.mark.parametrize(
+    "name",
+    slow_but(one_of_each(inner_optimizer=problems.SGD), "T1-T2 at w*", "HyperDistill", "Greedy"),
+)
 def test_step_applies_the_hypergradient_that_compute_hypergradient_returns(name, inner):
     optimizer = one_of_each(**inner)[name]
     state = optimizer.init(problems.W0, problems.LAM0)

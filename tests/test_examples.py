@@ -88,6 +88,7 @@ def test_hyperclean_digits(tmp_path):
     assert numbers[0] == numbers[1] != []
 
 
+@pytest.mark.slow
 def test_the_area_under_the_curve_is_the_known_one():
     from sklearn.metrics import roc_auc_score
 

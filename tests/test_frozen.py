@@ -12,6 +12,7 @@ import pytest
 from gradhpo import FrozenWarning, Problem, solve
 from gradhpo.frozen import check_frozen
 from gradhpo.parallel import Population
+from tests.quick import slow_but
 from tests.small import X, Y, build, start, train_loss, val_loss
 
 KEY = jax.random.key(0)
@@ -75,11 +76,14 @@ def in_a_population(problem, optimizer):
 
 @pytest.mark.parametrize(
     "run",
-    [
-        lambda problem, optimizer: solve(problem, optimizer, 1, KEY),
-        lambda problem, optimizer: solve(problem, optimizer, 1, jax.random.split(KEY, 2)),
+    slow_but(
+        [
+            lambda problem, optimizer: solve(problem, optimizer, 1, KEY),
+            lambda problem, optimizer: solve(problem, optimizer, 1, jax.random.split(KEY, 2)),
+            in_a_population,
+        ],
         in_a_population,
-    ],
+    ),
     ids=["solve", "keys", "population"],
 )
 def test_every_run_asks(run):

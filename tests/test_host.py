@@ -22,6 +22,7 @@ from gradhpo.timetable import Timetable
 from tests import host_problems
 from tests.host_problems import ROWS, SOURCES, drawn, pair, problem, shuffled
 from tests.problems import assert_close, assert_same_bits
+from tests.quick import slow_but
 from tests.small import BATCH, build, start, train_loss, val_loss
 from tests.sweeps import assert_same_tables
 
@@ -58,7 +59,7 @@ def counting(read, source=drawn):
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize(("name", "optimizer", "episodes"), CASES)
+@pytest.mark.parametrize(("name", "optimizer", "episodes"), slow_but(CASES, *CASES[1:3]))
 def test_a_trial_takes_the_same_pairs_at_every_door(name, optimizer, episodes, tmp_path):
     key = trial_key(3, 0)
     solution = gradhpo.solve(problem(name), optimizer, 18, key, **episodes)
@@ -76,6 +77,7 @@ def test_a_trial_takes_the_same_pairs_at_every_door(name, optimizer, episodes, t
 
 
 @pytest.mark.parametrize("name", ["start", "of none"])
+@pytest.mark.slow
 def test_runs_of_a_batch_and_slots_take_what_they_take_alone(name):
     together = gradhpo.solve(problem(name), ONE_STEP, 9, KEYS)
     slots = Population(problem(name), ONE_STEP, 3, batching="map")
@@ -101,6 +103,7 @@ def test_a_shared_stream_is_read_once_for_all_slots():
 
 
 @pytest.mark.parametrize(("name", "layout"), [("start", "map"), ("of none", "vmap")])
+@pytest.mark.slow
 def test_slots_of_different_ages_keep_their_own_time(name, layout):
     trials = Population(problem(name), HYPERDISTILL, 3, batching=layout, episode_length=4)
     first = trials.init(KEYS)
@@ -147,6 +150,7 @@ def _data(keys):
 
 
 @pytest.mark.parametrize(("name", "layout"), [("start", "shard/map"), ("list", "shard/vmap")])
+@pytest.mark.slow
 def test_divided_over_a_mesh(name, layout):
     keys = jax.random.split(KEY, 4)
     mesh = make_mesh(trial=2, data=1, devices=jax.devices()[:2])
@@ -156,6 +160,7 @@ def test_divided_over_a_mesh(name, layout):
     assert_close(found, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_batches_of_slots_are_divided_too():
     keys = jax.random.split(KEY, 4)
     mesh = make_mesh(trial=2, data=2, devices=jax.devices()[:4])
@@ -165,6 +170,7 @@ def test_batches_of_slots_are_divided_too():
     assert_close(found, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_lists_and_tuples_are_programs_of_their_own():
     def lists(rng, start):
         return ([list(train), val] for train, val in drawn(rng, start))
@@ -179,6 +185,7 @@ def test_lists_and_tuples_are_programs_of_their_own():
 
 
 @pytest.mark.compiler
+@pytest.mark.slow
 def test_the_first_pair_is_remembered_and_keys_are_typed():
     """HyperDistill's distilled batch starts from the slot's own first pair."""
 
@@ -208,6 +215,7 @@ def test_the_first_pair_is_remembered_and_keys_are_typed():
 
 
 @pytest.mark.compiler
+@pytest.mark.slow
 def test_layouts_programs_and_fit_on_host_data():
     trials = Population(problem("start"), ONE_STEP, 3)
     state = trials.init(KEYS)
@@ -234,7 +242,7 @@ def test_a_population_calibrates_on_the_pairs_that_come_next():
 # --- what resumes ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", slow_but(SOURCES, "list"))
 def test_solve_resumes_to_the_same_bits(name):
     whole = gradhpo.solve(problem(name), HYPERDISTILL, 40, KEY, episode_length=4)
     part = gradhpo.solve(problem(name), HYPERDISTILL, 14, KEY, episode_length=4)
@@ -243,6 +251,7 @@ def test_solve_resumes_to_the_same_bits(name):
     assert_same_bits(gone_on.metrics, whole.metrics)
 
 
+@pytest.mark.slow
 def test_an_iterator_that_refuses_its_state_is_read_again(monkeypatch):
     whole = gradhpo.solve(problem("loader"), ONE_STEP, 20, KEY)
     part = gradhpo.solve(problem("loader"), ONE_STEP, 7, KEY)
@@ -278,6 +287,7 @@ def test_what_can_begin_in_the_middle_does_not_read_what_came_before():
 
 
 @pytest.mark.parametrize("make", [host_problems.dataset, host_problems.loader])
+@pytest.mark.slow
 def test_an_iterator_with_a_state_goes_on_in_another_process(make):
     """Stopped in the middle of a stack, and its place put into a new iterator."""
     given = [dataclasses.replace(problem(), batches=iter(make())) for _ in range(3)]
@@ -293,6 +303,7 @@ def test_an_iterator_with_a_state_goes_on_in_another_process(make):
     ("name", "scheduler"),
     [("dataset", SuccessiveHalving(reduction=2)), ("function", PBT(quantile=0.5))],
 )
+@pytest.mark.slow
 def test_a_sweep_goes_on_with_the_same_bits(name, scheduler, tmp_path):
     """Trials are copied and begun anew, so that slots differ in stream and age."""
     settings = {
@@ -382,7 +393,7 @@ RECIPES = ["shuffled", "seekable", "shared", "dataset", "own_dataset", "by_torch
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", slow_but(RECIPES, "shared"))
 def test_the_recipes_of_the_page(name):
     if name == "by_torch":
         pytest.importorskip("torch")
@@ -443,6 +454,7 @@ def test_a_torch_loader():
 # --- what is refused ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_iterators_go_on_in_a_population_and_nowhere_else(tmp_path):
     given = dataclasses.replace(problem(), batches=(pair(i) for i in range(100)))
     trials = Population(given, ONE_STEP, 2, batching="vmap")

@@ -94,7 +94,7 @@ METHODS = {
 
 
 @pytest.mark.filterwarnings("ignore:inner_optimizer keeps numbers")
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_but(METHODS, "One-Step", "Forward"))
 def test_every_method_sees_an_injected_rate_that_the_loss_shares(name):
     # λ is in the loss too, so that a part that is missed has the wrong sign, and not only zero.
     found = []

@@ -141,8 +141,8 @@ REFUSED = {
 TAKEN = [name for name in [*NAMES, *MORE] if name not in REFUSED]
 # What a transformation does over several steps, and at zero, the optimizer made of it does too.
 WHOLE = [name for name in TAKEN if "scale_by_" not in name]
-# Of each kind of update one: linear, momentum, second moments, signs, norms, schedules, a wrapper.
-QUICK = ["sgd", "adamw", "lion", "lamb", "adafactor", "polyak_sgd", "contrib.prodigy"]
+# Of each kind of update one: moments and decay, signs, norms, factors, the loss itself.
+QUICK = ["adamw", "lion", "lamb", "adafactor", "polyak_sgd"]
 FIRST_ROOT = {"radam", "contrib.mechanize"}  # autodiff has NaN in the first step
 RANDOM = {"add_noise", "noisy_sgd"}  # draw other numbers in another precision
 
@@ -255,7 +255,7 @@ def test_unrolled_is_the_derivative_of_all_steps(name):
             assert_near(found, expected, 1e-9)
 
 
-@pytest.mark.parametrize("name", slow_but(WHOLE, "sgd", "adamw", "lamb", "adafactor"))
+@pytest.mark.parametrize("name", slow_but(WHOLE, "adamw", "adafactor"))
 def test_a_dead_unit_leaves_float32_near_float64(name):
     found = []
     for dtype in (np.float32, np.float64):

@@ -21,7 +21,6 @@ from gradhpo.cluster import PBT, SearchSpace, SweepError  # noqa: E402
 from tests.sweeps import SPACE, assert_same_tables, sweep  # noqa: E402
 
 pytestmark = [
-    pytest.mark.compiler,
     pytest.mark.slow,
     # Ray's own, at interpreter level.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -83,6 +82,7 @@ def wait_until(condition, seconds, what):
 # --- what it computes ---------------------------------------------------------------------------
 
 
+@pytest.mark.compiler
 def test_the_numbers_of_one_process_from_one_compile(cluster, tmp_path):
     changes = {"population": 256, "shards": 4, "generations": 3, "workers": 4}
     result = on_ray(tmp_path / "ray", **changes).run()

@@ -80,7 +80,7 @@ def told(action):
     return [(str(w.message), w.filename) for w in caught if w.category is UnreachedWarning]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_but(METHODS, "first-order", "one-step", "unrolled"))
 def test_an_unused_leaf_is_told_once_by_every_method(name):
     optimizer, _ = small(name, outer=True)
     pair = losses()

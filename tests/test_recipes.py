@@ -10,7 +10,6 @@ import pytest
 
 import gradhpo
 from tests.problems import assert_close
-from tests.quick import slow_but
 from tests.small import BATCH, RNG
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -48,8 +47,9 @@ def test_every_recipe_is_tried():
     assert set(re.findall(r"^def (\w+)\(l\):", PAGE.read_text(), re.MULTILINE)) == set(LAM)
 
 
-@pytest.mark.parametrize("name", slow_but(LAM, "warmup"))
+@pytest.mark.parametrize("name", LAM)
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 def test_a_recipe_gets_the_gradient_of_a_loop_by_hand(name):
     inner = run(PAGE)[name]
     lam = jax.tree.map(lambda x: jnp.asarray(x, float), LAM[name])

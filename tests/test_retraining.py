@@ -27,6 +27,7 @@ def run(page):
     return made
 
 
+@pytest.mark.slow
 def test_a_plain_loop_takes_the_steps_of_the_run():
     made = run("retraining.md")
     again = made["train"](made["moving"], (made["x"][:30], made["y"][:30]))

@@ -208,6 +208,7 @@ def pulled(target, scale=1.0):
     return loss
 
 
+@pytest.mark.slow
 def test_what_is_closed_over_counts_and_names_do_not():
     one = fingerprint(train_loss=pulled(TARGET))
     assert fingerprint(train_loss=pulled(TARGET.copy())) == one
@@ -220,6 +221,7 @@ def test_what_is_closed_over_counts_and_names_do_not():
     assert fingerprint(train_loss=renamed_loss) == fingerprint()
 
 
+@pytest.mark.slow
 def test_what_may_change_while_a_run_goes_on_does_not_count():
     optimizer = build("one-step")[0]
     runs = [

@@ -8,6 +8,7 @@ import pytest
 
 import gradhpo
 from gradhpo import BilevelState
+from tests.quick import slow_but
 from tests.small import BATCH, OPTIMIZERS, build, train_loss, val_loss
 
 METRICS = ("train_loss", "val_loss", "hypergrad_norm", "param_norm", "hyperparam_norm")
@@ -62,7 +63,7 @@ def test_a_step_keeps_the_structure_and_types_of_init(name):
     assert new.step == 1
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", slow_but(OPTIMIZERS, "one-step", "hyperdistill"))
 def test_jit_scan_and_vmap_give_what_single_steps_give(name):
     optimizer, rate = build(name)
     start = optimizer.init(jnp.ones(3), {"l": jnp.ones(3), "decay": 0.1})
@@ -88,7 +89,7 @@ def test_step_leaves_its_argument_usable(name):
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", slow_but(OPTIMIZERS, "t1t2"))
 def test_bfloat16_weights_with_float32_hyperparameters(name):
     optimizer, rate = build(name, inner_optimizer=lambda lam: optax.adam(jnp.exp(lam["decay"])))
     state = optimizer.init(jnp.ones(3, jnp.bfloat16), {"l": jnp.ones(3), "decay": -3.0})

@@ -346,7 +346,8 @@ def test_the_callback_sees_saved_generations(tmp_path):
     assert min(score for _, score in seen) == result.best.score
 
 
-@pytest.mark.parametrize("number", slow_but([signal.SIGINT, signal.SIGTERM], signal.SIGTERM))
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
 def test_a_signal_finishes_the_generation_and_says_how_to_go_on(tmp_path, reference, number, capfd):
     made = sweep(tmp_path, progress=None)
 
@@ -383,7 +384,6 @@ def cut(path):
     ("damage", "what"),
     slow_but(
         itertools.product([flip, cut, Path.unlink], ["checkpoint", "table", "line"]),
-        (flip, "checkpoint"),
         (cut, "line"),
         (Path.unlink, "table"),
     ),
@@ -485,6 +485,7 @@ def test_sigkill_of_the_driver_at_random_instants(tmp_path, reference):
     assert_same_tables(result, reference)
 
 
+@pytest.mark.slow
 def test_a_worker_that_was_given_up_cannot_commit(tmp_path):
     """The order was sent before its shard got a new owner, and executed after."""
     made = sweep(tmp_path, generations=1)
