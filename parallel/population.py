@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ from gradhpo.feed import HostFeed, Segment
 from gradhpo.host import Source
 from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.parallel import batching as layouts
-from gradhpo.parallel import chunks, compiled
+from gradhpo.parallel import chunks, compiled, fit
 from gradhpo.parallel.batching import Batching, Layout
 from gradhpo.parallel.compiled import Compiled
 from gradhpo.parallel.data import DataParallel
@@ -30,8 +29,6 @@ from gradhpo.state import BilevelState, PyTree, as_array, prepare
 from gradhpo.timetable import EpisodeInit, Timetable, schedule_and_rate, starts_fresh
 from gradhpo.trial import PHI, Rates, Trial
 
-MOST_SLOTS = 2**20
-"""On one device, that "fit" tries."""
 CALIBRATION_STEPS = 5
 """Steps of the programs that `batching="auto"` compares."""
 
@@ -109,10 +106,10 @@ class Population:
         self._programs: dict[Any, Compiled] = {}
         self._layout: Layout | None = None
         if slots == "fit":
-            limit = _memory_limit(mesh) if memory is None else memory
+            limit = fit.memory_limit(mesh) if memory is None else memory
             check_count("steps", steps)
             needs = functools.partial(self._needs, batching=batching, steps=steps)
-            slots = _largest(needs, mesh, limit)
+            slots = fit.largest(needs, mesh, limit)
         check_count("slots", slots)
         self.slots = slots
         if self._per_slot_data and self._data_key.shape != (slots,):
@@ -497,7 +494,7 @@ class Population:
         found = self._candidates(self.slots, schedule, *args)
         if len(found) == 1:
             return found[0]
-        limit = _memory_limit(self.mesh)
+        limit = fit.memory_limit(self.mesh)
         programs: dict[Layout, Compiled] = {}
         for layout in found:
             program = self._generation_program(CALIBRATION_STEPS, schedule, layout, *args)
@@ -641,52 +638,3 @@ def _check_slots(name: str, tree: PyTree, slots: int) -> None:
                 f"{name} must have a leading axis of {slots} slots; leaf {where} has shape "
                 f"{np.shape(leaf)}"
             )
-
-
-def _memory_limit(mesh: Mesh | None) -> int:
-    """Return 90% of a device's memory, in bytes; for a CPU device, of its share of the host's."""
-    devices = jax.devices()[:1] if mesh is None else list(mesh.devices.ravel())
-    stats = devices[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return int(0.9 * (stats["bytes_limit"] - stats.get("bytes_in_use", 0)))
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(0.9 * free / len(devices))
-
-
-def _largest(needs: Callable[[int], int], mesh: Mesh | None, limit: int) -> int:
-    """Return the most slots whose program needs no more than `limit` bytes on a device.
-
-    Bytes grow nearly linearly with slots; each guess comes from a line through what was measured,
-    and is measured itself.
-    """
-    unit = 1 if mesh is None else mesh.shape.get("trial", 1)
-    low, low_bytes = unit, needs(unit)
-    if low_bytes > limit:
-        raise ValueError(
-            f'slots="fit": one slot on each device needs {low_bytes:,} bytes, and {limit:,} are '
-            "there; give more memory=, or a smaller problem"
-        )
-    high, high_bytes = 2 * unit, needs(2 * unit)
-    while high_bytes <= limit:  # outgrow the limit, by the line but at least doubling
-        low, low_bytes = high, high_bytes
-        high *= 2
-        high_bytes = needs(high)
-        if high >= MOST_SLOTS * unit:
-            return low
-    for _ in range(30):
-        gap = max(unit, low // 50 // unit * unit)  # as close as it needs to be, about 2%
-        if high - low <= gap:
-            break
-        slope = (high_bytes - low_bytes) / (high - low)
-        guess = low + int((limit - low_bytes) / max(slope, 1e-9))
-        guess = guess // unit * unit
-        guess = min(max(guess, low + unit), high - unit)
-        measured = needs(guess)
-        if measured <= limit:
-            low, low_bytes = guess, measured
-            guess = min(low + max(unit, low // 50 // unit * unit), high - unit)
-            if guess > low and needs(guess) > limit:
-                return low
-        else:
-            high, high_bytes = guess, measured
-    return low
