@@ -95,7 +95,8 @@ def by_hand(key, steps, unroll, lam=LAM):
 NAMES = ("train_loss", "val_loss", "train_kept", "train_units", "val_worst")
 
 
-@pytest.mark.parametrize("name", slow_but(METHODS, "one-step"))
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.slow
 def test_every_method_trains_as_a_loop_by_hand(name):
     """With λ held, all methods move weights, statistics and keys as plain training does."""
     optimizer, key = made(name), jax.random.key(3)
