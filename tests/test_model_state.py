@@ -355,7 +355,8 @@ def of_first(loss):
 OF_FIRST = (of_first(no_memory_train), of_first(no_memory_val))
 
 
-@pytest.mark.parametrize("name", slow_but([n for n in METHODS if n != "implicit"], "one-step"))
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "implicit"])
+@pytest.mark.slow
 def test_counts_among_the_weights_are_carried_on(name):
     """optax.adam's state as weights of an `update_fn`: its count, an integer, and dead units."""
     params = {"in": PARAMS["in"], "out": PARAMS["out"], "dead": np.zeros(3)}
