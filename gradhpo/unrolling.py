@@ -106,8 +106,12 @@ class UnrollingMethod(HypergradientMethod):
 
 
 def _is_stack_of(one: PyTree, stack: PyTree, length: int) -> bool:
-    """Whether each leaf of `stack` has the shape of that of `one` behind an axis of this length."""
+    """Whether each leaf of `stack` has the shape of that of `one` behind an axis of this length.
+
+    False if `one` holds vectors only, which may well be one row of a batch of `length` rows.
+    """
     if jax.tree.structure(one) != jax.tree.structure(stack):
         return False
     shapes = [[jnp.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in (one, stack)]
-    return bool(shapes[0]) and all((length, *a) == b for a, b in zip(*shapes, strict=True))
+    rows = any(len(shape) > 1 for shape in shapes[0])
+    return rows and all((length, *a) == b for a, b in zip(*shapes, strict=True))

@@ -128,6 +128,7 @@ def test_the_demo_with_greedy_which_takes_lr_hyper_in_vain():
     assert seen[-1] < seen[0]
 
 
+@pytest.mark.slow
 def test_a_state_built_by_hand_and_steps_by_hand():
     optimizer = OneStepOptimizer(update_fn=update_fn)
     w = mlp(jax.random.PRNGKey(0))

@@ -185,8 +185,9 @@ def test_without_a_second_order_term_the_rest_is_exact_and_not_nan(name):
         assert_same_bits(differences, expected)
 
 
-@pytest.mark.parametrize("eps", slow_but([1e-30, 1e-310], 1e-30))
+@pytest.mark.parametrize("eps", [1e-30, 1e-310])
 @pytest.mark.parametrize("name", ["sgd", "update_fn"])
+@pytest.mark.slow
 def test_an_eps_lost_in_rounding_gives_a_zero_term(name, eps):
     # What is left of a difference is then rounding noise, over a tiny (or subnormal) 2ε.
     differences, _ = both(INNER[name], steps=0, eps=eps)

@@ -30,7 +30,10 @@ NETWORK = (problems.mlp_train, problems.mlp_val)
 GAMMAS = [0.0, 0.5, 0.9999, 1.0]
 BY_OPTAX_OR_UPDATE_FN = pytest.mark.parametrize(
     "inner",
-    [{"inner_optimizer": problems.SGD}, {"update_fn": problems.quadratic_update}],
+    slow_but(
+        [{"inner_optimizer": problems.SGD}, {"update_fn": problems.quadratic_update}],
+        {"inner_optimizer": problems.SGD},
+    ),
     ids=lambda x: next(iter(x)),
 )
 
@@ -183,6 +186,7 @@ def test_greedy_without_discount_is_the_full_hypergradient_where_a_is_the_identi
     assert_close(found, exact)
 
 
+@pytest.mark.slow
 def test_greedy_without_discount_is_not_the_full_hypergradient_where_a_is_not_the_identity():
     # Guards the test above against a problem on which everything agrees.
     optimizer = GreedyOptimizer(problems.SGD, outer_optimizer=OUTER, unroll_steps=3, gamma=1.0)
@@ -223,6 +227,7 @@ def test_greedy_with_vanishing_gamma_is_one_step_on_its_last_step(inner):
     )
 
 
+@pytest.mark.slow
 def test_t1t2_with_gamma_takes_the_darts_difference_at_w_star():
     # On a network the difference is not exact, so its step ε = 0.01/‖u‖ and its place both show.
     gamma, val_batch = 0.9, as_jax(problems.MLP_VAL)

@@ -70,7 +70,8 @@ NESTED = {
 
 
 @pytest.mark.filterwarnings("ignore:inner_optimizer keeps numbers")
-@pytest.mark.parametrize("nested", slow_but(NESTED, "alone", "chain"))
+@pytest.mark.parametrize("nested", NESTED)
+@pytest.mark.slow
 def test_an_injected_rate_follows_lambda_wherever_it_is(nested):
     found = []
     for make in NESTED[nested]:

@@ -95,7 +95,8 @@ def by_hand(key, steps, unroll, lam=LAM):
 NAMES = ("train_loss", "val_loss", "train_kept", "train_units", "val_worst")
 
 
-@pytest.mark.parametrize("name", slow_but(METHODS, "one-step"))
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.slow
 def test_every_method_trains_as_a_loop_by_hand(name):
     """With λ held, all methods move weights, statistics and keys as plain training does."""
     optimizer, key = made(name), jax.random.key(3)
@@ -354,7 +355,8 @@ def of_first(loss):
 OF_FIRST = (of_first(no_memory_train), of_first(no_memory_val))
 
 
-@pytest.mark.parametrize("name", slow_but([n for n in METHODS if n != "implicit"], "one-step"))
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "implicit"])
+@pytest.mark.slow
 def test_counts_among_the_weights_are_carried_on(name):
     """optax.adam's state as weights of an `update_fn`: its count, an integer, and dead units."""
     params = {"in": PARAMS["in"], "out": PARAMS["out"], "dead": np.zeros(3)}

@@ -289,6 +289,7 @@ def test_a_loss_redefined_in_a_loop_is_told_at_the_third_compile(make, method):
             assert w.filename == __file__
 
 
+@pytest.mark.slow
 def test_losses_defined_once_are_not_told_of_whatever_the_shapes():
     optimizer, pair = gradhpo.OneStepOptimizer(optax.sgd(0.1), OUTER), losses("unused")
     lam = {"decay": LAM["decay"]}
@@ -308,6 +309,7 @@ class Model:
 
 
 @pytest.mark.parametrize("divided", [False, True])
+@pytest.mark.slow
 def test_other_shapes_of_batches_are_not_losses_redefined(divided):
     optimizer = gradhpo.OneStepOptimizer(optax.sgd(0.1), OUTER)
     if divided:

@@ -39,6 +39,7 @@ def loss(w, lam, batch):
 
 
 @pytest.mark.parametrize("page", ["models"])
+@pytest.mark.slow
 def test_the_code_of_a_page_runs(page):
     run(DOCS / f"{page}.md")
 

@@ -266,6 +266,7 @@ def test_theta_does_not_depend_on_the_mode():
     assert abs(first - 1) > 1e-3
 
 
+@pytest.mark.slow
 def test_keys_and_integers_in_a_batch():
     def train(w, lam, batch):
         rows = jax.random.normal(batch["key"], (4, problems.N))

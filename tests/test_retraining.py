@@ -49,6 +49,7 @@ def test_the_page_on_long_runs(tmp_path, monkeypatch):
     assert 10 < made["solution"].steps < 300
 
 
+@pytest.mark.slow
 def test_a_schedule_is_exact_at_every_step(x64):
     """λ is the rate itself: a loop with the schedule takes the steps of the run to 1e-12."""
 

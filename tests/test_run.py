@@ -79,7 +79,8 @@ def test_a_run_compiles_its_step_once_whatever_its_length_and_schedule(name):
     assert compiled.count == 0
 
 
-@pytest.mark.parametrize("name", slow_but(OPTIMIZERS, "t1t2"))
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.slow
 def test_callback_sees_each_episode_with_its_validation_loss(name):
     seen = []
     result = run(name, sized(name, 4), 3, callback=lambda m, state: seen.append((m, state)))

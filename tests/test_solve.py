@@ -107,6 +107,7 @@ def test_one_compile_of_the_chunk_whatever_the_number_of_steps(name):
 
 
 @pytest.mark.compiler  # two programs
+@pytest.mark.slow
 def test_a_schedule_is_a_function_of_the_step():
     optimizer, _ = build("one-step")
     constant = solve(PROBLEM, optimizer, 9, KEY, lr_hyper=0.02)
@@ -117,6 +118,7 @@ def test_a_schedule_is_a_function_of_the_step():
     assert_same_bits(stopped.state.hyperparams, before.state.hyperparams)
 
 
+@pytest.mark.slow
 def test_episodes_are_those_of_run(x64):
     optimizer, _ = build("one-step", outer=True)
     problem = Problem(start, train_loss, val_loss, batch=lambda key: (BATCH, BATCH))

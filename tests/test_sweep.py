@@ -616,9 +616,8 @@ def test_lr_hyper_is_asked_for(tmp_path):
         sweep(tmp_path, optimizer=made).run()
 
 
-@pytest.mark.parametrize(
-    "name", slow_but(["trial", "val_loss", "generation", "hyperparams.x", "a|b"], "trial")
-)
+@pytest.mark.parametrize("name", ["trial", "val_loss", "generation", "hyperparams.x", "a|b"])
+@pytest.mark.slow
 def test_metrics_may_not_take_the_tables_own_names(tmp_path, name):
     made = dataclasses.replace(
         sweep_problems.problem(), metrics=lambda w, lam, data: {name: w.sum()}

@@ -103,6 +103,7 @@ def test_a_wrong_stack_of_batches_is_refused(batches, message):
         optimizer.estimate_theta(state, batches, problems.VAL, *QUADRATIC)
 
 
+@pytest.mark.slow
 def test_calibrate_stores_theta_and_the_step_uses_it():
     optimizer = OnlineHypergradientOptimizer(problems.SGD, gamma=0.9)
     state = optimizer.init(problems.W0, problems.LAM0)
