@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import jax
 import models
@@ -23,6 +23,16 @@ KEY = jax.random.key(0)
 GENERATIONS = 4
 
 
+def host_problem(width: int) -> gradhpo.Problem:
+    """Return an MLP's problem, for batches of the host."""
+    made = models.mlp(width).problem
+    return dataclasses.replace(made, batch=None, data=None, metrics=None, batches=())
+
+
+TASK = models.mlp(8)
+PAIR = jax.tree.map(np.asarray, (TASK.train_batch, TASK.val_batch))
+
+
 class Loader:
     """Pairs of batches, each of which takes a while to read."""
 
@@ -36,69 +46,81 @@ class Loader:
             yield self.pair
 
 
-def by_solve(problem: gradhpo.Problem, steps: int) -> Callable[[Loader], Any]:
-    """Return what runs `solve` on a loader."""
+Door: TypeAlias = Callable[[Loader], Callable[[], Any]]
+"""Returns what runs on a loader, its programs compiled."""
 
-    def run(loader: Loader) -> Any:
+
+def by_solve(problem: gradhpo.Problem, steps: int) -> Door:
+    """Return the door of `solve`."""
+
+    def made(loader: Loader) -> Callable[[], Any]:
         given = dataclasses.replace(problem, batches=loader)
-        return gradhpo.solve(given, OPTIMIZER, steps, KEY, progress=False).state
+        gradhpo.solve(given, OPTIMIZER, 1, KEY, progress=False)
+        return lambda: gradhpo.solve(given, OPTIMIZER, steps, KEY, progress=False).state
 
-    return run
+    return made
 
 
-def by_population(problem: gradhpo.Problem, steps: int, slots: int) -> Callable[[Loader], Any]:
-    """Return what runs a population on a loader that its slots share, in four generations."""
+def by_population(problem: gradhpo.Problem, steps: int, slots: int) -> Door:
+    """Return the door of a population whose slots share the loader, in four generations."""
     keys = jax.random.split(KEY, slots)
 
-    def run(loader: Loader) -> Any:
+    def made(loader: Loader) -> Callable[[], Any]:
         given = dataclasses.replace(problem, batches=loader)
         population = Population(given, OPTIMIZER, slots, batching="vmap")
-        state = population.init(KEY)
-        for _ in range(GENERATIONS):
-            state, _ = population.run(state, steps // GENERATIONS, keys)
-        return state
+        first = population.init(KEY)
+        population.run(first, 1, keys)
 
-    return run
+        def run() -> Any:
+            state = first
+            for _ in range(GENERATIONS):
+                state, _ = population.run(state, steps // GENERATIONS, keys)
+            return state
 
+        return run
 
-def by_hand(problem: gradhpo.Problem, steps: int) -> Callable[[Loader], Any]:
-    """Return what runs a Python loop of `step` over a loader."""
-
-    def run(loader: Loader) -> Any:
-        state = OPTIMIZER.init(*problem.start(KEY))
-        pairs = iter(loader)
-        for _ in range(steps):
-            train, val = next(pairs)
-            state = OPTIMIZER.step(state, train, val, problem.train_loss, problem.val_loss)
-        return state
-
-    return run
+    return made
 
 
-def seconds(function: Callable[..., Any], *args: Any) -> float:
+def by_hand(problem: gradhpo.Problem, steps: int) -> Door:
+    """Return the door of a Python loop of `step`, which JAX's own asynchrony overlaps."""
+
+    def made(loader: Loader) -> Callable[[], Any]:
+        first = OPTIMIZER.init(*problem.start(KEY))
+
+        def run(steps: int) -> Any:
+            state, pairs = first, iter(loader)
+            for _ in range(steps):
+                train, val = next(pairs)
+                state = OPTIMIZER.step(state, train, val, problem.train_loss, problem.val_loss)
+            return state
+
+        run(1)
+        return lambda: run(steps)
+
+    return made
+
+
+def seconds(function: Callable[[], Any]) -> float:
     """Return how long a call takes, its arrays included."""
     started = time.perf_counter()
-    jax.block_until_ready(function(*args))
+    jax.block_until_ready(function())
     return time.perf_counter() - started
 
 
-def row(
-    name: str, run: Callable[[Loader], Any], pair: Any, share: float, steps: int, rounds: int
-) -> list[str]:
+def row(name: str, door: Door, share: float, steps: int, rounds: int) -> list[str]:
     """Measure reading alone, computing alone, and both, in turns in one process."""
-    quick = Loader(pair, 0)
-    run(quick)  # compile
+    computing = door(Loader(PAIR, 0))
     # What `sleep` is told: the share of a step's computing.
-    slow = Loader(pair, share * min(seconds(run, quick) for _ in range(2)) / steps)
+    slow = Loader(PAIR, share * min(seconds(computing) for _ in range(2)) / steps)
+    both = door(slow)
 
     def read() -> None:
         pairs = iter(slow)
         for _ in range(steps):
             next(pairs)
 
-    times = np.array(
-        [[seconds(read), seconds(run, quick), seconds(run, slow)] for _ in range(rounds)]
-    )
+    times = np.array([[seconds(read), seconds(computing), seconds(both)] for _ in range(rounds)])
     ratios = times[:, 2] / times[:, :2].max(axis=1)
     low, median, high = np.percentile(ratios, [25, 50, 75])
     alone = [f"{value:.2f}" for value in np.median(times, axis=0)]
@@ -106,13 +128,32 @@ def row(
     return [name, *alone, f"{median:.2f} ({low:.2f}-{high:.2f})", f"{serial:.2f}"]
 
 
+def waiting(problem: gradhpo.Problem, wait: float) -> gradhpo.Problem:
+    """Return the problem with a training loss that also waits, as a host does for an accelerator.
+
+    Its arithmetic is small, so that the cores of the host are free meanwhile.
+    """
+
+    def sleep(x: Any) -> Any:
+        time.sleep(wait)
+        return x
+
+    def train_loss(params: Any, hyperparams: Any, batch: Any) -> Any:
+        leaves, structure = jax.tree.flatten(batch)
+        first = jax.pure_callback(sleep, leaves[0], leaves[0], vmap_method="broadcast_all")
+        return problem.train_loss(params, hyperparams, structure.unflatten([first, *leaves[1:]]))
+
+    return dataclasses.replace(problem, train_loss=train_loss)
+
+
 def main(
-    width: Annotated[int, typer.Option(min=1, help="Hidden units.")] = 512,
+    width: Annotated[int, typer.Option(min=1, help="Hidden units.")] = 256,
     steps: Annotated[int, typer.Option(min=GENERATIONS, help="Steps of a run.")] = 200,
     slots: Annotated[int, typer.Option(min=1, help="Trials of the population.")] = 4,
     shares: Annotated[
         str, typer.Option(help="Seconds to read over seconds to compute, with commas.")
     ] = "0.5,1,2",
+    wait: Annotated[float, typer.Option(min=0, help="Seconds that the host waits.")] = 0.005,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of the three in turns.")] = 5,
     output: Annotated[Path | None, typer.Option(help="Write the tables as Markdown.")] = None,
 ) -> None:
@@ -125,20 +166,26 @@ def main(
         "are medians; each round measures reading alone, computing alone (from a loader that does "
         "not sleep) and both, and gives a ratio: the median over rounds, with quartiles. A ratio "
         "of 1 hides the smaller of the two wholly; the last column is the time over the sum of "
-        "the two, which a loop without any overlap takes."
+        "the two, which a loop without any overlap takes. First with a training loss that waits, "
+        "as for an accelerator, and leaves the cores free; then with one that takes all cores, on "
+        "which the loader must find its turn. (On a CPU a program that calls back into Python is "
+        "not dispatched asynchronously, so a loop of steps that wait would show nothing.)"
     )
-    task = models.mlp(width)
-    pair = jax.tree.map(np.asarray, (task.train_batch, task.val_batch))
-    problem = dataclasses.replace(task.problem, batch=None, data=None, metrics=None, batches=())
-    doors = {
-        "solve": by_solve(problem, steps),
-        "Population": by_population(problem, steps, slots),
-        "loop of step": by_hand(problem, steps),
-    }
     columns = ["door", "reading (s)", "computing (s)", "both (s)", "both / larger", "both / sum"]
-    for share in (float(part) for part in shares.split(",")):
-        rows = [row(name, run, pair, share, steps, rounds) for name, run in doors.items()]
-        report.table(f"Reading takes {share:g} times computing", columns, rows)
+    kinds = {
+        "The host waits": waiting(host_problem(8), wait),
+        "The host's cores compute": host_problem(width),
+    }
+    for kind, problem in kinds.items():
+        doors = {
+            "solve": by_solve(problem, steps),
+            "Population": by_population(problem, steps, slots),
+        }
+        if kind != "The host waits":
+            doors["loop of step"] = by_hand(problem, steps)
+        for share in (float(part) for part in shares.split(",")):
+            rows = [row(name, door, share, steps, rounds) for name, door in doors.items()]
+            report.table(f"{kind}: reading takes {share:g} times computing", columns, rows)
     report.write(output)
 
 

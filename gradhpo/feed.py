@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -23,6 +23,8 @@ HOST_CHUNK_STEPS = 64
 """Batches in a stack of host data, at most."""
 HOST_CHUNK_BYTES = 2**26
 """Bytes of a stack of host data, at most, unless one batch has more."""
+PAUSE_SECONDS = 1.0
+"""How long to read on when nobody computes: a program that ends waits for its reader."""
 READ_SECONDS = 0.1
 """How long a stack may take to read, so that a slow loader does not keep the device waiting."""
 
@@ -134,7 +136,9 @@ class HostFeed:
         self._known: dict[Seed, list[Saved]] = {}
         self._rows = 1
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="gradhpo-feed")
-        self._reading: Future[Any] | None = None
+        self._reading: Future[Any] = Future()
+        self._asked, self._filling = threading.Event(), Future[None]()
+        self._filling.set_result(None)
 
     def know(self, places: Places) -> None:
         """Take the short ways that `places` of another feed gave."""
@@ -168,11 +172,13 @@ class HostFeed:
         running: np.ndarray,
         steps: int,
         first: int = 0,
+        *,
+        beyond: bool = False,
     ) -> Iterator[Segment]:
         """Yield the segments of so many steps; fewer if the data ends.
 
         The next segment is read, stacked and sent while the present one computes, and as many pairs
-        as fit in another stack are read after it. None is read that these steps do not need.
+        as fit in another stack are read after it.
 
         Args:
           seeds: of each lane, `(lanes, numbers)`.
@@ -180,46 +186,53 @@ class HostFeed:
           running: which lanes need data, `(lanes,)`.
           steps: to take.
           first: the number that the first of them has in a `Segment`.
+          beyond: whether to read on for later steps too, meanwhile and afterwards; never done in an
+            iterator, which stands after the pairs that were used.
         """
+        beyond = beyond and not self.source.once
         self._settle()
         lanes = self._lanes(seeds, ages, running)
         ends = [self._timetable.pairs_before(int(age) + steps) for age in lanes.first_ages()]
         reading = self._read(lanes, steps, first)
         self._reading = self._reader.submit(next, reading, None)
-        filling, asked = self._reading, threading.Event()
         try:
             while (segment := self._reading.result()) is not None:
-                self._reading, asked = self._reader.submit(next, reading, None), threading.Event()
-                filling = self._reader.submit(self._fill, lanes.streams, ends, asked)
+                self._reading = self._reader.submit(next, reading, None)
+                self._start_filling(lanes.streams, [None] * len(ends) if beyond else ends)
                 yield segment
-                asked.set()
+                self._asked.set()
         finally:
-            asked.set()
-            wait([self._reading, filling])
-            self._reading = None
+            self._asked.set()
+            wait([self._reading, self._filling])
         self._keep(lanes)
+        if beyond:
+            self._start_filling(lanes.streams, [None] * len(ends), PAUSE_SECONDS)
 
-    def _fill(self, streams: list[Stream], ends: list[int], asked: threading.Event) -> None:
+    def _start_filling(
+        self, streams: list[Stream], ends: Sequence[int | None], seconds: float = np.inf
+    ) -> None:
+        self._asked = threading.Event()
+        self._filling = self._reader.submit(self._fill, streams, ends, self._asked, seconds)
+
+    def _fill(
+        self,
+        streams: list[Stream],
+        ends: Sequence[int | None],
+        asked: threading.Event,
+        seconds: float,
+    ) -> None:
         """Read ahead pair by pair, until a segment is asked for, or a stack is full.
 
         What a reader raises comes out when the pair is needed.
         """
-        wanted = max(stream.there for stream in streams)
+        wanted, began = max(stream.there for stream in streams), time.perf_counter()
         with contextlib.suppress(Exception):
             most = self.capacity(len(streams) if self._axis and self.source.own else None)
-            while wanted < most and not asked.is_set():
+            while wanted < most and not asked.is_set() and time.perf_counter() - began < seconds:
                 wanted += 1
                 for stream, end in zip(streams, ends, strict=True):
-                    stream.ahead(min(wanted, end - (stream.position or 0)))
-
-    def read_on(self) -> None:
-        """Read on in the streams that were used last, as far as the next stack needs, meanwhile.
-
-        Not in an iterator, which stands after the pairs that were used.
-        """
-        if not self.source.once:
-            streams, rows = list(self._open.values()), self._rows
-            self._reading = self._reader.submit(self._try_ahead, streams, rows)
+                    left = wanted if end is None else end - (stream.position or 0)
+                    stream.ahead(min(wanted, left))
 
     def calibration(self, seeds: np.ndarray, ages: np.ndarray, running: np.ndarray) -> Segment:
         """Return the segment of a calibration of all lanes now, whose pairs stay there."""
@@ -246,10 +259,9 @@ class HostFeed:
         return self._place(jax.tree.map(lambda x: x[:, 0] if axis else x[0], host), axis)
 
     def _settle(self) -> None:
-        """Wait for the reader, and raise what it raised."""
-        if self._reading is not None:
-            reading, self._reading = self._reading, None
-            reading.result()
+        """Let the reader finish the pair that it is at."""
+        self._asked.set()
+        wait([self._filling])
 
     def _lanes(self, seeds: np.ndarray, ages: np.ndarray, running: np.ndarray) -> Lanes:
         running = running if running.any() else np.ones_like(running)
@@ -306,10 +318,6 @@ class HostFeed:
                 if read < wanted:
                     return
                 done, before = done + read, after
-
-    def _try_ahead(self, streams: list[Stream], wanted: int) -> None:
-        with contextlib.suppress(Exception):  # raised when the pair is needed
-            self._ahead(streams, wanted)
 
     def _ahead(self, streams: list[Stream], wanted: int) -> None:
         """Read ahead in streams, and see how many pairs can be read in `READ_SECONDS`."""

@@ -88,13 +88,13 @@ def calibration(trial: Trial) -> Callable[..., Any]:
 def segments(
     feed: HostFeed, seeds: np.ndarray, ages: np.ndarray, runs: np.ndarray, steps: int
 ) -> Iterator[Segment]:
-    """Yield a generation's segments, and read on for the next one while the last one computes.
+    """Yield a generation's segments, and read on for the next one meanwhile.
 
     Raises:
       ValueError: if the data ends before.
     """
     taken = 0
-    for segment in feed.segments(seeds, ages, runs, steps):
+    for segment in feed.segments(seeds, ages, runs, steps, beyond=True):
         yield segment
         taken = segment.end
     if taken < steps:
@@ -102,7 +102,6 @@ def segments(
             f"Problem.batches ended: {taken} of the generation's {steps} steps have batches. Give "
             "an iterable, or a function of one, that begins again by itself"
         )
-    feed.read_on()
 
 
 def drive(
