@@ -17,7 +17,17 @@ from gradhpo.finite_derivatives import with_finite_derivatives
 from gradhpo.hypergradient import Loss, Mode, second_order
 from gradhpo.injected import follow
 from gradhpo.state import LossFn, PyTree, as_array
-from gradhpo.task import NEXT, TRAIN, Aux, Carried, evaluate, split_fixed, wanted
+from gradhpo.task import (
+    NEXT,
+    TRAIN,
+    Aux,
+    Carried,
+    evaluate,
+    is_none,
+    split_fixed,
+    wanted,
+    without_aux,
+)
 from gradhpo.updates import updated
 
 
@@ -135,7 +145,7 @@ class InnerStep:
                 lambda x, leaf: leaf if x is None else x,
                 floating,
                 carried.opt_state,
-                is_leaf=_is_none,
+                is_leaf=is_none,
             )
             before = carried._replace(opt_state=state)
             moved = self.differentiable(params, before, hyperparams, batch)
@@ -289,9 +299,11 @@ class InnerStep:
         there = {"model_state": model_state, "key": carried.draw(TRAIN)}
         given = wanted("update_fn", self.update_fn, **there)
         made = self.update_fn(whole, hyperparams, batch, **given)
-        if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], Aux)):
-            return made, None
-        new, aux = made
+        new, aux = without_aux(made)
+        if aux is None:
+            return new, None
+        if aux.metrics:
+            raise ValueError("update_fn returns metrics: return them from train_loss_fn")
         if aux.model_state is not None:
             like = ("model_state", model_state)
             check_same_tree("update_fn's model_state", aux.model_state, *like, dtypes=False)
@@ -381,10 +393,6 @@ _NUMBER_NEEDED = (
 def is_optax(value: Any) -> bool:
     """Whether `value` has the two functions of an `optax.GradientTransformation`."""
     return callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
-
-
-def _is_none(value: Any) -> bool:
-    return value is None
 
 
 def _keep_types(new_state: PyTree, old_state: PyTree) -> PyTree:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import keystr, tree_flatten_with_path
 
 from gradhpo.errors import check_callable
 from gradhpo.state import LossFn, PyTree
@@ -65,12 +66,7 @@ class FlaxModel:
 
     def start(self, hyperparams: PyTree) -> Callable[[jax.Array], tuple[PyTree, PyTree, PyTree]]:
         """Return an `init` for `Problem`: a new module, and these hyperparameters."""
-
-        def init(key: jax.Array) -> tuple[PyTree, PyTree, PyTree]:
-            params, model_state = self.init(key)
-            return params, hyperparams, model_state
-
-        return init
+        return _starting(self.init, hyperparams)
 
     def module(self, params: PyTree, model_state: PyTree = None, key: Any = None) -> Any:
         """Return a module with these weights and this state.
@@ -114,7 +110,11 @@ class FlaxModel:
             module = self.module(params, given.get("model_state"), given.get("key"))
             module.train() if training else module.eval()
             value, metrics = _with_metrics(loss(module, hyperparams, batch))
-            new = self._split(module)[2] if training else None
+            if not training:
+                return value, Aux(None, metrics)
+            _, after, new = self._split(module)
+            _refuse_written(params, after)
+            _refuse_new(given.get("model_state"), new)
             return value, Aux(new, metrics)
 
         return _signed(on_module, loss, model_state=remembers, key=draws)
@@ -163,12 +163,7 @@ class EquinoxModel:
 
     def start(self, hyperparams: PyTree) -> Callable[[jax.Array], tuple[PyTree, PyTree, PyTree]]:
         """Return an `init` for `Problem`: a new module, and these hyperparameters."""
-
-        def init(key: jax.Array) -> tuple[PyTree, PyTree, PyTree]:
-            params, model_state = self.init(key)
-            return params, hyperparams, model_state
-
-        return init
+        return _starting(self.init, hyperparams)
 
     def module(self, params: PyTree, model_state: PyTree = None) -> tuple[Any, Any]:
         """Return the module with these weights, and its `eqx.nn.State`; None where it has none.
@@ -180,6 +175,8 @@ class EquinoxModel:
         eqx = _equinox()
         if self._remembers and model_state is None:
             raise ValueError("model_state is missing: this module has a state or integer arrays")
+        # A state of its own: eqx.nn.State may be set once only.
+        model_state = jax.tree.map(lambda x: x, model_state)
         others, state = (self._static, None) if model_state is None else model_state
         return eqx.combine(params, others, self._static), state
 
@@ -188,8 +185,8 @@ class EquinoxModel:
 
         Args:
           loss: `(module, hyperparams, batch, state, key) -> scalar`, or `(scalar, state)` with the
-            new `eqx.nn.State`, or `(scalar, state, {name: scalar})` with metrics that join those
-            of the step. `state` is None where `make` gives none.
+            new `eqx.nn.State`, or `(scalar, {name: scalar})`, or `(scalar, state, {name: scalar})`:
+            metrics that join those of the step. `state` is None where `make` gives none.
         """
         return self._loss(loss, training=True)
 
@@ -217,6 +214,16 @@ class EquinoxModel:
         return _signed(on_module, loss, model_state=self._remembers, key=True)
 
 
+def _starting(
+    make: Callable[[jax.Array], tuple[PyTree, PyTree]], hyperparams: PyTree
+) -> Callable[[jax.Array], tuple[PyTree, PyTree, PyTree]]:
+    def init(key: jax.Array) -> tuple[PyTree, PyTree, PyTree]:
+        params, model_state = make(key)
+        return params, hyperparams, model_state
+
+    return init
+
+
 def _signed(on_module: Callable[..., Any], loss: Callable[..., Any], **takes: bool) -> LossFn:
     """Return a loss whose signature says which of `model_state` and `key` it takes."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -238,10 +245,35 @@ def _with_metrics(made: Any) -> tuple[Any, dict[str, Any]]:
 def _three(made: Any) -> tuple[Any, Any, dict[str, Any]]:
     if not isinstance(made, tuple):
         return made, None, {}
+    if len(made) == 2 and isinstance(made[1], Mapping):
+        return made[0], None, dict(made[1])
     if len(made) not in (2, 3):
         accepted = "a scalar, (scalar, state) or (scalar, state, metrics)"
         raise TypeError(f"loss must return {accepted}, got a tuple of {len(made)}")
     return made[0], made[1], dict(made[2]) if len(made) == 3 else {}
+
+
+def _refuse_written(before: PyTree, after: PyTree) -> None:
+    """Raise if a module wrote to its weights, which the optimizer alone moves."""
+    leaves, written = tree_flatten_with_path(before)[0], jax.tree.leaves(after)
+    for (path, old), new in zip(leaves, written, strict=True):
+        if new is not old:
+            raise ValueError(
+                f"the module writes to its nnx.Param {keystr(path)} while it runs, as "
+                "nnx.SpectralNorm does: weights are moved by the inner optimizer alone. Make it "
+                "another kind of nnx.Variable"
+            )
+
+
+def _refuse_new(before: PyTree, after: PyTree) -> None:
+    """Raise if a module made variables while it ran, as `sow` does."""
+    known = {keystr(path) for path, _ in tree_flatten_with_path(before)[0]}
+    made = [keystr(path) for path, _ in tree_flatten_with_path(after)[0]]
+    if new := [path for path in made if path not in known]:
+        raise ValueError(
+            f"the module made the variable {new[0]} while it ran (sow, say): what it remembers "
+            "must be there from the start. Return it as a metric"
+        )
 
 
 def _seeded(streams: Any, key: jax.Array) -> Any:

@@ -241,15 +241,20 @@ class BilevelOptimizer(abc.ABC):
         Needed before a loop of one's own around `advance`, with losses that return metrics; what
         they return is found by tracing them, once.
         """
-        memo = about(task.train_loss, task.val_loss)
-        if "metrics" not in memo:
-            memo["metrics"] = list(jax.eval_shape(self.told, state, task))
-        names: list[str] = memo["metrics"]
-        missing = [name for name in names if name not in state.metadata]
+        missing = [n for n in self._metric_names(state, task) if n not in state.metadata]
         if not missing:
             return state
         dtype = jnp.result_type(float)  # each in a buffer of its own, which may be donated
         return state.update(metadata={name: jnp.asarray(jnp.inf, dtype) for name in missing})
+
+    def _metric_names(self, state: BilevelState, task: Task) -> list[str]:
+        """Return the names of the metrics that the losses return; traced once for such trees."""
+        told: dict[Any, list[str]] = about(task.train_loss, task.val_loss).setdefault("metrics", {})
+        given = (state.params, state.hyperparams, state.model_state)
+        trees = jax.tree.structure((given, task.train_batch, task.val_batch))
+        if trees not in told:
+            told[trees] = list(jax.eval_shape(self.told, state, task))
+        return told[trees]
 
     def told(self, state: BilevelState, task: Task) -> dict[str, jax.Array]:
         """Return the metrics that the losses return before a step; traceable."""
@@ -270,6 +275,8 @@ class BilevelOptimizer(abc.ABC):
         """
         done = self.estimate(state, task)
         chex.assert_rank([done.train_loss, done.val_loss], 0)
+        state = self.ready(state, task)
+        self._check_complete(done, state, task)
         check_same_tree("hypergradient", done.hypergradient, "hyperparams", state.hyperparams)
         hyperparams, outer_opt_state = self._outer_update(done, state, lr_hyper)
         metrics = {
@@ -288,7 +295,7 @@ class BilevelOptimizer(abc.ABC):
             metadata={**metrics, **(done.metrics or {}), **(done.metadata or {})},
             model_state=done.model_state,
         )
-        return _same_types(new, self.ready(state, task))
+        return _same_types(new, state)
 
     def run(
         self,
@@ -372,6 +379,18 @@ class BilevelOptimizer(abc.ABC):
         check_hashable("val_loss_fn", val_loss_fn)
         owner = f"{type(self).__name__}.step"
         check_exactly_one(owner, outer_optimizer=self.outer_optimizer, lr_hyper=lr_hyper)
+
+    def _check_complete(self, done: Estimate, state: BilevelState, task: Task) -> None:
+        """Raise if an `estimate` of one's own leaves out what the losses remember or tell."""
+        told = done.metrics or {}
+        lost = [name for name in self._metric_names(state, task) if name not in told]
+        if state.model_state is not None and done.model_state is None:
+            lost = ["model_state", *lost]
+        if lost:
+            raise ValueError(
+                f"{type(self).__name__}.estimate returned no {lost[0]}: return Estimate.of("
+                "hypergradient, moved, val), with what inner_step and validation gave"
+            )
 
     def _outer_update(
         self, done: Estimate, state: BilevelState, lr_hyper: Any

@@ -9,6 +9,7 @@ from types import CodeType
 from typing import Any
 
 from gradhpo.errors import RecompileWarning, warn_user
+from gradhpo.remembered import original
 from gradhpo.state import LossFn
 
 MANY = 3
@@ -30,7 +31,7 @@ def note_compile(optimizer: Any, train_loss_fn: LossFn, val_loss_fn: LossFn) -> 
     for name, loss in (("train_loss_fn", train_loss_fn), ("val_loss_fn", val_loss_fn)):
         code = _code(loss)
         seen = [] if code is None else compiled.setdefault((name, code), [])
-        function = inspect.unwrap(loss)
+        function = inspect.unwrap(original(loss))
         if code is None or len(seen) == MANY or any(function == other() for other in seen):
             continue
         seen.append(_reference(function))
@@ -63,7 +64,7 @@ def _reference(function: Any) -> Any:
 
 def _code(loss: Any) -> CodeType | None:
     """Return the code of a function, also where it is wrapped or has arguments filled in."""
-    function = inspect.unwrap(loss)
+    function = inspect.unwrap(original(loss))
     while isinstance(function, functools.partial):
         function = inspect.unwrap(function.func)
     return getattr(function, "__code__", None)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradhpo.errors import check_hashable, check_same_tree, tracing
+from gradhpo.remembered import stands_for
 from gradhpo.state import METRICS, BilevelState, LossFn, PyTree, as_array
 
 OWN = 3
@@ -54,11 +55,7 @@ class Carried(NamedTuple):
 
     def whole(self, params: PyTree) -> PyTree:
         """Return the weights together with the leaves that are none."""
-        if self.fixed is None:
-            return params
-        return jax.tree.map(
-            lambda w, other: other if w is None else w, params, self.fixed, is_leaf=_is_none
-        )
+        return join_fixed(params, self.fixed)
 
 
 def split_fixed(params: PyTree) -> tuple[PyTree, PyTree]:
@@ -71,6 +68,13 @@ def split_fixed(params: PyTree) -> tuple[PyTree, PyTree]:
         jax.tree.map(lambda x, is_floating: x if is_floating else None, params, which),
         jax.tree.map(lambda x, is_floating: None if is_floating else x, params, which),
     )
+
+
+def join_fixed(floating: PyTree, others: PyTree) -> PyTree:
+    """Return what `split_fixed` took apart."""
+    if others is None:
+        return floating
+    return jax.tree.map(lambda a, b: b if a is None else a, floating, others, is_leaf=is_none)
 
 
 @jax.tree_util.register_dataclass
@@ -138,8 +142,8 @@ class Task:
     def plain(self, state: BilevelState) -> Task:
         """Return the task with losses that take and return nothing more, at this state.
 
-        They give a `compute_hypergradient` of one's own, which knows of nothing more, what the
-        step at this state would give.
+        They are for a `compute_hypergradient` of one's own, which knows of nothing more; to it the
+        validation loss reads what is remembered before the step.
         """
         carried = self.start(state)[1]
 
@@ -148,8 +152,7 @@ class Task:
                 given = {"model_state": carried.model_state, "key": carried.draw(purpose)}
                 return evaluate(name, loss_fn, (params, hyperparams, batch), **given)[0]
 
-            loss.__wrapped__ = loss_fn  # pyright: ignore[reportFunctionMemberAccess]
-            return loss
+            return stands_for(loss, loss_fn)
 
         return dataclasses.replace(
             self,
@@ -181,13 +184,27 @@ def typed_key(name: str, key: Any) -> jax.Array:
 
 
 def asks(function: Callable[..., Any], name: str, own: int = OWN) -> bool:
-    """Whether a function takes an argument of this name besides its own first ones."""
-    try:
-        parameters = list(inspect.signature(function).parameters.values())[own:]
-    except (TypeError, ValueError):  # a function of C, which does not say
+    """Whether a function takes an argument of this name besides its own first ones.
+
+    One with a default other than None, as `functools.partial` gives it, is bound already.
+    """
+    parameter = _parameter(function, name, own)
+    if parameter is None:
         return False
+    return parameter.default is None or parameter.default is inspect.Parameter.empty
+
+
+def _parameter(function: Callable[..., Any], name: str, own: int) -> inspect.Parameter | None:
+    try:
+        signature = inspect.signature(function, follow_wrapped=False)
+        passed_on = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        if any(p.kind in passed_on for p in signature.parameters.values()):
+            signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a function of C, which does not say
+        return None
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return any(p.name == name and p.kind in kinds for p in parameters)
+    rest = list(signature.parameters.values())[own:]
+    return next((p for p in rest if p.name == name and p.kind in kinds), None)
 
 
 def wanted(
@@ -196,11 +213,14 @@ def wanted(
     """Return what a function takes of `model_state` and `key`, besides its own first arguments.
 
     Raises:
-      ValueError: if it takes one that is not there.
+      ValueError: if it takes one that is not there, and has no default for it.
     """
     given = {what: value for what, value in there.items() if asks(function, what, own)}
-    for what, value in given.items():
-        if value is None:
+    for what, value in list(given.items()):
+        parameter = _parameter(function, what, own)
+        if value is None and parameter is not None and parameter.default is None:
+            del given[what]
+        elif value is None:
             raise ValueError(f"{name} takes {what}, and there is none: {_WHERE_FROM[what]}")
     return given
 
@@ -240,8 +260,8 @@ def evaluate(
     told_of = {"params": params, "hyperparams": hyperparams, kind: batch}
     with tracing(f"{name} ({problem_name})", **told_of):
         made = loss_fn(params, hyperparams, batch, **given)
-    pair = isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], Aux)
-    value, aux = made if pair else (made, Aux())
+    value, aux = without_aux(made)
+    aux = Aux() if aux is None else aux
     accepted = f"{name} must return one floating-point scalar"
     if not isinstance(value, jax.Array | np.ndarray | np.generic | float | int):
         more = ", or (scalar, gradhpo.Aux(...))" if isinstance(value, tuple) else ""
@@ -253,6 +273,12 @@ def evaluate(
     return jnp.asarray(value), _checked(name, aux, model_state)
 
 
+def without_aux(made: Any) -> tuple[Any, Aux | None]:
+    """Return what a function returned, and the `Aux` beside it if there is one."""
+    pair = isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], Aux)
+    return (made[0], made[1]) if pair else (made, None)
+
+
 def _checked(name: str, aux: Aux, model_state: PyTree) -> Aux:
     """Return an `Aux` with the metrics' full names, and the model state in the dtypes it had."""
     prefix = name.removesuffix("loss_fn")
@@ -261,10 +287,13 @@ def _checked(name: str, aux: Aux, model_state: PyTree) -> Aux:
     metrics: dict[str, jax.Array] = {}
     for given, value in aux.metrics.items():
         full = f"{prefix}{given}"
-        if not isinstance(given, str) or full in METRICS:
-            raise ValueError(
-                f"{name}: Aux.metrics must have names other than 'loss', got {given!r}"
-            )
+        if not isinstance(given, str):
+            raise TypeError(f"{name}: Aux.metrics must have texts for names, got {given!r}")
+        if full in METRICS:
+            raise ValueError(f"{name}: Aux.metrics must have names other than {given!r}")
+        if not isinstance(value, jax.Array | np.ndarray | np.generic | float | int):
+            got = type(value).__name__
+            raise TypeError(f"{name}: Aux.metrics[{given!r}] must be a number, got {got}")
         if jnp.shape(value) != ():
             got = f"shape {jnp.shape(value)}"
             raise ValueError(f"{name}: Aux.metrics[{given!r}] must be a scalar, got {got}")
@@ -298,5 +327,6 @@ def step_metrics(metadata: Mapping[str, Any]) -> list[str]:
     return [*METRICS, *sorted(set(own) - set(METRICS))]
 
 
-def _is_none(value: Any) -> bool:
+def is_none(value: Any) -> bool:
+    """Whether this is None, which a tree has in place of a leaf that is elsewhere."""
     return value is None

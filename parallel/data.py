@@ -27,8 +27,9 @@ from gradhpo.errors import check_same_tree
 from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.parallel.collectives import gather, same_on_all, spread
 from gradhpo.parallel.mesh import axis_size, put
+from gradhpo.remembered import stands_for
 from gradhpo.state import BilevelState, LossFn, PyTree, prepare
-from gradhpo.task import Aux, Carried, Task, evaluate, split_fixed
+from gradhpo.task import Aux, Task, evaluate, join_fixed, split_fixed, without_aux
 
 Backend = Literal["shard_map", "auto", "pmap"]
 Rules = Callable[[str, Any], P]
@@ -215,19 +216,19 @@ class DataParallel(BilevelOptimizer):
             whole = gather(self._share * value, self.axis)
             return whole, Aux(self._mean(aux.model_state), metrics)
 
-        return loss
+        return stands_for(loss, loss_fn)
 
     def _spread(self, tree: PyTree) -> PyTree:
         """Return the floating-point leaves as each device's own, and the others as they are."""
         floating, others = split_fixed(tree)
-        return Carried(None, fixed=others).whole(spread(floating, self.axis))
+        return join_fixed(spread(floating, self.axis), others)
 
     def _mean(self, tree: PyTree) -> PyTree:
         """Return the devices' mean of the floating-point leaves, and the others as they are."""
         floating, others = split_fixed(tree)
         share = 1 / axis_size(self.mesh, self.axis)
         mean = gather(jax.tree.map(lambda x: (share * x).astype(x.dtype), floating), self.axis)
-        return Carried(None, fixed=others).whole(mean)
+        return join_fixed(mean, others)
 
     def _on_device(self, given: dict[str, Any]) -> dict[str, Any]:
         """Return what a loss takes besides, on this device: a key is another one on each."""
@@ -248,15 +249,16 @@ class DataParallel(BilevelOptimizer):
         def update_fn(params: PyTree, hyperparams: PyTree, batch: PyTree, **given: Any) -> PyTree:
             local = self._spread(params)
             made = own(local, spread(hyperparams, self.axis), batch, **self._on_device(given))
-            aux = isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], Aux)
-            moved = made[0] if aux else made
+            moved, aux = without_aux(made)
             check_same_tree("update_fn", moved, "params", params)
             (new, others), (old, _), (before, _) = map(split_fixed, (moved, local, params))
             change = optax.tree.scale(self._share, optax.tree.sub(new, old))
             change = gather(change, self.axis)
             after = optax.tree.cast_like(optax.tree.add(before, change), before)
-            after = Carried(None, fixed=others).whole(after)
-            return (after, Aux(self._mean(made[1].model_state))) if aux else after
+            after = join_fixed(after, others)
+            if aux is None:
+                return after
+            return after, dataclasses.replace(aux, model_state=self._mean(aux.model_state))
 
         averaged = copy.copy(self.optimizer)
         object.__setattr__(averaged, "update_fn", update_fn)

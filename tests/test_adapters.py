@@ -177,6 +177,59 @@ def test_models_without_memory_or_randomness_take_plain_losses():
     assert np.isfinite(train(params, LAM, BATCH, key=KEY)[0])
 
 
+class Counts(eqx.Module):
+    out: eqx.nn.Linear
+    index: eqx.nn.StateIndex
+
+    def __init__(self, key):
+        self.out = eqx.nn.Linear(5, 3, key=key)
+        self.index = eqx.nn.StateIndex(jnp.zeros(()))
+
+    def __call__(self, x, state):
+        return jax.vmap(self.out)(x), state.set(self.index, state.get(self.index) + 1)
+
+
+def test_an_equinox_state_may_be_written_outside_of_vmap():
+    model = EquinoxModel(eqx.nn.make_with_state(Counts))
+
+    def counted(module, lam, batch, state, key):
+        logits, state = module(batch[0], state)
+        return cross_entropy(logits, batch[1], lam), state, {"n": state.get(module.index)}
+
+    losses = model.train_loss(counted), model.val_loss(counted)
+    problem = Problem(
+        model.start(jax.tree.map(jnp.asarray, LAM)), *losses, batches=[(BATCH,) * 2] * 3
+    )
+    solution = solve(problem, gradhpo.OneStepOptimizer(INNER, optax.adam(0.1)), 3, KEY)
+    assert solution.metrics["train_n"].tolist() == [1, 2, 3]
+
+
+class Writes(nnx.Module):
+    def __init__(self, rngs):
+        self.out = nnx.Linear(5, 3, rngs=rngs, param_dtype=jnp.float64)
+
+    def __call__(self, x, new):
+        if new:
+            self.seen = nnx.Variable(x)
+        else:
+            self.out.kernel[...] = self.out.kernel[...] / 2
+        return self.out(x)
+
+
+@pytest.mark.parametrize(
+    ("new", "message"),
+    [
+        (False, r"writes to its nnx.Param \['out'\]\['kernel'\]"),
+        (True, r"made the variable \['seen'\]"),
+    ],
+)
+def test_what_a_flax_module_may_not_write(new, message):
+    model = FlaxModel(Writes)
+    train = model.train_loss(lambda m, lam, b: cross_entropy(m(b[0], new), b[1], lam))
+    with pytest.raises(ValueError, match=message):
+        train(model.init(KEY)[0], LAM, BATCH)
+
+
 def test_what_is_refused():
     with pytest.raises(TypeError, match=r"make must return an nnx.Module, got dict"):
         FlaxModel(lambda rngs: {}).train_loss(loss)

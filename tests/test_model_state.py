@@ -1,6 +1,7 @@
 """Losses that remember (running statistics), draw (dropout) and report, for every method."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -262,6 +263,10 @@ def mean_val(params, lam, batch, *, model_state):
     return jnp.mean((x @ params["in"][:, 0] - model_state["mean"][0] - y) ** 2), Aux()
 
 
+def size(params, lam, batch):
+    return jnp.sum(params["in"] ** 2)
+
+
 def reading(key):
     return jax.random.uniform(key)
 
@@ -291,7 +296,7 @@ def test_each_device_draws_its_own():
     lam = {"decay": LAM["decay"]}
     parallel = data_parallel(made("one-step", optax.sgd(0.1)), make_mesh(data=4))
     state = parallel.init(PARAMS, lam)
-    args = (state, BATCH, BATCH, drawing_train, lambda w, lam, batch: jnp.sum(w["in"] ** 2))
+    args = (state, BATCH, BATCH, drawing_train, size)
     told = parallel.step(*args, key=jax.random.key(0)).metadata
     # The variance over four devices is not 0, so they drew different numbers.
     assert float(told["train_square"]) - float(told["train_drawn"]) ** 2 > 1e-3
@@ -409,6 +414,7 @@ def returning(**aux):
             r"train_loss_fn's model_state lacks the leaf \['count'\]",
         ),
         ({"train": returning(metrics={"loss": 1.0})}, ValueError, "names other than 'loss'"),
+        ({"train": returning(metrics={"a": "b"})}, TypeError, "'a'.* must be a number, got str"),
         ({"train": returning(metrics={"h": np.ones(2)})}, ValueError, "'h'.* must be a scalar"),
         ({"train": returning(metrics=[1.0])}, TypeError, "Aux.metrics must be a dict, got list"),
         (
@@ -426,6 +432,111 @@ def returning(**aux):
 def test_what_is_refused(arguments, error, message):
     with pytest.raises(error, match=message):
         failing(**arguments)
+
+
+def quadratic(w, lam, y):
+    return sum(jnp.sum((x - y) ** 2) + jnp.exp(lam["d"]) * jnp.sum(x**2) for x in w.values())
+
+
+def telling(w, lam, y):
+    return quadratic(w, lam, y), Aux(metrics={name: x.sum() for name, x in w.items()})
+
+
+def stepped(train, weights, optimizer=None):
+    optimizer = optimizer or gradhpo.OneStepOptimizer(optax.sgd(0.1), optax.sgd(0.1))
+    state = optimizer.init({name: np.ones(3) for name in weights}, {"d": np.float64(-2.0)})
+    state = optimizer.step(state, np.arange(3.0), np.arange(3.0), train, quadratic)
+    return {name for name in state.metadata if name.startswith("train_")} - {"train_loss"}
+
+
+def test_the_metrics_of_a_loss_may_differ_with_its_problem():
+    assert stepped(telling, "wu") == {"train_w", "train_u"}
+    assert stepped(telling, "w") == {"train_w"}
+    assert stepped(telling, "wuv") == {"train_w", "train_u", "train_v"}
+
+
+def test_a_wrapped_loss_is_another_loss():
+    @functools.wraps(quadratic)
+    def wrapped(w, lam, y):
+        return quadratic(w, lam, y), Aux(metrics={"e": 1.0})
+
+    assert [stepped(quadratic, "w"), stepped(wrapped, "w")] == [set(), {"train_e"}]
+
+    class Named:
+        def __init__(self, name):
+            self.name = name
+
+        @functools.partial(jax.jit, static_argnums=0)
+        def loss(self, w, lam, y):
+            return quadratic(w, lam, y), Aux(metrics={self.name: 1.0})
+
+    assert stepped(Named("a").loss, "w") == {"train_a"}
+    assert stepped(Named("b").loss, "w") == {"train_b"}
+
+
+def test_an_estimate_of_ones_own_may_not_lose_what_the_losses_remember():
+    class Forgets(gradhpo.OneStepOptimizer):
+        def estimate(self, state, task):
+            done = super().estimate(state, task)
+            return gradhpo.Estimate(*done[:5])
+
+    optimizer = Forgets(INNER, optax.sgd(0.0))
+    state = optimizer.init(PARAMS, LAM, model_state=STATE)
+    with pytest.raises(ValueError, match=r"Forgets.estimate returned no model_state"):
+        optimizer.step(state, BATCH, BATCH, train_loss, val_loss, key=jax.random.key(0))
+    with pytest.raises(ValueError, match=r"Forgets.estimate returned no train_w"):
+        stepped(telling, "w", Forgets(optax.sgd(0.1), optax.sgd(0.1)))
+
+
+def test_an_optimizer_of_ones_own_may_ask_one_of_the_librarys():
+    inside = gradhpo.OneStepOptimizer(INNER, optax.sgd(0.1))
+
+    class Asks(FiniteDifferences):
+        def compute_hypergradient(self, *given):
+            return inside.compute_hypergradient(*given)
+
+    states = []
+    for each in (Asks(INNER, optax.sgd(0.1)), inside):
+        state = each.init(PARAMS, LAM, model_state=STATE)
+        for _ in range(2):
+            args = (state, BATCH, BATCH, train_loss, val_loss)
+            state = each.step(*args, key=jax.random.key(3))
+        states.append(state)
+    assert_close(states[0].params["out"], states[1].params["out"], rtol=1e-4)
+    # To it, the validation loss reads the statistics before the step.
+    assert_close(states[0].hyperparams, states[1].hyperparams, rtol=1e-4)
+    assert float(states[0].hyperparams["decay"]) != LAM["decay"]
+
+
+def test_a_key_that_is_bound_or_optional_stays_the_users():
+    own, other = jax.random.key(1), jax.random.key(2)
+    bound = functools.partial(drawing_train, key=own)
+
+    def optional(w, lam, b, key=None):
+        return drawing_train(w, lam, b, key=own if key is None else key)
+
+    optimizer = made("one-step")
+    state = optimizer.init(PARAMS, {"decay": LAM["decay"]})
+    drawn = [
+        float(optimizer.step(state, BATCH, BATCH, loss, size, **given).metadata["train_drawn"])
+        for loss, given in [
+            (bound, {"key": other}),
+            (bound, {}),
+            (optional, {}),
+            (optional, {"key": other}),
+        ]
+    ]
+    assert drawn[0] == drawn[1] == drawn[2] == float(reading(own)) != drawn[3]
+
+
+def test_an_update_fn_returns_no_metrics():
+    def update(params, lam, batch):
+        return params, Aux(metrics={"a": 1.0})
+
+    optimizer = made("one-step", inner_optimizer=None, update_fn=update)
+    state = optimizer.init(PARAMS, LAM)
+    with pytest.raises(ValueError, match="update_fn returns metrics: return them from train_loss"):
+        optimizer.step(state, BATCH, BATCH, no_memory_train, no_memory_val)
 
 
 def test_modes_and_old_signatures_are_refused_by_name():

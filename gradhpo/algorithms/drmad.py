@@ -14,7 +14,7 @@ from gradhpo.hypergradient import Mode, validation
 from gradhpo.inner import Moved
 from gradhpo.optimizer import Estimate
 from gradhpo.state import BilevelState, PyTree
-from gradhpo.task import Carried, Task
+from gradhpo.task import Carried, Task, is_none
 from gradhpo.unrolling import UnrollingMethod
 
 
@@ -74,7 +74,7 @@ class DrMADOptimizer(UnrollingMethod):
             (cotangents, g_so), (t, record) = carry, step
             w_hat, line = jax.tree.map(lambda a, b: _between(a, b, t / T), first, last)
             s_hat = jax.tree.map(
-                lambda kept, a: a if kept is None else kept, record, line, is_leaf=_is_none
+                lambda kept, a: a if kept is None else kept, record, line, is_leaf=is_none
             )
             pull = inner.pullback_all(w_hat, s_hat, lam, batch_at(t))
             *cotangents, alpha_b = pull(*cotangents)
@@ -99,7 +99,3 @@ def _recorded(carried: Carried) -> Carried:
         return None if leaf.ndim > 0 and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     return jax.tree.map(record, carried)
-
-
-def _is_none(value: Any) -> bool:
-    return value is None

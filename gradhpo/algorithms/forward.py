@@ -16,7 +16,7 @@ from gradhpo.hypergradient import at_least_float32, over_coordinates, validation
 from gradhpo.inner import Moved
 from gradhpo.optimizer import Estimate
 from gradhpo.state import BilevelState, PyTree
-from gradhpo.task import Carried, Task, split_fixed
+from gradhpo.task import Task, join_fixed, split_fixed
 from gradhpo.unrolling import UnrollingMethod
 
 
@@ -85,7 +85,7 @@ class ForwardOptimizer(UnrollingMethod):
         floating, others = split_fixed(moved.carried.model_state)
 
         def loss(floating: PyTree) -> jax.Array:
-            whole = Carried(None, fixed=others).whole(floating)
+            whole = join_fixed(floating, others)
             return task.validate(moved.params, moved.carried._replace(model_state=whole), lam)[0]
 
         return jax.grad(loss)(floating)
