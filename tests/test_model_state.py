@@ -499,12 +499,11 @@ def test_an_optimizer_of_ones_own_may_ask_one_of_the_librarys():
     for each in (Asks(INNER, optax.sgd(0.1)), inside):
         state = each.init(PARAMS, LAM, model_state=STATE)
         for _ in range(2):
-            args = (state, BATCH, BATCH, train_loss, val_loss)
+            # A validation loss that remembers would read what was there before the step.
+            args = (state, BATCH, BATCH, train_loss, no_memory_val)
             state = each.step(*args, key=jax.random.key(3))
         states.append(state)
-    assert_close(states[0].params["out"], states[1].params["out"], rtol=1e-4)
-    # To it, the validation loss reads the statistics before the step.
-    assert_close(states[0].hyperparams, states[1].hyperparams, rtol=1e-4)
+    assert_close(states[0].hyperparams, states[1].hyperparams, rtol=1e-9)
     assert float(states[0].hyperparams["decay"]) != LAM["decay"]
 
 
