@@ -80,12 +80,14 @@ class Program:
             None if trial.timetable.episode_length is None else number,
         )
         index = jax.ShapeDtypeStruct((), jnp.int32)
-        step = plain.step.trace(plain, state, key, data, rates, index, pair).jaxpr
-        made = None if data is None else self.data.trace(self, key).jaxpr
+        with jax.disable_jit(False):  # the same whether the run is compiled or not
+            step = plain.step.trace(plain, state, key, data, rates, index, pair).jaxpr
+            made = None if data is None else self.data.trace(self, key).jaxpr
+            init = self.init.trace(self, key, data, pair).jaxpr
         return Fingerprint(
             versions(),
             settings(optimizer),
-            checksum(self.init.trace(self, key, data, pair).jaxpr),
+            checksum(init),
             None if made is None else checksum(made),
             checksum(step),
         )

@@ -133,7 +133,8 @@ class Solution:
         trial = Trial(problem.described(), optimizer, Timetable(1 if episodes else None, 0, 0))
         key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), runs or 1))
         key = key if runs else jax.ShapeDtypeStruct((), key.dtype)
-        pair = problem.first_pair() if problem.reopens else None
+        needed = problem.reopens or optimizer.remembers_batch
+        pair = problem.first_pair() if needed else None
         program = Program(trial, bool(runs))
         found = unpacked(arrays, about, templates(program, key, pair), str(path))
         if found.fingerprint is not None:

@@ -90,14 +90,20 @@ class Trial:
         """
         first = self.problem.first(key)._replace(**(given or {}))
         known = self.problem.batch is not None or host is not None
-        task, extra = self.task(key, data, 0, host) if known else None, {}
+        extra: dict[str, Any] = {}
         if self.optimizer.remembers_batch:
-            assert task is not None
-            extra = {"train_batch": task.train_batch, "key": stream(key, "optimizer")}
+            train_batch = self.task(key, data, 0, host).train_batch
+            extra = {"train_batch": train_batch, "key": stream(key, "optimizer")}
         state = self.optimizer.init(first.params, first.hyperparams, **extra)
         model_state = jax.tree.map(as_array, first.model_state)
         state = prepare(state.update(model_state=model_state))
-        state = state if task is None else self.optimizer.ready(state, task)
+        if known:  # of the first step only shapes are needed, and no batch is drawn
+
+            def task(key: jax.Array, data: PyTree, host: PyTree) -> Task:
+                return self.task(key, data, 0, host)
+
+            shapes = jax.eval_shape(task, key, data, host)
+            state = self.optimizer.ready(state, shapes)
         if self.timetable.episode_length is None:
             return state
         return state.update(metadata=_phi(state.params, model_state))
