@@ -247,9 +247,9 @@ class _Run:
             if resume.phi is not None:
                 self._state = self._state.update(metadata={PHI: resume.phi})
             self.done, self._data_state = resume.steps, resume.data_state
-            # Without the row of a divergence: that step is taken anew.
-            rows = (resume.metrics, resume.record)
-            metrics, kept = jax.tree.map(lambda rows: rows[: resume.steps], rows)
+            metrics, kept = resume.metrics, resume.record
+            if not program.batched:  # without the row of a divergence: that step is taken anew
+                metrics, kept = jax.tree.map(lambda rows: rows[: resume.steps], (metrics, kept))
             self._metrics, self._evals, self._record = [metrics], [resume.evals], [kept]
             self._record_start, self._fingerprint = resume.record_start, resume.fingerprint
             if resume.best is not None and watch.asks_as(resume.best):
