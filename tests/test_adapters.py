@@ -146,6 +146,7 @@ def test_an_equinox_module_trains_as_in_equinox():
     assert_close(state.metadata["val_loss"], expected, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_solve_takes_a_module_and_gives_one_back():
     def init(key):
         params, model_state = MODEL.init(key)
@@ -162,6 +163,7 @@ def test_solve_takes_a_module_and_gives_one_back():
     assert not np.allclose(module.hidden.kernel[...], first)
 
 
+@pytest.mark.slow
 def test_models_without_memory_or_randomness_take_plain_losses():
     plain = FlaxModel(lambda rngs: nnx.Linear(5, 3, rngs=rngs))
     params, model_state = plain.init(KEY)

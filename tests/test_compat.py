@@ -120,6 +120,7 @@ def test_the_demo_runs_unchanged_and_compiles_its_step_once(optimizer, length):
     assert compiles < 25
 
 
+@pytest.mark.slow
 def test_the_demo_with_greedy_which_takes_lr_hyper_in_vain():
     outer = optax.sgd(3e-3)
     optimizer = GreedyOptimizer(None, outer, unroll_steps=5, gamma=0.9, update_fn=update_fn)

@@ -138,6 +138,7 @@ def assert_loops_equal_one_device(model, name, backend="shard_map"):
     assert abs(one.hyperparams["scale"] - loops.LAM["scale"]) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", slow_but(loops.MODELS, "scan_from_zeros"))
 def test_loops_that_start_from_a_constant(model, x64):
     assert_loops_equal_one_device(model, "one-step")
@@ -207,6 +208,7 @@ def update_fn(params, lam, batch):
     return optax.tree.add_scale(params, -0.05, jax.grad(train_loss)(params, lam, batch))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "backend"),
     slow_but(
@@ -328,6 +330,7 @@ def test_run_in_episodes(name, x64):
     assert_close(jax.device_get(many), jax.device_get(run(optimizer)), atol=1e-13)
 
 
+@pytest.mark.slow
 def test_weights_state_and_hyperparameters_are_divided(x64):
     def wide_train(params, lam, batch):
         return jnp.mean((batch["x"] @ params["w"]) ** 2) + jnp.sum(

@@ -169,6 +169,7 @@ def test_costs_the_table_and_the_figure(tmp_path, capsys):
         found.row("two-step")
 
 
+@pytest.mark.slow
 def test_quick_compares_four_and_tells_how_long_it_takes(capsys):
     settings = {"inner_optimizer": INNER, "horizon": 2, "samples": 1, "rounds": 0}
     found = gradhpo.diagnose(SMALL, state_of(SMALL), KEY, methods="quick", **settings)

@@ -175,6 +175,7 @@ def test_eps_is_the_step_of_a_coordinate():
         assert_close(found, 3 * lam**2 + used**2, rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(["sgd", "adam", "update_fn"], "adam"))
 def test_without_a_second_order_term_the_rest_is_exact_and_not_nan(name):
     inner = {"update_fn": lambda w, lam, batch: w} if name == "update_fn" else INNER[name]

@@ -230,6 +230,7 @@ def test_layouts_programs_and_fit_on_host_data():
     assert np.isfinite(fitting.run(state, 3, keys)[1]["val_loss"]).all()
 
 
+@pytest.mark.slow
 def test_a_population_calibrates_on_the_pairs_that_come_next():
     trials = Population(problem("start"), HYPERDISTILL, 3, batching="map")
     state = trials.init(KEYS)
@@ -392,6 +393,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "host-data.md"
 RECIPES = ["shuffled", "seekable", "shared", "dataset", "own_dataset", "by_torch"]
 
 
+@pytest.mark.slow
 @pytest.mark.compiler
 @pytest.mark.parametrize("name", slow_but(RECIPES, "shared"))
 def test_the_recipes_of_the_page(name):

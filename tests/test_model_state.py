@@ -145,7 +145,9 @@ def test_the_unrolled_gradient_goes_through_the_statistics_where_it_is_told_to(n
     assert not np.allclose(found["decay"], other["decay"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["reverse-over-reverse", "forward-over-reverse"])
+@pytest.mark.parametrize(
+    "mode", slow_but(["reverse-over-reverse", "forward-over-reverse"], "forward-over-reverse")
+)
 @pytest.mark.parametrize("name", slow_but(["one-step", "greedy", "drmad", "unrolled"], "one-step"))
 def test_one_inner_step_is_differentiated_exactly_in_every_mode(name, mode):
     unroll = {"unroll_steps": 1} if name in UNROLLING else {}
@@ -488,6 +490,7 @@ def test_an_estimate_of_ones_own_may_not_lose_what_the_losses_remember():
         stepped(telling, "w", Forgets(optax.sgd(0.1), optax.sgd(0.1)))
 
 
+@pytest.mark.slow
 def test_an_optimizer_of_ones_own_may_ask_one_of_the_librarys():
     inside = gradhpo.OneStepOptimizer(INNER, optax.sgd(0.1))
 

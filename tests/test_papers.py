@@ -26,6 +26,7 @@ def invoke(name, *arguments):
     return CliRunner().invoke(app, arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("name", "reading"),

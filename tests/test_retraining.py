@@ -41,6 +41,7 @@ def test_a_plain_loop_takes_the_steps_of_the_run():
         assert made["loss"](w, (made["x"], made["y"])) < untrained / 2
 
 
+@pytest.mark.slow
 def test_the_page_on_long_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made = run("long-runs.md")

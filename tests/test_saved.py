@@ -154,11 +154,15 @@ def renamed(key):
     return jnp.ones(3), {"l": jnp.ones(3), "rate": jnp.asarray(-3.0)}
 
 
+def of_renamed(w, lam, batch):
+    return train_loss(w, {"l": lam["l"], "decay": lam["rate"]}, batch)
+
+
 @pytest.mark.parametrize(
     ("problem", "optimizer", "message"),
     [
         ({"init": wider}, {}, r"is float32\[3\], and should be float32\[4\]"),
-        ({"init": renamed}, {}, r"lacks state\.hyperparams\['rate'\]"),
+        ({"init": renamed, "train_loss": of_renamed}, {}, r"lacks state\.hyperparams\['rate'\]"),
         ({}, {"outer_optimizer": optax.sgd(0.1)}, r"has state\.outer_opt_state.*not there now"),
         ({}, {"mode": "reverse-over-reverse"}, r"another optimizer, OneStep.*auto.*; got OneStep"),
     ],

@@ -185,6 +185,7 @@ def test_it_can_be_drawn(reference, tmp_path):
     assert (tmp_path / "new/figure.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", slow_but(OPTIMIZERS, "one-step"))
 def test_every_method_and_objects_of_a_program(method, tmp_path):
     """Methods given as objects, with an outer rate that is searched where there is one."""

@@ -226,6 +226,7 @@ def test_the_unit_scale_of_no_signal_is_zero_not_nan():
     assert_same_bits(g, np.zeros(problems.N))
 
 
+@pytest.mark.slow
 def test_an_estimate_that_diverges_leaves_theta_as_it_was():
     optimizer = OnlineHypergradientOptimizer(optax.sgd(1e30), T=5)
     state = optimizer.init(problems.W0, problems.LAM0).update(metadata={"theta": 0.5})

@@ -102,6 +102,7 @@ def test_one_trial_is_the_same_at_every_door(name, kind, tmp_path):
     assert_same_bits(trials_state(best), jax.device_get(then.state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("episode_length", slow_but([None, T], T))
 def test_theta_is_estimated_when_the_timetable_says_so(episode_length):
     optimizer, seen = made("hyperdistill"), []

@@ -91,6 +91,7 @@ def test_a_tune_trial_is_a_sweep(ray, tmp_path):
         assert result.metrics["diverged"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["workers", "executor"])
 def test_where_it_runs_is_not_a_setting(name, tmp_path):
     pytest.importorskip("ray.tune")

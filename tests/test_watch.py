@@ -182,6 +182,7 @@ def test_another_metric_looks_for_the_best_anew():
     assert (found.best.metric, found.best.mode) == ("far", "min")
 
 
+@pytest.mark.slow
 def test_the_best_of_a_diverged_run_is_before_that():
     def loss(w, lam, batch):
         return train_loss(w, lam, batch) + jnp.where(lam["decay"] < -2.85, 0, jnp.nan)
