@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import re
 import weakref
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
+from gradhpo.checksums import same_program
 from gradhpo.errors import FrozenWarning, warn_user
 from gradhpo.problem import Problem
 from gradhpo.state import PyTree
@@ -35,8 +33,7 @@ def check_frozen(problem: Problem, key: jax.Array, data: PyTree) -> None:
     except TypeError:  # no weak references to it
         return
     first, second = (_trace(problem, key, data) for _ in range(2))
-    constants = zip(first.consts, second.consts, strict=False)
-    if _text(first) == _text(second) and all(_same(a, b) for a, b in constants):
+    if same_program(first, second):
         return
     warn_user(
         "Problem.batch is not the same each time it is traced, as with np.random, random or a "
@@ -49,17 +46,3 @@ def check_frozen(problem: Problem, key: jax.Array, data: PyTree) -> None:
 def _trace(problem: Problem, key: jax.Array, data: PyTree) -> Any:
     # A function of its own each time, since JAX remembers traces.
     return jax.make_jaxpr(lambda key, data: problem.draw(key, data))(key, data)  # noqa: PLW0108
-
-
-def _text(traced: Any) -> str:
-    """Return the program without the addresses of functions in it."""
-    return re.sub("0x[0-9a-f]+", "", str(traced.jaxpr))
-
-
-def _same(a: Any, b: Any) -> bool:
-    if a is b:
-        return True
-    if jnp.issubdtype(a.dtype, jax.dtypes.extended):
-        a, b = jax.random.key_data(a), jax.random.key_data(b)
-    nan = bool(jnp.issubdtype(a.dtype, jnp.inexact))
-    return np.array_equal(np.asarray(a), np.asarray(b), equal_nan=nan)

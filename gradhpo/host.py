@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradhpo.errors import check_same_tree, warn_user
+from gradhpo.state import is_key
 
 ACCEPTED = (
     "an iterable of (train_batch, val_batch) pairs, or a function of a NumPy generator, or of none "
@@ -408,8 +409,7 @@ def _from_json(state: Any) -> Any:
 
 def _kind_of_key(leaf: Any) -> str:
     """Return the implementation of a typed PRNG key, "" for anything else."""
-    typed = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return str(jax.random.key_impl(leaf)) if typed else ""
+    return str(jax.random.key_impl(leaf)) if is_key(leaf) else ""
 
 
 def _on_host(leaf: Any) -> np.ndarray:

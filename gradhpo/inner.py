@@ -181,23 +181,26 @@ class InnerStep:
     def _evaluated(
         self, carried: Carried, batch: PyTree
     ) -> Callable[[PyTree, PyTree], tuple[jax.Array, Aux]]:
-        model_state = carried.model_state
-        if not self.through_model_state:
-            model_state = jax.lax.stop_gradient(model_state)
+        given = self._given(carried)
 
         def evaluated(params: PyTree, hyperparams: PyTree) -> tuple[jax.Array, Aux]:
             arguments = (carried.whole(params), hyperparams, batch)
-            given = {"model_state": model_state, "key": carried.draw(TRAIN)}
             return evaluate("train_loss_fn", self.train_loss_fn, arguments, **given)
 
         return evaluated
 
+    def _given(self, carried: Carried) -> dict[str, Any]:
+        """Return what the training loss and an `update_fn` may take of what is carried."""
+        seen = self._as_constant(carried.model_state)
+        return carried._replace(model_state=seen).given(TRAIN)
+
+    def _as_constant(self, model_state: PyTree) -> PyTree:
+        return model_state if self.through_model_state else jax.lax.stop_gradient(model_state)
+
     def _after(self, before: Carried, opt_state: PyTree, aux: Aux) -> Carried:
         """Return `s_t` from `s_{t-1}`, the optimizer's new state, and what the loss returned."""
         new = before.model_state if aux.model_state is None else aux.model_state
-        if not self.through_model_state:
-            new = jax.lax.stop_gradient(new)
-        return Carried(opt_state, new, before.draw(NEXT), before.fixed)
+        return Carried(opt_state, self._as_constant(new), before.draw(NEXT), before.fixed)
 
     def move(
         self, gradient: PyTree, opt_state: PyTree, params: PyTree, hyperparams: PyTree, loss: Any
@@ -293,11 +296,7 @@ class InnerStep:
     ) -> tuple[PyTree, PyTree]:
         """Return what `update_fn` makes of the weights, and of the model state if it returns it."""
         assert self.update_fn is not None
-        model_state = carried.model_state
-        if not self.through_model_state:
-            model_state = jax.lax.stop_gradient(model_state)
-        there = {"model_state": model_state, "key": carried.draw(TRAIN)}
-        given = wanted("update_fn", self.update_fn, **there)
+        given = wanted("update_fn", self.update_fn, **self._given(carried))
         made = self.update_fn(whole, hyperparams, batch, **given)
         new, aux = without_aux(made)
         if aux is None:
@@ -305,7 +304,7 @@ class InnerStep:
         if aux.metrics:
             raise ValueError("update_fn returns metrics: return them from train_loss_fn")
         if aux.model_state is not None:
-            like = ("model_state", model_state)
+            like = ("model_state", carried.model_state)
             check_same_tree("update_fn's model_state", aux.model_state, *like, dtypes=False)
         return new, aux.model_state
 

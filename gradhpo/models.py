@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from gradhpo.errors import check_callable
-from gradhpo.state import LossFn, PyTree
+from gradhpo.state import LossFn, PyTree, is_key
 from gradhpo.task import Aux
 
 
@@ -61,8 +61,7 @@ class FlaxModel:
           key: what the module's `rngs` are made of.
         """
         nnx = _nnx()
-        _, params, rest = self._split(self._make(nnx.Rngs(key)))
-        return params, rest
+        return self._split(self._make(nnx.Rngs(key)))
 
     def start(self, hyperparams: PyTree) -> Callable[[jax.Array], tuple[PyTree, PyTree, PyTree]]:
         """Return an `init` for `Problem`: a new module, and these hyperparameters."""
@@ -112,7 +111,7 @@ class FlaxModel:
             value, metrics = _with_metrics(loss(module, hyperparams, batch))
             if not training:
                 return value, Aux(None, metrics)
-            _, after, new = self._split(module)
+            after, new = self._split(module)
             _refuse_written(params, after)
             _refuse_new(given.get("model_state"), new)
             return value, Aux(new, metrics)
@@ -120,10 +119,11 @@ class FlaxModel:
         return _signed(on_module, loss, model_state=remembers, key=draws)
 
     @staticmethod
-    def _split(module: Any) -> tuple[Any, PyTree, PyTree]:
+    def _split(module: Any) -> tuple[PyTree, PyTree]:
+        """Return a module's weights, and its model state or None."""
         nnx = _nnx()
-        graph, params, _, rest = nnx.split(module, nnx.Param, nnx.RngState, ...)
-        return graph, params, rest if jax.tree.leaves(rest) else None
+        _, params, _, rest = nnx.split(module, nnx.Param, nnx.RngState, ...)
+        return params, rest if jax.tree.leaves(rest) else None
 
 
 class EquinoxModel:
@@ -140,16 +140,13 @@ class EquinoxModel:
         self._make = make
 
     @functools.cached_property
-    def _static(self) -> Any:
-        """What of the module is no array."""
+    def _parts(self) -> tuple[Any, bool]:
+        """What of the module is no array, and whether there is a model state."""
         eqx = _equinox()
-        module, _ = _module_and_state(eqx.filter_eval_shape(self._make, jax.random.key(0)))
-        return eqx.filter(module, lambda x: not hasattr(x, "dtype"))
-
-    @functools.cached_property
-    def _remembers(self) -> bool:
-        made = _equinox().filter_eval_shape(self._make, jax.random.key(0))
-        return bool(jax.tree.leaves(_rest_of(*_module_and_state(made))))
+        made = eqx.filter_eval_shape(self._make, jax.random.key(0))
+        module, state = _module_and_state(made)
+        remembers = bool(jax.tree.leaves(_rest_of(module, state)))
+        return eqx.filter(module, lambda x: not hasattr(x, "dtype")), remembers
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         """Return the weights and the model state of a new module; the latter None if it has none.
@@ -159,7 +156,7 @@ class EquinoxModel:
         """
         module, state = _module_and_state(self._make(key))
         rest = _rest_of(module, state)
-        return _equinox().filter(module, _floating), rest if self._remembers else None
+        return _equinox().filter(module, _floating), rest if self._parts[1] else None
 
     def start(self, hyperparams: PyTree) -> Callable[[jax.Array], tuple[PyTree, PyTree, PyTree]]:
         """Return an `init` for `Problem`: a new module, and these hyperparameters."""
@@ -172,13 +169,13 @@ class EquinoxModel:
           params: from `init` or `state.params`.
           model_state: from `init` or `state.model_state`.
         """
-        eqx = _equinox()
-        if self._remembers and model_state is None:
+        eqx, (static, remembers) = _equinox(), self._parts
+        if remembers and model_state is None:
             raise ValueError("model_state is missing: this module has a state or integer arrays")
         # A state of its own: eqx.nn.State may be set once only.
         model_state = jax.tree.map(lambda x: x, model_state)
-        others, state = (self._static, None) if model_state is None else model_state
-        return eqx.combine(params, others, self._static), state
+        others, state = (static, None) if model_state is None else model_state
+        return eqx.combine(params, others, static), state
 
     def train_loss(self, loss: Callable[..., Any]) -> LossFn:
         """Return a training loss for `Problem`.
@@ -211,7 +208,7 @@ class EquinoxModel:
                 return value, Aux(metrics=metrics)
             return value, Aux((model_state[0], new), metrics)
 
-        return _signed(on_module, loss, model_state=self._remembers, key=True)
+        return _signed(on_module, loss, model_state=self._parts[1], key=True)
 
 
 def _starting(
@@ -243,10 +240,9 @@ def _with_metrics(made: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _three(made: Any) -> tuple[Any, Any, dict[str, Any]]:
-    if not isinstance(made, tuple):
-        return made, None, {}
-    if len(made) == 2 and isinstance(made[1], Mapping):
-        return made[0], None, dict(made[1])
+    value, metrics = _with_metrics(made)
+    if metrics or not isinstance(value, tuple):
+        return value, None, metrics
     if len(made) not in (2, 3):
         accepted = "a scalar, (scalar, state) or (scalar, state, metrics)"
         raise TypeError(f"loss must return {accepted}, got a tuple of {len(made)}")
@@ -282,7 +278,7 @@ def _seeded(streams: Any, key: jax.Array) -> Any:
     indices = itertools.count()
 
     def value(leaf: Any) -> jax.Array:
-        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if not is_key(leaf):
             return jnp.zeros(leaf.shape, leaf.dtype)
         own = jax.random.fold_in(key, next(indices))
         return jax.random.split(own, leaf.shape) if leaf.shape else own

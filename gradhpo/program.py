@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import keystr
 
+from gradhpo.checksums import checksum
 from gradhpo.compilation import jit
 from gradhpo.errors import check_floating, described, tracing
-from gradhpo.fingerprint import Fingerprint, checksum, settings, versions
+from gradhpo.fingerprint import Fingerprint, settings, versions
 from gradhpo.state import METRICS, BilevelState, PyTree, faults
 from gradhpo.trial import Rates, Trial
 

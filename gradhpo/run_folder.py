@@ -13,8 +13,8 @@ import numpy as np
 
 from gradhpo import checkpoints
 from gradhpo.checkpoints import DamagedFile, Saved
+from gradhpo.checksums import checksum
 from gradhpo.errors import check_count, tracing, warn_user
-from gradhpo.fingerprint import checksum
 from gradhpo.lock import FolderLock
 from gradhpo.problem import READ_AGAIN, Problem
 from gradhpo.program import Program

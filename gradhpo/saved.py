@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from gradhpo.state import PyTree
+from gradhpo.state import PyTree, is_key
 
 Spec = Any
 """JSON that says what a value is, and where its arrays are."""
@@ -79,11 +79,11 @@ class Packer:
 
     def _array(self, value: Any, path: str) -> Spec:
         if id(value) not in self._known:
-            typed = _is_key(value)
+            typed = is_key(value)
             self.arrays[path] = np.asarray(jax.random.key_data(value) if typed else value)
             self._known[id(value)] = path, value
         spec = {"array": self._known[id(value)][0], "device": isinstance(value, jax.Array)}
-        return spec | ({"key": str(jax.random.key_impl(value))} if _is_key(value) else {})
+        return spec | ({"key": str(jax.random.key_impl(value))} if is_key(value) else {})
 
 
 class Unpacker:
@@ -180,10 +180,5 @@ def _leaf(value: Any) -> bool:
     return value is None or jax.tree_util.all_leaves([value])
 
 
-def _is_key(value: Any) -> bool:
-    return isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
-
-
 def _kind(leaf: Any) -> str:
-    keys = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return f"{'key' if keys else leaf.dtype}{list(leaf.shape)}"
+    return f"{'key' if is_key(leaf) else leaf.dtype}{list(leaf.shape)}"

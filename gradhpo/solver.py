@@ -36,6 +36,7 @@ from gradhpo.progress import Bar
 from gradhpo.run_folder import RunFolder, open_folder, run_kind
 from gradhpo.solution import Best, Solution, check_resume, check_same_names
 from gradhpo.state import METRICS, BilevelState, PyTree, prepare
+from gradhpo.task import typed_keys
 from gradhpo.timetable import EpisodeInit, Timetable, schedule_and_rate, starts_fresh
 from gradhpo.trial import PHI, Rates, Trial
 from gradhpo.watch import Stop, Watch
@@ -547,12 +548,7 @@ def _called(callback: Callable[..., Any] | None) -> Callback:
 def _check_key(key: Any) -> jax.Array:
     """Return a typed key, `()` or `(n,)`, from a typed or a legacy one."""
     accepted = "key must be made by jax.random.key, or be an array of n such keys"
-    if not isinstance(key, jax.Array):
-        raise TypeError(f"{accepted}, got {key!r}")
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        if key.dtype != jnp.uint32 or key.shape[-1:] != (2,):
-            raise TypeError(f"{accepted}, got an array of {key.dtype} of shape {key.shape}")
-        key = jax.random.wrap_key_data(key)
+    key = typed_keys(accepted, key)
     if key.ndim > 1:
         raise ValueError(f"{accepted}, got keys of shape {key.shape}")
     return key

@@ -164,6 +164,11 @@ def _typed(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and not getattr(leaf, "weak_type", False)
 
 
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is an array of typed PRNG keys, or the shape and dtype of one."""
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
 def as_array(leaf: Any, dtype: Any = None) -> Any:
     """Return `leaf` as a strongly typed array, a Python number in JAX's default precision."""
     if isinstance(leaf, jax.Array):

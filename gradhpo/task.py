@@ -13,7 +13,7 @@ import numpy as np
 
 from gradhpo.errors import check_hashable, check_same_tree, tracing
 from gradhpo.remembered import stands_for
-from gradhpo.state import METRICS, BilevelState, LossFn, PyTree, as_array
+from gradhpo.state import METRICS, BilevelState, LossFn, PyTree, as_array, is_key
 
 OWN = 3
 """Arguments of a loss, and of an `update_fn`: the weights, the hyperparameters, the batch."""
@@ -52,6 +52,10 @@ class Carried(NamedTuple):
     def draw(self, purpose: int) -> Any:
         """Return a key for one purpose; None where there is no key."""
         return None if self.key is None else jax.random.fold_in(self.key, purpose)
+
+    def given(self, purpose: int) -> dict[str, Any]:
+        """Return what a loss or an `update_fn` may take besides its own arguments."""
+        return {"model_state": self.model_state, "key": self.draw(purpose)}
 
     def whole(self, params: PyTree) -> PyTree:
         """Return the weights together with the leaves that are none."""
@@ -130,13 +134,8 @@ class Task:
         self, params: PyTree, carried: Carried, hyperparams: PyTree
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Return the validation loss after an inner step, and its further metrics."""
-        loss, aux = evaluate(
-            "val_loss_fn",
-            self.val_loss,
-            (carried.whole(params), hyperparams, self.val_batch),
-            model_state=carried.model_state,
-            key=carried.draw(VAL),
-        )
+        arguments = (carried.whole(params), hyperparams, self.val_batch)
+        loss, aux = evaluate("val_loss_fn", self.val_loss, arguments, **carried.given(VAL))
         return loss, aux.metrics
 
     def plain(self, state: BilevelState) -> Task:
@@ -149,8 +148,8 @@ class Task:
 
         def plain(name: str, loss_fn: LossFn, purpose: int) -> LossFn:
             def loss(params: PyTree, hyperparams: PyTree, batch: PyTree) -> jax.Array:
-                given = {"model_state": carried.model_state, "key": carried.draw(purpose)}
-                return evaluate(name, loss_fn, (params, hyperparams, batch), **given)[0]
+                arguments = (params, hyperparams, batch)
+                return evaluate(name, loss_fn, arguments, **carried.given(purpose))[0]
 
             return stands_for(loss, loss_fn)
 
@@ -172,15 +171,25 @@ def typed_key(name: str, key: Any) -> jax.Array:
       TypeError: if it is neither, or more than one.
     """
     accepted = f"{name} must be one key made by jax.random.key"
-    if not isinstance(key, jax.Array):
-        raise TypeError(f"{accepted}, got {key!r}")
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        if key.dtype != jnp.uint32 or key.shape != (2,):
-            raise TypeError(f"{accepted}, got an array of {key.dtype} of shape {key.shape}")
-        return jax.random.wrap_key_data(key)
+    key = typed_keys(accepted, key)
     if key.shape != ():
         raise TypeError(f"{accepted}, got keys of shape {key.shape}")
     return key
+
+
+def typed_keys(accepted: str, keys: Any) -> jax.Array:
+    """Return typed keys of any shape from typed or legacy ones.
+
+    Raises:
+      TypeError: if they are neither; it begins with what is `accepted`.
+    """
+    if not isinstance(keys, jax.Array):
+        raise TypeError(f"{accepted}, got {keys!r}")
+    if is_key(keys):
+        return keys
+    if keys.dtype != jnp.uint32 or keys.shape[-1:] != (2,):
+        raise TypeError(f"{accepted}, got an array of {keys.dtype} of shape {keys.shape}")
+    return jax.random.wrap_key_data(keys)
 
 
 def asks(function: Callable[..., Any], name: str, own: int = OWN) -> bool:
@@ -316,8 +325,7 @@ def told(state: BilevelState, task: Task) -> dict[str, jax.Array]:
     """Return the metrics that the losses return before a step, of one training batch."""
     params, carried = task.start(state)
     arguments = (carried.whole(params), state.hyperparams, task.train_batch)
-    given = {"model_state": carried.model_state, "key": carried.draw(TRAIN)}
-    _, aux = evaluate("train_loss_fn", task.train_loss, arguments, **given)
+    _, aux = evaluate("train_loss_fn", task.train_loss, arguments, **carried.given(TRAIN))
     return aux.metrics | task.validate(params, carried, state.hyperparams)[1]
 
 
