@@ -31,7 +31,7 @@ from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.parallel import Population, compilations, compiled, data_parallel, make_mesh
 from gradhpo.parallel.mesh import to_host
 from gradhpo.problem import Problem
-from gradhpo.state import METRICS, BilevelState, PyTree
+from gradhpo.state import METRICS, BilevelState, PyTree, is_key
 from gradhpo.task import step_metrics
 from gradhpo.timetable import EpisodeInit
 from gradhpo.trial import Rates
@@ -674,10 +674,9 @@ def _take(state: Arrays, slots: jax.Array) -> Arrays:
 
 
 def _plain(leaf: jax.Array) -> jax.Array:
-    keys = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return jax.random.key_data(leaf) if keys else leaf
+    return jax.random.key_data(leaf) if is_key(leaf) else leaf
 
 
 def _typed(leaf: jax.Array, like: Any) -> jax.Array:
-    keys = jnp.issubdtype(like.dtype, jax.dtypes.prng_key)
-    return jax.random.wrap_key_data(leaf, impl=like.dtype._impl.name) if keys else leaf
+    typed = is_key(like)
+    return jax.random.wrap_key_data(leaf, impl=like.dtype._impl.name) if typed else leaf

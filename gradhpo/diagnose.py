@@ -186,9 +186,8 @@ class _Spoken:
         now = clock.perf_counter()
         seconds, self._last = now - self._last, now
         if name == EXACT:
-            rest = (
-                (self._methods - 1) * seconds * 2 / 3
-            )  # it compiles three programs, the others two
+            # It compiles three programs, the others two.
+            rest = (self._methods - 1) * seconds * 2 / 3
             self._bar.write(
                 f"diagnose: the exact hypergradient took {seconds:.1f} s; "
                 f"{self._methods - 1} methods more, about {rest:.0f} s"
@@ -292,11 +291,10 @@ def _walks(problem: Problem, key: jax.Array, T: int, samples: int) -> Any:
 @functools.partial(jit, static_argnums=0)
 def _exact(exact: UnrolledOptimizer, state: BilevelState, task: Task) -> tuple[PyTree, PyTree]:
     """Return the exact hypergradient, and its direct term."""
-    g = exact.estimate(state, task).hypergradient
-    end, key = walk(exact.inner_step(task.train_loss), state, task)
-    after = dataclasses.replace(task, key=key).start(end)
-    direct = validation(task, *after, state.hyperparams).direct
-    return at_least_float32(g), at_least_float32(direct)
+    done = exact.estimate(state, task)
+    end = task.after(exact.unroll_steps).start(moved(state, done))
+    direct = validation(task, *end, state.hyperparams).direct
+    return at_least_float32(done.hypergradient), at_least_float32(direct)
 
 
 @functools.partial(jit, static_argnums=0)
@@ -383,7 +381,7 @@ class _Plain(_Program):
 
     def __init__(self, inner: InnerStep, state: BilevelState, task: Task) -> None:
         def along(state: BilevelState, task: Task) -> Any:
-            after, _ = walk(inner, state, task)
+            after = walk(inner, state, task)
             return after.params, after.inner_opt_state, after.model_state
 
         self.steps = int(jax.tree.leaves(task.train_batch)[0].shape[0])

@@ -11,7 +11,7 @@ from gradhpo.errors import stack_length
 from gradhpo.inner import InnerStep
 from gradhpo.optimizer import BilevelOptimizer, Estimate
 from gradhpo.state import BilevelState, PyTree, prepare
-from gradhpo.task import NEXT, Carried, Task
+from gradhpo.task import Carried, Task
 from gradhpo.unrolling import UnrollingMethod
 
 
@@ -53,26 +53,22 @@ def estimate_at(optimizer: BilevelOptimizer, state: BilevelState, task: Task) ->
         if k > T:
             raise ValueError(f"unroll_steps must be at most the horizon, {T} steps; got {k}")
         inner, before = optimizer.inner_step(task.train_loss), _part(task, slice(T - k))
-        state, key = walk(inner, state, before)
+        state = walk(inner, state, before)
         stacked: Any = dataclasses.replace(optimizer, batches="stack")  # pyright: ignore[reportArgumentType]
-        last = dataclasses.replace(_part(task, slice(T - k, T)), key=key)
-        return stacked.estimate(state, last)
+        return stacked.estimate(state, _part(task, slice(T - k, T)).after(T - k))
 
     def step(carry: tuple[BilevelState, Any], batch: PyTree) -> tuple[Any, None]:
         state, key = carry
-        done = optimizer.estimate(state, dataclasses.replace(task, train_batch=batch, key=key))
-        return (moved(state, done), Carried(None, key=key).draw(NEXT)), None
+        here = dataclasses.replace(task, train_batch=batch, key=key)
+        return (moved(state, optimizer.estimate(state, here)), here.after(1).key), None
 
     before = _part(task, slice(T - 1))
     state, key = jax.lax.scan(step, (state, task.key), before.train_batch)[0]
     return optimizer.estimate(state, dataclasses.replace(_part(task, T - 1), key=key))
 
 
-def walk(inner: InnerStep, state: BilevelState, task: Task) -> tuple[BilevelState, Any]:
-    """Return the state after a plain inner step at each batch of the stack; λ is held.
-
-    And the key of the step after the last.
-    """
+def walk(inner: InnerStep, state: BilevelState, task: Task) -> BilevelState:
+    """Return the state after a plain inner step at each batch of the stack; λ is held."""
 
     def step(carry: tuple[PyTree, Carried], batch: PyTree) -> tuple[tuple[PyTree, Carried], None]:
         after = inner(*carry, state.hyperparams, batch)
@@ -80,7 +76,7 @@ def walk(inner: InnerStep, state: BilevelState, task: Task) -> tuple[BilevelStat
 
     w, s = jax.lax.scan(step, task.start(state), task.train_batch)[0]
     after = {"inner_opt_state": s.opt_state, "model_state": s.model_state}
-    return state.update(params=s.whole(w), **after), s.key
+    return state.update(params=s.whole(w), **after)
 
 
 def moved(state: BilevelState, done: Estimate) -> BilevelState:

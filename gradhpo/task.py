@@ -125,6 +125,13 @@ class Task:
         key = key if purpose is None else jax.random.fold_in(key, purpose)
         return dataclasses.replace(self, key=key)
 
+    def after(self, steps: int) -> Task:
+        """Return the task with the key that is left after so many inner steps."""
+        if self.key is None:
+            return self
+        key = jax.lax.fori_loop(0, steps, lambda _, key: jax.random.fold_in(key, NEXT), self.key)
+        return dataclasses.replace(self, key=key)
+
     def start(self, state: BilevelState) -> tuple[PyTree, Carried]:
         """Return the weights before the step, and what it carries besides."""
         params, fixed = split_fixed(state.params)

@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gradhpo.state import PyTree
+from gradhpo.state import PyTree, is_key
 
 
 def make_mesh(*, trial: int = 1, data: int | None = None, devices: Any = None) -> Mesh:
@@ -137,7 +136,7 @@ def pad_batch(batch: PyTree, devices: int) -> tuple[PyTree, np.ndarray]:
     last = np.minimum(np.arange(padded), rows - 1)
 
     def pad(leaf: Any) -> Any:
-        return leaf[last] if _is_key(leaf) else np.asarray(leaf)[last]
+        return leaf[last] if is_key(leaf) else np.asarray(leaf)[last]
 
     weights = np.where(np.arange(padded) < rows, padded / rows, 0).astype(np.float32)
     return jax.tree.map(pad, batch), weights
@@ -174,10 +173,6 @@ def put(tree: PyTree, sharding: Any) -> PyTree:
 
 def _through_key_data(function: Callable[[Any], jax.Array], x: Any) -> jax.Array:
     """Return `function(x)`, of the numbers behind it where `x` is an array of PRNG keys."""
-    if not _is_key(x):
+    if not is_key(x):
         return function(x)
     return jax.random.wrap_key_data(function(jax.random.key_data(x)), impl=jax.random.key_impl(x))
-
-
-def _is_key(x: Any) -> bool:
-    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

@@ -25,7 +25,7 @@ from gradhpo.parallel.compiled import Compiled
 from gradhpo.parallel.data import DataParallel
 from gradhpo.parallel.mesh import put, to_host
 from gradhpo.problem import Problem
-from gradhpo.state import BilevelState, PyTree, as_array, prepare
+from gradhpo.state import BilevelState, PyTree, as_array, is_key, prepare
 from gradhpo.timetable import EpisodeInit, Timetable, schedule_and_rate, starts_fresh
 from gradhpo.trial import PHI, Rates, Trial
 
@@ -532,7 +532,7 @@ class Population:
         episodes = set[str]() if self._trial.timetable.episode_length is None else {PHI}
         if not {"trial_step", "diverged_at"} | episodes <= set(state.metadata):
             raise ValueError("state must come from the population's init, run or select")
-        if not isinstance(keys, jax.Array) or not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
+        if not isinstance(keys, jax.Array) or not is_key(keys):
             raise TypeError(f"keys must be an array of keys from jax.random.key, got {keys!r}")
         if keys.shape != (self.slots,):
             raise ValueError(f"keys must have shape ({self.slots},), one a slot; got {keys.shape}")

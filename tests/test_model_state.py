@@ -11,6 +11,7 @@ import pytest
 
 import gradhpo
 from gradhpo import Aux, Problem, Task, solve
+from gradhpo.horizon import estimate_at
 from gradhpo.parallel import Population, data_parallel, make_mesh
 from tests.problems import assert_close, assert_same_bits
 from tests.quick import slow_but
@@ -160,6 +161,19 @@ def test_one_inner_step_is_differentiated_exactly_in_every_mode(name, mode):
 
 
 @pytest.mark.slow
+def test_methods_that_are_compared_walk_with_the_same_masks():
+    """T inner steps, whether a method takes them one by one, all at once, or the last of them."""
+    stack = jax.tree.map(lambda x: jnp.stack([x] * 3), BATCH)
+    task = Task(stack, BATCH, train_loss, val_loss, jax.random.key(3))
+    ends = []
+    for optimizer in (made("one-step"), made("unrolled"), made("unrolled", unroll_steps=1)):
+        state = optimizer.init(PARAMS, LAM, model_state=STATE)
+        done = estimate_at(optimizer, state, task)
+        ends.append((done.params, done.model_state, done.val_loss))
+    assert_close(ends[1], ends[0], rtol=1e-9)
+    assert_close(ends[2], ends[0], rtol=1e-9)
+
+
 def test_differences_and_implicit_see_the_mask_of_their_step():
     """T1-T2's shifted losses draw the dropout mask that the step drew."""
     t1t2, exact = made("t1t2"), made("one-step")
