@@ -25,7 +25,7 @@ from gradhpo.cluster import (
 from gradhpo.cluster.controller import Columns, Controller, Layout, Rules
 from gradhpo.cluster.executors import Executor
 from gradhpo.cluster.journal import Journal
-from gradhpo.cluster.shard import Order, Prepared, Result
+from gradhpo.cluster.orders import Order, Prepared, Result
 from gradhpo.state import METRICS
 
 SPACE = SearchSpace({"log_rate": loguniform(1e-4, 1e-1, stored="log"), "decay": uniform(0, 1)})

@@ -5,7 +5,8 @@ process.
 """
 
 from gradhpo.checkpoints import DamagedFile
-from gradhpo.cluster.executors import SweepError, local_ray
+from gradhpo.cluster.executors import local_ray
+from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.result import SweepResult, Trial
 from gradhpo.cluster.schedulers import (
     NEW,
@@ -16,9 +17,9 @@ from gradhpo.cluster.schedulers import (
     SuccessiveHalving,
     Table,
 )
-from gradhpo.cluster.shard import trial_key
 from gradhpo.cluster.space import Change, SearchSpace, choice, loguniform, uniform
 from gradhpo.cluster.sweep import Sweep
+from gradhpo.cluster.variant import trial_key
 from gradhpo.lock import StorageInUse
 
 __all__ = [

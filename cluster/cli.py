@@ -14,7 +14,7 @@ import numpy as np
 import typer
 
 from gradhpo.checkpoints import DamagedFile
-from gradhpo.cluster.executors import SweepError
+from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.result import SweepResult
 from gradhpo.cluster.sweep import EVENTS, Sweep, read_manifest

@@ -17,10 +17,11 @@ import numpy as np
 from gradhpo import checkpoints
 from gradhpo.checkpoints import DamagedFile, Saved
 from gradhpo.cluster import schedulers
-from gradhpo.cluster.executors import Executor, SweepError
+from gradhpo.cluster.executors import Executor
+from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.journal import Best, Entry, Journal
+from gradhpo.cluster.orders import Import, Order, Result
 from gradhpo.cluster.schedulers import NEW, Decision, Scheduler, Table
-from gradhpo.cluster.shard import Import, Order, Result
 from gradhpo.cluster.space import LR_HYPER, Change, Changes, SearchSpace
 
 Columns = dict[str, np.ndarray]

@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 
 from gradhpo.checkpoints import DamagedFile
-from gradhpo.cluster.incarnations import Incarnations, Superseded
-from gradhpo.cluster.shard import Order, Prepared, Result, ShardHost, Spec, StorageFailed
+from gradhpo.cluster.failures import StorageFailed, Superseded, SweepError
+from gradhpo.cluster.incarnations import Incarnations
+from gradhpo.cluster.orders import Order, Prepared, Result, Spec
+from gradhpo.cluster.shard import ShardHost
 from gradhpo.cluster.worker import Worker, environment
 
 Notify = Callable[..., None]
@@ -30,10 +32,6 @@ Notify = Callable[..., None]
 
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
 """For `ray.init`: what workers print stays in Ray's log files."""
-
-
-class SweepError(RuntimeError):
-    """The sweep cannot go on; what is saved stays, and a resumed sweep continues from it."""
 
 
 class Executor(abc.ABC):

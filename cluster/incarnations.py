@@ -13,14 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from gradhpo.checkpoints import write_json
+from gradhpo.cluster.failures import Superseded
 
 FILE = "incarnations.json"
 RESERVE = 1000
 """Numbers that a driver reserves at a time; what it does not use is never used."""
-
-
-class Superseded(RuntimeError):  # noqa: N818
-    """This worker's shard belongs to a later incarnation; what it computed is not used."""
 
 
 class Incarnations:

@@ -13,11 +13,13 @@ import numpy as np
 from gradhpo import checkpoints
 from gradhpo.checkpoints import DamagedFile
 from gradhpo.cluster.controller import PARENT, Columns, Layout, decision_of
-from gradhpo.cluster.executors import SweepError
+from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.journal import Journal
+from gradhpo.cluster.orders import Order, Spec
 from gradhpo.cluster.schedulers import NEW
-from gradhpo.cluster.shard import Order, ShardHost, Spec, Variant, build, data_key
+from gradhpo.cluster.shard import ShardHost
 from gradhpo.cluster.space import LR_HYPER, Change, SearchSpace
+from gradhpo.cluster.variant import Variant, build, data_key
 from gradhpo.state import BilevelState, PyTree
 
 

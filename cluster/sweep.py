@@ -20,11 +20,12 @@ from gradhpo import checkpoints
 from gradhpo._version import __version__
 from gradhpo.cluster import executors, importing, report, schedulers
 from gradhpo.cluster.controller import Controller, Layout, Rules
-from gradhpo.cluster.executors import Executor, RayExecutor, RaySettings, SweepError
+from gradhpo.cluster.executors import Executor, RayExecutor, RaySettings
+from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.journal import FILE, Journal
+from gradhpo.cluster.orders import Prepared, Spec
 from gradhpo.cluster.result import Report, SweepResult
 from gradhpo.cluster.schedulers import PBT, Scheduler
-from gradhpo.cluster.shard import Prepared, Spec
 from gradhpo.cluster.space import SearchSpace
 from gradhpo.errors import (
     UnreachedWarning,

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from gradhpo.checkpoints import DamagedFile
-from gradhpo.cluster.executors import SweepError
+from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.space import SearchSpace
 from gradhpo.cluster.sweep import Sweep
 from gradhpo.cluster.worker import environment

@@ -1,0 +1,440 @@
+"""One combination of a sweep's choices: a generation of its shards as one compiled program."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import keystr, tree_flatten_with_path
+
+from gradhpo.cluster import importing
+from gradhpo.cluster.host_turns import HostTurns
+from gradhpo.cluster.orders import Order, Prepared, Spec
+from gradhpo.cluster.space import LR_HYPER
+from gradhpo.errors import check_hashable
+from gradhpo.host import check_once
+from gradhpo.optimizer import BilevelOptimizer
+from gradhpo.parallel import Population, compiled, data_parallel, make_mesh
+from gradhpo.parallel.mesh import to_host
+from gradhpo.problem import Problem
+from gradhpo.state import METRICS, BilevelState, PyTree, is_key
+from gradhpo.task import step_metrics
+from gradhpo.trial import Rates
+
+DIVERGED = "diverged_at"
+RESERVED = (
+    *(*METRICS, DIVERGED, "generation", "slot", "variant", "trial", "born", "parent"),
+    *(LR_HYPER, "next_parent"),
+)
+"""Names of a table's own columns."""
+Arrays = dict[str, Any]
+"""Arrays of a state by path, `.params['w']`, each with a leading slot axis."""
+Rows = dict[str, np.ndarray]
+"""The same of some slots, on the host."""
+MOVED_AT_ONCE = 8
+"""Slots that one call of a program copies out of a state, or into it."""
+
+
+class Variant:
+    """One combination of the space's choices: its population and programs, on these devices."""
+
+    def __init__(self, spec: Spec, arguments: Mapping[str, Any], data: PyTree) -> None:
+        self.spec, self.settings = spec, spec.space.hyperparams
+        problem, optimizer = build(spec, arguments, data)
+        check_once(problem.batches)
+        mesh = None if spec.mesh is None else make_mesh(**spec.mesh)
+        if spec.mesh is not None and spec.mesh.get("data", 1) > 1:
+            optimizer = data_parallel(optimizer, mesh)  # pyright: ignore[reportArgumentType]
+        self.population = Population(
+            problem, optimizer, spec.slots, mesh, spec.batching,
+            episode_length=spec.episode_length, lr_reptile=spec.lr_reptile,
+            episode_init=spec.episode_init,
+        )  # fmt: skip
+        schedule = spec.lr_schedule
+        self.schedule = importing.load(schedule) if isinstance(schedule, str) else schedule
+        if schedule is not None:
+            check_hashable("lr_schedule", self.schedule)
+        self.optimizer = optimizer
+        self.programs: dict[str, Any] = {}
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), spec.slots))
+        data_shape = jax.eval_shape(lambda: self.population.trace_data(jax.random.key(0)))
+        pairs = self.population.first_pair_shapes(spec.slots)
+        self._template = jax.eval_shape(self.population.trace_init, keys, {}, data_shape, pairs)
+        self._check_settings()
+        self.data: PyTree = None
+        self.host = HostTurns(self, spec.steps) if problem.batch is None else None
+
+    def prepare(self, blobs: Mapping[str, bytes] | None) -> Prepared:
+        """Compile the programs, or load them from what another worker compiled."""
+        spec, calibration = self.spec, 0
+        rates = self.population.rates(1.0 if self._takes_rate else None)
+        if self.population.batching == "auto":
+            before = compiled.counts().compiles
+            state = self.population.init(jax.random.key(spec.seed))
+            self.population.resolve(state, rates.lr_hyper)
+            calibration = compiled.counts().compiles - before
+        layout = str(self.population.batching)
+        notes: list[str] = []
+
+        def get(name: str, function: Any, *args: Any) -> Any:
+            if blobs is None or name not in blobs:
+                return compiled.compile(function, *args, layout=layout)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", compiled.CompileWarning)
+                program = compiled.load(blobs[name], function, *args, layout=layout)
+            notes.extend(str(w.message) for w in caught)
+            return program
+
+        start = compiled.counts()
+        self.programs["data"] = get("data", self._make_data, np.uint32(spec.seed))
+        self.data = self.population.place_shared(
+            self.programs["data"].run(self._make_data, np.uint32(spec.seed))
+        )
+        state, some = self.zeros(), self._padded([], 0)
+        parts: list[tuple[str, Any, tuple[Any, ...]]] = [
+            ("take", _take, (state, some)),
+            ("put", self._put, (state, some, self._zero_rows())),
+            ("select", self._select, (state, np.zeros(spec.slots, np.int32))),
+        ]
+        if self.host is None:
+            turn, args = self._turn, self._example(state, rates)
+        else:
+            parts += self.host.parts(self._example(state, rates))
+            turn, args = self.host.turn(self._example(state, rates))
+        for part in parts:
+            self.programs[part[0]] = get(part[0], part[1], *part[2])
+        small = compiled.counts()
+        self.programs["turn"] = get("turn", turn, *args)
+        end = compiled.counts()
+        shared = None
+        if blobs is None and jax.process_count() == 1:
+            shared = {n: p.serialize() for n, p in self.programs.items() if p.shareable}
+            if self.programs["turn"].calls_python:
+                reason = "a program that calls back into Python cannot be serialized"
+                notes.append(f"{reason}; every worker compiles it")
+        return Prepared(
+            variant=-1,
+            batching=self.population.batching,
+            key=dataclasses.asdict(self.programs["turn"].key),
+            blobs=shared,
+            compiles=end.compiles - small.compiles,
+            loads=end.loads - small.loads,
+            restores=end.restores - small.restores,
+            small_compiles=small.compiles - start.compiles,
+            calibration_compiles=calibration,
+            warnings=notes,
+            columns=sorted(self._column_names()),
+        )
+
+    def turn(self, state: Arrays, order: Order) -> tuple[Arrays, dict[str, np.ndarray]]:
+        """Take one generation: new trials, changed settings, and the steps."""
+        place = self.population.place
+        per_slot = {
+            "trials": order.trials,
+            "fresh": order.fresh,
+            "changes": {n: _as_float32(order.changes.get(n), order) for n in self.settings},
+        }
+        rates = self.population.rates(order.lr_hyper if self._takes_rate else None)
+        args = (place(per_slot), place(rates), np.uint32(self.spec.seed), self.data)
+        if self.host is None:
+            state, columns = self.programs["turn"].run(self._turn, state, *args)
+        else:
+            state, columns = self.host.run(order.shard, order.fresh, state, *args)
+        columns = {name: np.array(to_host(column)) for name, column in columns.items()}
+        for name, column in columns.items():
+            if name != DIVERGED and not name.startswith("hyperparams."):
+                column[columns[DIVERGED] > 0] = np.nan
+        return state, columns
+
+    def take(self, state: Arrays, slots: Sequence[int]) -> Rows:
+        """Return the arrays of some slots, stacked in their order."""
+        parts: list[Rows] = []
+        for some in self._batches(slots):
+            taken = self.programs["take"].run(_take, state, self._padded(some, 0))
+            parts.append({name: to_host(leaf)[: len(some)] for name, leaf in taken.items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in state}
+
+    def put(self, state: Arrays, slots: Sequence[int], rows: Rows) -> Arrays:
+        """Return the state with the arrays of some slots replaced by stacked ones."""
+        done = 0
+        for some in self._batches(slots):
+            padded = self._zero_rows()
+            for name, leaf in padded.items():
+                leaf[: len(some)] = rows[name][done : done + len(some)]
+            beyond = self.spec.slots  # an index that is dropped
+            state = self.programs["put"].run(self._put, state, self._padded(some, beyond), padded)
+            done += len(some)
+        return state
+
+    def select(self, state: Arrays, parents: np.ndarray) -> Arrays:
+        """Return the state whose slot i is a copy of slot `parents[i]`."""
+        return self.programs["select"].run(self._select, state, parents.astype(np.int32))
+
+    def zeros(self) -> Arrays:
+        """Return the state before the first generation, in which every trial is new."""
+        return self.place({n: np.zeros(s.shape, s.dtype) for n, s in self._shapes().items()})
+
+    def place(self, arrays: Mapping[str, np.ndarray]) -> Arrays:
+        """Return arrays of the host on the devices, as a state.
+
+        Raises:
+          ValueError: if they are not this variant's.
+        """
+        for name, shape in self._shapes().items():
+            got = arrays.get(name)
+            if got is None or got.shape != shape.shape or got.dtype != shape.dtype:
+                found = "nothing" if got is None else f"{got.dtype}{list(got.shape)}"
+                raise ValueError(
+                    f"the checkpoint is of another problem or optimizer: {name} should be "
+                    f"{shape.dtype}{list(shape.shape)}, found {found}"
+                )
+        return self.population.place(dict(arrays))
+
+    def unflatten(self, row: Mapping[str, Any]) -> BilevelState:
+        """Return one slot's arrays as the `BilevelState` that they were."""
+        leaves, structure = tree_flatten_with_path(self._template)
+        return structure.unflatten([row[keystr(path)] for path, _ in leaves])
+
+    # --- what is traced -------------------------------------------------------------------------
+
+    def _turn(
+        self, state: Arrays, per_slot: Arrays, rates: Rates, seed: jax.Array, data: PyTree
+    ) -> tuple[Arrays, Arrays]:
+        keys = self.trial_keys(per_slot["trials"], seed)
+        whole = self.begun(state, per_slot, keys, data)
+        run = self.population.trace_run(self.spec.steps, self.schedule)
+        whole, rows = run(whole, keys, rates, data)
+        columns = {name: row[-1] for name, row in rows.items() if name != "stopped"}
+        columns |= self.measured(whole, data)
+        return self.packed(whole), columns
+
+    def trial_keys(self, trials: jax.Array, seed: jax.Array) -> jax.Array:
+        """Return each slot's key."""
+        return jax.vmap(lambda trial: trial_key(seed, trial))(trials)
+
+    def begun(
+        self, state: Arrays, per_slot: Arrays, keys: jax.Array, data: PyTree, pairs: PyTree = None
+    ) -> BilevelState:
+        """Return the state with new trials started and settings changed; see `trace_init`."""
+        whole, fresh, changes = self.unpacked(state), per_slot["fresh"], per_slot["changes"]
+        whole = whole.update(hyperparams=self._changed(whole.hyperparams, changes))
+
+        def start(whole: BilevelState) -> BilevelState:
+            # What was drawn comes first: an optimizer's state may be made from λ.
+            drawn = self._changed(self.population.trace_hyperparams(keys), changes)
+            first = self.population.trace_init(keys, {"hyperparams": drawn}, data, pairs)
+            return _where(fresh, first, whole)
+
+        return jax.lax.cond(jnp.any(fresh), start, lambda same: same, whole)
+
+    def measured(self, whole: BilevelState, data: PyTree) -> Arrays:
+        """Return the columns that come from the state after a generation."""
+        columns: Arrays = {}
+        for name, value in self.population.trace_measure(whole, data).items():
+            taken = name in (*RESERVED, *step_metrics(whole.metadata))
+            taken |= name.startswith("hyperparams.") or "|" in name
+            if value.ndim != 1 or taken:
+                got = f"{name!r} of shape {value.shape[1:]}"
+                raise ValueError(
+                    "in a sweep Problem.metrics must return scalars, under names without | other "
+                    f"than {', '.join(RESERVED)} and hyperparams.…; got {got}"
+                )
+            columns[name] = value.astype(float)
+        for name, leaf in self._leaves(whole.hyperparams).items():
+            columns[f"hyperparams.{name}"] = leaf.reshape(leaf.shape[0], -1).mean(1)
+        columns[DIVERGED] = whole.metadata[DIVERGED]
+        return columns
+
+    def _put(self, state: Arrays, slots: jax.Array, rows: Arrays) -> Arrays:
+        moved = {n: x.at[slots].set(rows[n], mode="drop") for n, x in state.items()}
+        return self._where_slots_lie(moved)
+
+    def _select(self, state: Arrays, parents: jax.Array) -> Arrays:
+        return self._where_slots_lie({name: leaf[parents] for name, leaf in state.items()})
+
+    def _where_slots_lie(self, state: Arrays) -> Arrays:
+        """Return the state laid out as it is placed, so that every program takes every other's."""
+        sharding = self.population.sharding
+        return state if sharding is None else jax.lax.with_sharding_constraint(state, sharding)
+
+    def _changed(self, hyperparams: PyTree, changes: Arrays) -> PyTree:
+        leaves, structure = tree_flatten_with_path(hyperparams)
+
+        def changed(name: str, leaf: jax.Array) -> jax.Array:
+            if name not in changes:
+                return leaf
+            mask, multiply, add = (x.reshape(-1, *[1] * (leaf.ndim - 1)) for x in changes[name])
+            low, high = self.settings[name].bounds
+            moved = leaf * multiply.astype(leaf.dtype) + add.astype(leaf.dtype)
+            return jnp.where(mask, jnp.clip(moved, low, high), leaf)
+
+        return structure.unflatten([changed(dotted(path), leaf) for path, leaf in leaves])
+
+    def _make_data(self, seed: jax.Array) -> PyTree:
+        return self.population.trace_data(data_key(seed))
+
+    def packed(self, state: BilevelState) -> Arrays:
+        """Return a state's arrays by path, laid out as they are placed."""
+        return self._where_slots_lie(self._pack(state))
+
+    def _pack(self, state: BilevelState) -> Arrays:
+        leaves = tree_flatten_with_path(state)[0]
+        return {keystr(path): _plain(leaf) for path, leaf in leaves}
+
+    def unpacked(self, arrays: Arrays) -> BilevelState:
+        """Return the state that arrays are packed of."""
+        leaves, structure = tree_flatten_with_path(self._template)
+        made = [_typed(arrays[keystr(path)], like) for path, like in leaves]
+        return structure.unflatten(made)
+
+    def _column_names(self) -> list[str]:
+        if self.host is None:
+            return _names(self.programs["turn"].executable.out_tree, 1)
+        return [
+            *step_metrics(self._template.metadata),
+            *_names(self.programs["end"].executable.out_tree),
+        ]
+
+    # --- shapes ---------------------------------------------------------------------------------
+
+    @property
+    def _takes_rate(self) -> bool:
+        return self.optimizer.outer_optimizer is None
+
+    def _shapes(self) -> Arrays:
+        return jax.eval_shape(self._pack, self._template)
+
+    def _zero_rows(self) -> Rows:
+        return {
+            n: np.zeros((self._at_once, *s.shape[1:]), s.dtype) for n, s in self._shapes().items()
+        }
+
+    @property
+    def _at_once(self) -> int:
+        return min(MOVED_AT_ONCE, self.spec.slots)
+
+    def _batches(self, slots: Sequence[int]) -> list[Sequence[int]]:
+        return [slots[i : i + self._at_once] for i in range(0, len(slots), self._at_once)]
+
+    def _padded(self, slots: Sequence[int], padding: int) -> np.ndarray:
+        padded = np.full(self._at_once, padding, np.int32)
+        padded[: len(slots)] = slots
+        return padded
+
+    def _example(self, state: Arrays, rates: Any) -> tuple[Any, ...]:
+        n, place = self.spec.slots, self.population.place
+        none = np.zeros(n, np.float32)
+        per_slot = {
+            "trials": np.zeros(n, np.uint32),
+            "fresh": np.ones(n, bool),
+            "changes": {name: (np.zeros(n, bool), none, none) for name in self.settings},
+        }
+        return state, place(per_slot), place(rates), np.uint32(self.spec.seed), self.data
+
+    def _leaves(self, hyperparams: PyTree) -> Arrays:
+        leaves = tree_flatten_with_path(hyperparams)[0]
+        return {dotted(path): leaf for path, leaf in leaves if dotted(path) in self.settings}
+
+    def _check_settings(self) -> None:
+        there = [dotted(path) for path, _ in tree_flatten_with_path(self._template.hyperparams)[0]]
+        for name in self.settings:
+            if name not in there:
+                raise ValueError(
+                    f"space.hyperparams has {name!r}; the problem's hyperparameters are "
+                    f"{', '.join(map(repr, there[:20]))}"
+                )
+        if self._takes_rate and self.spec.space.lr_hyper is None:
+            raise ValueError(
+                "the optimizer has no outer_optimizer: give SearchSpace(lr_hyper=…), a number or "
+                "a distribution"
+            )
+        if not self._takes_rate and self.spec.space.lr_hyper is not None:
+            raise ValueError("space.lr_hyper is given, and the optimizer has an outer_optimizer")
+
+
+def data_key(seed: Any) -> jax.Array:
+    """Return the key from which a sweep's data are made; trials' keys come from another."""
+    return jax.random.fold_in(jax.random.key(seed), 0)
+
+
+def trial_key(seed: Any, trial: Any) -> jax.Array:
+    """Return the key of a sweep's trial: a `solve` with it takes the same steps."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), trial)
+
+
+def build(
+    spec: Spec, arguments: Mapping[str, Any], data: PyTree
+) -> tuple[Problem, BilevelOptimizer]:
+    """Return the problem and the optimizer of a variant.
+
+    Raises:
+      TypeError: if a reference or a function does not give one.
+      ValueError: if a choice is an argument of neither function.
+    """
+    given = {**arguments, **({} if data is None else {"data": data})}
+    used: set[str] = set()
+    made: list[Any] = []
+    for name, source, wanted in (
+        ("problem", spec.problem, Problem),
+        ("optimizer", spec.optimizer, BilevelOptimizer),
+    ):
+        thing = importing.load(source) if isinstance(source, str) else source
+        if not isinstance(thing, wanted):
+            if not callable(thing):
+                got = type(thing).__name__
+                raise TypeError(f"{name} must be a {wanted.__name__} or a function, got {got}")
+            thing, taken = importing.call_with(thing, given)
+            used |= taken
+        if not isinstance(thing, wanted):
+            got = type(thing).__name__
+            raise TypeError(f"{name}: the function must return a {wanted.__name__}, got {got}")
+        made.append(thing)
+    if unused := set(given) - used:
+        name = sorted(unused)[0]
+        what = "data" if name == "data" else f"the choice {name!r}"
+        raise ValueError(f"{what} is given, but neither problem nor optimizer takes it")
+    return made[0], made[1]
+
+
+def dotted(path: Any) -> str:
+    """Return a leaf's path with dots between its parts."""
+    return keystr(path, simple=True, separator=".")
+
+
+def _as_float32(change: Any, order: Order) -> Any:
+    n = len(order.trials)
+    if change is None:
+        return np.zeros(n, bool), np.zeros(n, np.float32), np.zeros(n, np.float32)
+    mask, multiply, add = change
+    return np.asarray(mask), np.asarray(multiply, np.float32), np.asarray(add, np.float32)
+
+
+def _names(structure: Any, index: int | None = None) -> list[str]:
+    """Return the keys of a result that is a dictionary, or of one of several results."""
+    made = structure.unflatten(range(structure.num_leaves))
+    return list(made if index is None else made[index])
+
+
+def _where(mask: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    def choose(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+    return jax.tree.map(choose, new, old)
+
+
+def _take(state: Arrays, slots: jax.Array) -> Arrays:
+    return {name: leaf[slots] for name, leaf in state.items()}
+
+
+def _plain(leaf: jax.Array) -> jax.Array:
+    return jax.random.key_data(leaf) if is_key(leaf) else leaf
+
+
+def _typed(leaf: jax.Array, like: Any) -> jax.Array:
+    typed = is_key(like)
+    return jax.random.wrap_key_data(leaf, impl=like.dtype._impl.name) if typed else leaf
