@@ -26,6 +26,8 @@ from tests.problems import assert_close
 from tests.quick import slow_but
 from tests.small import OPTIMIZERS, REFERENCES, UNROLLING
 
+pytestmark = pytest.mark.usefixtures("only_x64")
+
 ROWS, EXAMPLES = 16, 32
 _rng = np.random.default_rng(0)
 X, Y = _rng.normal(size=(EXAMPLES, 3)), _rng.normal(size=EXAMPLES)
@@ -102,7 +104,7 @@ class OwnOptimizer(gradhpo.BilevelOptimizer):
         ("hyperdistill", 4),
     ),
 )
-def test_shard_map_equals_one_device(name, devices, x64):
+def test_shard_map_equals_one_device(name, devices):
     optimizer = build(name)
     parallel = data_parallel(optimizer, make_mesh(data=devices))
     one = walk(optimizer, 20)
@@ -118,7 +120,7 @@ def test_shard_map_equals_one_device(name, devices, x64):
 
 @pytest.mark.parametrize("backend", slow_but(["auto", "pmap"], "auto"))
 @pytest.mark.parametrize("name", slow_but(OPTIMIZERS, "one-step"))
-def test_other_backends_equal_one_device(name, backend, x64):
+def test_other_backends_equal_one_device(name, backend):
     optimizer = build(name)
     many = walk(data_parallel(optimizer, make_mesh(data=4), backend=backend), 5)
     assert_close(jax.device_get(many), jax.device_get(walk(optimizer, 5)), rtol=1e-10, atol=1e-13)
@@ -140,19 +142,19 @@ def assert_loops_equal_one_device(model, name, backend="shard_map"):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", slow_but(loops.MODELS, "scan_from_zeros"))
-def test_loops_that_start_from_a_constant(model, x64):
+def test_loops_that_start_from_a_constant(model):
     assert_loops_equal_one_device(model, "one-step")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*(n for n in OPTIMIZERS if n != "one-step"), *REFERENCES])
-def test_loops_that_start_from_a_constant_in_every_method(name, x64):
+def test_loops_that_start_from_a_constant_in_every_method(name):
     assert_loops_equal_one_device("scan_from_zeros", name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["auto", "pmap"])
-def test_loops_that_start_from_a_constant_in_other_backends(backend, x64):
+def test_loops_that_start_from_a_constant_in_other_backends(backend):
     assert_loops_equal_one_device("scan_from_zeros", "one-step", backend)
 
 
@@ -191,7 +193,7 @@ def test_greedys_reductions_do_not_grow_with_its_unroll():
 @pytest.mark.filterwarnings("ignore:.*'decay'. gets no hypergradient")  # these losses have none
 @pytest.mark.parametrize("backend", ["shard_map", "pmap"])
 @pytest.mark.slow
-def test_losses_that_sum(backend, x64):
+def test_losses_that_sum(backend):
     def sums(loss):
         return lambda params, lam, batch: jnp.sum(loss(params, lam, batch))
 
@@ -216,7 +218,7 @@ def update_fn(params, lam, batch):
         ("one-step", "shard_map"),
     ),
 )
-def test_an_update_function(name, backend, x64):
+def test_an_update_function(name, backend):
     optimizer = build(name, update_fn=update_fn)
     many = walk(data_parallel(optimizer, make_mesh(data=4), backend=backend), 4)
     one = walk(optimizer, 4)
@@ -225,7 +227,7 @@ def test_an_update_function(name, backend, x64):
     assert_close(jax.device_get(many), jax.device_get(one), rtol=rtol, atol=rtol * 1e-2)
 
 
-def test_an_optimizer_that_a_user_wrote(x64):
+def test_an_optimizer_that_a_user_wrote():
     many = walk(data_parallel(OwnOptimizer(), make_mesh(data=4)), 5)
     assert_close(jax.device_get(many), jax.device_get(walk(OwnOptimizer(), 5)), atol=1e-13)
 
@@ -245,7 +247,7 @@ class PartOptimizer(OwnOptimizer):
 
 @pytest.mark.parametrize("backend", ["shard_map", "pmap"])
 @pytest.mark.slow
-def test_an_optimizer_that_uses_its_part_of_the_batch(backend, x64):
+def test_an_optimizer_that_uses_its_part_of_the_batch(backend):
     def many(average):
         return data_parallel(PartOptimizer(average), make_mesh(data=4), backend=backend)
 
@@ -261,7 +263,7 @@ def test_an_optimizer_that_uses_its_part_of_the_batch(backend, x64):
 @pytest.mark.filterwarnings("ignore:.*'decay'. gets no hypergradient")  # these losses have none
 @pytest.mark.parametrize("backend", ["shard_map", "pmap"])
 @pytest.mark.slow
-def test_statistics_of_the_whole_batch_inside_a_loss(backend, x64):
+def test_statistics_of_the_whole_batch_inside_a_loss(backend):
     def centred(mean):
         def loss(params, lam, batch):
             error = errors(params, batch) - batch["y"] ** 2
@@ -278,7 +280,7 @@ def test_statistics_of_the_whole_batch_inside_a_loss(backend, x64):
 
 
 @pytest.mark.slow
-def test_compute_hypergradient_is_that_of_the_whole_batch(x64):
+def test_compute_hypergradient_is_that_of_the_whole_batch():
     optimizer = build("one-step")
     parallel = data_parallel(optimizer, make_mesh(data=8))
     start = jax.tree.map(jnp.asarray, (PARAMS, LAM))
@@ -305,7 +307,7 @@ def problem():
 
 @pytest.mark.parametrize("name", ["one-step", "hyperdistill"])
 @pytest.mark.slow
-def test_under_solve_with_calibration(name, x64):
+def test_under_solve_with_calibration(name):
     settings = {"T": 4} if name == "hyperdistill" else {}
     optimizer = build(name, **settings)
     parallel = data_parallel(optimizer, make_mesh(data=4))
@@ -316,7 +318,7 @@ def test_under_solve_with_calibration(name, x64):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.slow
-def test_run_in_episodes(name, x64):
+def test_run_in_episodes(name):
     own = {"T": 3} if name in ("t1t2", "hyperdistill") else {}
     length = (3,) if name in ("first-order", "one-step") else ()
     optimizer = build(name, **own)
@@ -331,7 +333,7 @@ def test_run_in_episodes(name, x64):
 
 
 @pytest.mark.slow
-def test_weights_state_and_hyperparameters_are_divided(x64):
+def test_weights_state_and_hyperparameters_are_divided():
     def wide_train(params, lam, batch):
         return jnp.mean((batch["x"] @ params["w"]) ** 2) + jnp.sum(
             lam * jnp.mean(params["w"] ** 2, 0)
@@ -393,7 +395,7 @@ def test_a_hundred_million_hyperparameters_take_a_step():
 
 @pytest.mark.filterwarnings("ignore:.*'decay'. gets no hypergradient")  # these losses have none
 @pytest.mark.slow
-def test_a_padded_batch_gives_the_mean_of_its_rows(x64):
+def test_a_padded_batch_gives_the_mean_of_its_rows():
     uneven = jax.tree.map(lambda x: x[:13], rows(0))
     padded, weights = pad_batch(uneven, 4)
 
@@ -472,7 +474,7 @@ def test_make_mesh_says_what_there_is():
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_single_process_result(tmp_path, x64):
+def test_two_processes_give_the_single_process_result(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"

@@ -60,7 +60,6 @@ def test_the_tuned_training_loop_runs(monkeypatch, capsys):
     assert all(settings[name] != tuned.USUAL[name] for name in settings)
 
 
-@pytest.mark.compiler
 @pytest.mark.slow
 def test_hyperclean_digits(tmp_path):
     """Two methods of the demo, each a sweep, on a Ray that it starts and stops; then resumed."""

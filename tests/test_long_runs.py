@@ -376,7 +376,7 @@ def test_sigkill_at_random_instants(tmp_path, kind, undisturbed):
     chance, kills = np.random.default_rng(len(kind)), 0
     while True:
         before, process = files(tmp_path), start_program(kind, tmp_path)
-        if kills == 4:
+        if kills == 3:
             assert finished(process)
             break
         deadline = time.monotonic() + 120
