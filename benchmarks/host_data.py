@@ -153,12 +153,13 @@ def main(
     shares: Annotated[
         str, typer.Option(help="Seconds to read over seconds to compute, with commas.")
     ] = "0.5,1,2",
-    wait: Annotated[float, typer.Option(min=0, help="Seconds that the host waits.")] = 0.005,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds that the host waits.")] = 0.03,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of the three in turns.")] = 5,
     output: Annotated[Path | None, typer.Option(help="Write the tables as Markdown.")] = None,
 ) -> None:
     """Measure runs on a loader that sleeps, against the larger of reading and computing."""
     options = f"--width {width} --steps {steps} --slots {slots} --shares {shares} --rounds {rounds}"
+    options += f" --wait {wait:g}"
     report = Report("Host data", f"python benchmarks/host_data.py {options}")
     report.say(
         f"An MLP of two hidden layers, batches of 64, One-Step, {steps} steps; {slots} slots in "
@@ -169,7 +170,9 @@ def main(
         "the two, which a loop without any overlap takes. First with a training loss that waits, "
         "as for an accelerator, and leaves the cores free; then with one that takes all cores, on "
         "which the loader must find its turn. (On a CPU a program that calls back into Python is "
-        "not dispatched asynchronously, so a loop of steps that wait would show nothing.)"
+        "not dispatched asynchronously, so a loop of steps that wait would show nothing. And the "
+        f"callback, a millisecond of Python beside a wait of {1000 * wait:g} ms, takes turns with "
+        "the loader at Python's lock, which an accelerator does not.)"
     )
     columns = ["door", "reading (s)", "computing (s)", "both (s)", "both / larger", "both / sum"]
     kinds = {

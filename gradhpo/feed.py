@@ -25,8 +25,8 @@ HOST_CHUNK_BYTES = 2**26
 """Bytes of a stack of host data, at most, unless one batch has more."""
 PAUSE_SECONDS = 1.0
 """How long to read on when nobody computes: a program that ends waits for its reader."""
-READ_SECONDS = 0.1
-"""How long a stack may take to read, so that a slow loader does not keep the device waiting."""
+READ_SECONDS = 0.02, 0.3
+"""How long a stack may take to read: the first, for which the device waits, and any later one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +134,7 @@ class HostFeed:
         self.source, self._timetable, self._axis, self._put = source, timetable, axis, put
         self._open: dict[tuple[Seed, int], Stream] = {}
         self._known: dict[Seed, list[Saved]] = {}
-        self._rows = 1
+        self._pair_seconds, self._patience = np.inf, READ_SECONDS[0]
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="gradhpo-feed")
         self._reading: Future[Any] = Future()
         self._asked, self._filling = threading.Event(), Future[None]()
@@ -193,7 +193,7 @@ class HostFeed:
         self._settle()
         lanes = self._lanes(seeds, ages, running)
         ends = [self._timetable.pairs_before(int(age) + steps) for age in lanes.first_ages()]
-        reading = self._read(lanes, steps, first)
+        reading = self._read(lanes, steps, first, taper=not beyond)
         self._reading = self._reader.submit(next, reading, None)
         try:
             while (segment := self._reading.result()) is not None:
@@ -290,7 +290,7 @@ class HostFeed:
             self._known.setdefault(seed, before.get(seed, [])[-1:]).append(saved)
         self._open = lanes.open()
 
-    def _read(self, lanes: Lanes, steps: int, first: int) -> Iterator[Segment]:
+    def _read(self, lanes: Lanes, steps: int, first: int, *, taper: bool) -> Iterator[Segment]:
         T, done, after = self._timetable.T, 0, lanes.places()
         while done < steps:
             due, before = lanes.due(self._timetable, done), after
@@ -302,12 +302,14 @@ class HostFeed:
                 yield Segment(at, at, T, True, host, lanes.apart, due, before, before)
             stop = lanes.until(self._timetable, done, steps)
             while done < stop:
-                wanted = max(self._rows, min(stream.there for stream in lanes.streams))
+                left = stop - done
+                wanted = self._rows(left if taper else None)
+                wanted = max(wanted, min(stream.there for stream in lanes.streams))
                 self._ahead(lanes.streams[:1], 1)  # to know a pair's size
                 if not lanes.streams[0].there:
                     return
                 capacity = self.capacity(None if lanes.of is None else len(lanes.of))
-                wanted = min(wanted, capacity, stop - done)
+                wanted = min(wanted, capacity, left)
                 self._ahead(lanes.streams, wanted)
                 read, stack = self._stack(lanes, wanted, capacity, lanes.running)
                 after = lanes.places()
@@ -320,13 +322,24 @@ class HostFeed:
                 done, before = done + read, after
 
     def _ahead(self, streams: list[Stream], wanted: int) -> None:
-        """Read ahead in streams, and see how many pairs can be read in `READ_SECONDS`."""
+        """Read ahead in streams, and see how long a pair takes."""
         lacking, began = max(wanted - stream.there for stream in streams), time.perf_counter()
         for stream in streams:
             stream.ahead(wanted)
         if lacking > 0:  # what was there already says nothing of the reader
-            seconds = max(time.perf_counter() - began, 1e-6) / lacking
-            self._rows = max(1, min(HOST_CHUNK_STEPS, int(READ_SECONDS / seconds)))
+            self._pair_seconds = max(time.perf_counter() - began, 1e-6) / lacking
+
+    def _rows(self, left: int | None) -> int:
+        """Return how many pairs the next stack has, with `left` of them before the end.
+
+        Nothing computes while the first stack is read, and nothing is read while the last one
+        computes: from short ones they grow, and towards an end they halve, where reading is slow.
+        """
+        shortest, longest = READ_SECONDS
+        rows, self._patience = self._patience / self._pair_seconds, min(2 * self._patience, longest)
+        if left is not None:
+            rows = min(rows, max(left / 2, shortest / self._pair_seconds))
+        return max(1, min(HOST_CHUNK_STEPS, int(rows)))
 
     def _stack(
         self,
