@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from gradhpo.cluster.commands import (
@@ -60,10 +60,13 @@ class NoWorker(SweepError):  # noqa: N818
     """There is no room for a worker, or none starts; what there is only the executor can say."""
 
 
+_Answer = Answered | Failed | Again
+
+
 @dataclasses.dataclass(eq=False)
 class _Call:
     job: Job
-    answers: dict[int, Answered | Failed | Again] = dataclasses.field(default_factory=dict)  # pyright: ignore[reportUnknownVariableType]
+    answers: dict[int, _Answer] = dataclasses.field(default_factory=dict[int, "_Answer"])
     wanted: bool = True
     """False when the generation that it belongs to was given up."""
     troubled: float | None = None
@@ -256,7 +259,6 @@ class Fleet:
         self._out.append(Kill(number, reason))
         calls = list(worker.calls.values())
         self._waiting += [c.job for c in calls if c.wanted and c.job in self._asked]
-        self._owner = {s: owner for s, owner in self._owner.items() if owner != number}
         # Calls are done in order: it was lost at the first of them.
         self._count(calls[0].job if calls else IDLE, number, reason)
 
@@ -269,18 +271,7 @@ class Fleet:
             self._fail = self._fail or Fail(error, number, job)
         if count <= limits.most_losses or self._fail is not None:
             return
-        where = {"start": "they started", "idle": "they were idle"}.get(job.kind)
-        if where is None:
-            compiled = job.kind == "prepare"
-            where = "the step was compiled or loaded" if compiled else f"shard {job.shard} ran"
-        hint = "A process that is killed for memory, or crashes, looks like this"
-        if "did not" in reason:
-            name = "deadline" if "answer" in reason and job.kind != "prepare" else "start_deadline"
-            hint = f"If it only needs longer, give {name}= more seconds"
-        elif "silent" in reason:
-            hint = "If its Python code keeps the interpreter for so long, give heartbeat= more"
-        text = f"{count} workers in a row were lost while {where}; the last one {reason}. {hint}"
-        self._fail = Fail(SweepError(text), number, job)
+        self._fail = Fail(SweepError(_sentence(job, count, reason)), number, job)
 
     # --- workers --------------------------------------------------------------------------------
 
@@ -349,25 +340,11 @@ class Fleet:
         """
         if not needed:
             return
-        before = dict(self._owner)
         shards = range(self._shards) if self._unbalanced else dict.fromkeys(needed)
         most = -(-self._shards // len(ready)) if self._unbalanced else self._shards
-        self._unbalanced = False
-        load = dict.fromkeys(ready, 0)
-        moving: list[int] = []
-        for shard, owner in before.items():
-            if shard not in shards and owner in load:
-                load[owner] += 1
-        for shard in shards:
-            owner = self._owner.get(shard)
-            if owner in load and load[owner] < most:
-                load[owner] += 1
-            else:
-                moving.append(shard)
-        for shard in moving:
-            heir = self._owner[shard] = min(ready, key=load.__getitem__)
-            load[heir] += 1
-        changed = [(s, owner) for s, owner in self._owner.items() if before.get(s) != owner]
+        owner = balanced(self._owner, shards, ready, most)
+        changed = [(s, n) for s, n in owner.items() if self._owner.get(s) != n]
+        self._unbalanced, self._owner = False, owner
         if changed:
             self._out.append(Own(tuple(changed)))
 
@@ -377,3 +354,43 @@ class Fleet:
             worker.progress = self._now
         worker.calls[call] = _Call(job)
         self._out.append(Send(number, call, job))
+
+
+def balanced(
+    owner: Mapping[int, int], shards: Iterable[int], ready: Sequence[int], most: int
+) -> dict[int, int]:
+    """Return who owns what when these shards are given to workers that are there.
+
+    A shard stays with a worker that has no more than `most`; others go where the fewest are.
+    """
+    made, load, moving = dict(owner), dict.fromkeys(ready, 0), list[int]()
+    shards = list(shards)
+    for shard in owner.keys() - set(shards):
+        if owner[shard] in load:
+            load[owner[shard]] += 1
+    for shard in shards:
+        mine = owner.get(shard, -1)
+        if mine in load and load[mine] < most:
+            load[mine] += 1
+        else:
+            moving.append(shard)
+    for shard in moving:
+        heir = made[shard] = min(ready, key=load.__getitem__)
+        load[heir] += 1
+    return made
+
+
+def _sentence(job: Job, count: int, reason: str) -> str:
+    """Say what was lost so often, and what may help."""
+    where = {
+        "start": "they started",
+        "idle": "they were idle",
+        "prepare": "the step was compiled or loaded",
+    }.get(job.kind, f"shard {job.shard} ran")
+    hint = "A process that is killed for memory, or crashes, looks like this"
+    if "did not" in reason:
+        name = "start_deadline" if job.kind in ("start", "prepare") else "deadline"
+        hint = f"If it only needs longer, give {name}= more seconds"
+    elif "silent" in reason:
+        hint = "If its Python code keeps the interpreter for so long, give heartbeat= more seconds"
+    return f"{count} workers in a row were lost while {where}; the last one {reason}. {hint}"

@@ -26,8 +26,8 @@ from gradhpo.cluster.commands import (
 from gradhpo.cluster.failures import Superseded
 from gradhpo.cluster.fleet import Fleet, Limits, NoWorker
 
-BEAT = 2.0
-"""Seconds between two signs of life, of a heartbeat of 8."""
+BEAT = 3.0
+"""Seconds between two signs of life, of a heartbeat of 12."""
 
 
 class World:
@@ -39,7 +39,7 @@ class World:
         self.deadline = rng.choice([None, 40.0])
         given = {"workers": rng.randint(1, 4), "start_deadline": 60.0, "most_losses": 10**6}
         limits = Limits(
-            **{**given, "processes": self.processes, "deadline": self.deadline, "heartbeat": 8.0}
+            **{**given, "processes": self.processes, "deadline": self.deadline, "heartbeat": 12.0}
             | settings
         )
         self.shards, self.variants = rng.randint(1, 8), rng.randint(1, 2)
@@ -61,7 +61,7 @@ class World:
     def start(self, command):
         assert command.worker not in self.there
         self.there[command.worker] = command.call
-        slow = self.rng.uniform(0, 50)
+        slow = self.rng.uniform(0, 20)
         self.perform(command.worker, command.call, START, slow)
 
     def own(self, command):
@@ -77,7 +77,7 @@ class World:
             assert self.owner[job.shard] == worker, "told before it owned the shard"
             assert job.variant in self.has[worker], "told before it had the programs"
             assert job in self.asked
-        longest = 30.0 if self.deadline else 60.0  # slow is not dead
+        longest = 30.0 if self.deadline else 45.0  # slow is not dead
         slow = self.rng.choice([0.1, 1.0, self.rng.uniform(1, longest)])
         self.perform(worker, command.call, job, min(slow, 50.0) if job.kind == "prepare" else slow)
 
