@@ -75,7 +75,8 @@ def test_a_killed_and_a_stopped_worker_change_nothing(tmp_path, reference):
 @pytest.mark.slow
 def test_slow_is_not_dead(tmp_path):
     """Each shard's generation takes longer than a worker may be silent."""
-    changes = {"problem": "tests.sweep_problems:slow", "generations": 1, "population": 4}
+    changes = {"problem": "tests.sweep_problems:slow", "population": 2, "shards": 2}
+    changes |= {"generations": 1}
     made = on_processes(tmp_path / "processes", **changes, heartbeat=0.6)
     result = made.run()
     assert min(entry["seconds"] for entry in result._entries) > 0.6
