@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from gradhpo.cluster import SweepError
+from gradhpo.cluster import SweepError, executors
+from gradhpo.cluster.commands import Again
+from gradhpo.cluster.this_process import ThisProcess
 from tests import sweep_problems
 from tests.sweeps import assert_same_tables, sweep
 
@@ -70,6 +72,31 @@ def test_a_killed_and_a_stopped_worker_change_nothing(tmp_path, reference):
     assert result.report.compiles == 1  # later incarnations load it
     assert not any(map(alive, hit))
     assert not workers(made)
+
+
+class LosesRows(ThisProcess):
+    """Every second time that rows of other shards come with a generation, they are gone."""
+
+    lost = 0
+
+    def send(self, worker, call, what, arguments):
+        with_rows = what == "run" and len(arguments[2]) > 0
+        LosesRows.lost += with_rows
+        if with_rows and LosesRows.lost % 2:
+            self._news.append(Again(worker, call))
+        else:
+            super().send(worker, call, what, arguments)
+
+
+def test_rows_that_are_lost_on_their_way_are_read_from_the_checkpoint(
+    tmp_path, reference, monkeypatch
+):
+    """As with the node that held them."""
+    monkeypatch.setattr(executors, "ThisProcess", LosesRows)
+    made = sweep(tmp_path, generations=LONG)
+    assert_same_tables(made.run(), reference)
+    assert LosesRows.lost > 2
+    assert lost(made) == []
 
 
 @pytest.mark.slow
