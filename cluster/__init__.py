@@ -5,8 +5,8 @@ process.
 """
 
 from gradhpo.checkpoints import DamagedFile
-from gradhpo.cluster.executors import local_ray
 from gradhpo.cluster.failures import SweepError
+from gradhpo.cluster.local_ray import local_ray
 from gradhpo.cluster.result import SweepResult, Trial
 from gradhpo.cluster.schedulers import (
     NEW,

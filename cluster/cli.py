@@ -68,7 +68,7 @@ def sweep(
     storage: Annotated[str | None, typer.Option(help="The sweep's folder.")] = None,
     generations: Generations = None,
     workers: Workers = None,
-    executor: Annotated[str | None, typer.Option(help="auto, local or ray.")] = None,
+    executor: Annotated[str | None, typer.Option(help="auto, local, processes or ray.")] = None,
     plot: Plot = None,
 ) -> None:
     """Run the sweep that a TOML file describes; where its storage holds it already, go on.

@@ -20,10 +20,11 @@ from gradhpo import checkpoints
 from gradhpo._version import __version__
 from gradhpo.cluster import executors, importing, report, schedulers
 from gradhpo.cluster.controller import Controller, Layout, Rules
-from gradhpo.cluster.executors import Executor, RayExecutor, RaySettings
+from gradhpo.cluster.executors import Executor
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.journal import FILE, Journal
 from gradhpo.cluster.orders import Prepared, Spec
+from gradhpo.cluster.processes import ProcessSettings
 from gradhpo.cluster.result import Report, SweepResult
 from gradhpo.cluster.schedulers import PBT, Scheduler
 from gradhpo.cluster.space import SearchSpace
@@ -104,14 +105,19 @@ class Sweep:
       workers: how many processes (or gangs of them) hold shards, at most.
       resources: of each process: `num_cpus`, `num_gpus`, `memory`, or any of Ray's by name.
       processes: of each worker; several are one JAX job that holds one shard together.
-      executor: "ray"; "local": in this process; "auto": "ray" where it is installed.
+      executor: "ray"; "processes": plain processes of this machine, on its processors, for which
+        the problem and the optimizer must be references or picklable; "local": in this process;
+        "auto": "ray" where it is installed, else "local".
       address: of a Ray cluster to join, or "auto"; by default `RAY_ADDRESS`, and without that a
         Ray of this machine only, started here and stopped again.
       env: environment variables of the workers.
       runtime_env: more of Ray's runtime environment, such as `working_dir` or `pip`.
-      deadline: seconds after which a worker that does not answer is replaced; by default one
-        minute and ten times the longest generation so far.
-      start_deadline: the same for starting and compiling.
+      deadline: seconds after which a worker that has not finished a shard's generation is replaced;
+        None, by default, for no such limit: a worker may be as slow as it likes while it lives.
+      start_deadline: the same for starting, and for compiling a variant.
+      heartbeat: seconds after which a worker that gives no sign of life is replaced: every process
+        gives them from beside its work, unless it is dead, stopped, or keeps the interpreter to
+        itself for so long.
       wait: seconds to wait for resources that the cluster does not have yet, with an autoscaler.
       placement: how Ray places the processes of a worker: "PACK", "SPREAD", "STRICT_PACK" or
         "STRICT_SPREAD".
@@ -146,12 +152,13 @@ class Sweep:
         workers: int = 1,
         resources: Mapping[str, float] | None = None,
         processes: int = 1,
-        executor: Literal["auto", "local", "ray"] = "auto",
+        executor: Literal["auto", "local", "processes", "ray"] = "auto",
         address: str | None = None,
         env: Mapping[str, str] | None = None,
         runtime_env: Mapping[str, Any] | None = None,
         deadline: float | None = None,
         start_deadline: float = 600,
+        heartbeat: float = 60,
         wait: float = 0,
         placement: str = "PACK",
         progress: bool | None = None,
@@ -187,13 +194,11 @@ class Sweep:
             )
         for name, value, accepted in (
             ("mode", mode, ("min", "max")),
-            ("executor", executor, ("auto", "local", "ray")),
+            ("executor", executor, executors.KINDS),
             ("placement", placement, PLACEMENTS),
         ):
             if value not in accepted:
                 raise ValueError(f"{name} must be one of {accepted}, got {value!r}")
-        if executor == "ray" and not executors.has_ray():
-            raise ImportError('executor="ray" needs Ray: pip install gradhpo[cluster]')
         self._check_mesh(mesh)
         for name, value in (("env", env), ("runtime_env", runtime_env), ("resources", resources)):
             if value is not None and not isinstance(value, Mapping):
@@ -219,7 +224,7 @@ class Sweep:
         self.executor: str = executor
         self._folders = _sys_path()
         self.layout = self._divide(shards)
-        self._ray = RaySettings(
+        self._ray = ProcessSettings(
             workers=min(self.workers, self.layout.shards),
             resources=_check_resources(resources),
             processes=check_count("processes", processes),
@@ -228,11 +233,12 @@ class Sweep:
             address=address,
             deadline=None if deadline is None else _seconds("deadline", deadline),
             start_deadline=_seconds("start_deadline", start_deadline),
+            heartbeat=_seconds("heartbeat", heartbeat),
             wait=check_number("wait", wait, 0, float("inf")),
             placement=placement,
         )
-        if processes > 1 and executor == "local":
-            raise ValueError('processes is for Ray; executor="local" has one')
+        sent = {"problem": problem, "optimizer": optimizer, "lr_schedule": lr_schedule}
+        executors.check(executor, self._ray, sent)
         self.events: list[tuple[str, dict[str, Any]]] = []
         """What happened in `run`, as `(event, facts)`: workers lost, programs prepared, …"""
 
@@ -375,7 +381,7 @@ class Sweep:
                 with deferred(stop):
                     controller.run(self.generations)
                 seconds = time.perf_counter() - started
-                compiles = executor.xla_compiles() if isinstance(executor, RayExecutor) else []
+                compiles = executor.xla_compiles()
             finally:
                 executor.close()
             made = self._report(prepared, compiles, started - began, seconds, len(computed))
@@ -467,6 +473,7 @@ class Sweep:
             "runtime_env": dict(self._ray.runtime_env),
             "deadline": self._ray.deadline,
             "start_deadline": self._ray.start_deadline,
+            "heartbeat": self._ray.heartbeat,
             "wait": self._ray.wait,
             "placement": self._ray.placement,
         }

@@ -1,13 +1,17 @@
-"""The Ray actor that owns a worker's populations: a `ShardHost` behind actor calls."""
+"""One process of a worker: a `ShardHost` behind calls whose answers every process can read."""
 
 from __future__ import annotations
 
 import os
 import socket
+import sys
+import traceback
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from gradhpo.checkpoints import Saved
+from gradhpo.checkpoints import DamagedFile
+from gradhpo.cluster.failures import StorageFailed, Superseded, WorkerFailed
 
 PASSED_ON = ("XLA_FLAGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")
 """Settings of JAX that change numbers, handed from the driver to workers."""
@@ -24,23 +28,44 @@ def environment(resources: Mapping[str, float], given: Mapping[str, str]) -> dic
     return {**passed, **given}
 
 
+class Answer(NamedTuple):
+    """What a call gave, or the error that it raised."""
+
+    value: Any = None
+    error: Exception | None = None
+    compiles: int = 0
+    """Programs that XLA compiled in this process so far."""
+
+
 class Worker:
     """One process of a worker. Every call may be repeated: it says all that it depends on."""
 
     def __init__(self) -> None:
         self._host: Any = None
 
-    def address(self) -> str:
-        """Return where the first process of a gang can coordinate the others."""
-        import ray
+    def do(self, what: str, *arguments: Any) -> Answer:
+        """Call a method of this class; whatever it raises is in the answer, and in the log."""
+        try:
+            value = getattr(self, what)(*arguments)
+        except Exception as error:
+            traceback.print_exc()
+            return Answer(None, readable(error), self.compiles())
+        return Answer(value, None, self.compiles())
 
-        host = ray.util.get_node_ip_address()
-        with socket.socket() as free:
-            free.bind((host, 0))
-            return f"{host}:{free.getsockname()[1]}"
+    def start(
+        self, spec: Any, data: Any, gang: tuple[str, int, int] | None, log: str | None = None
+    ) -> dict[str, Any]:
+        """Start JAX, as one process of a gang where there is one; return who this is.
 
-    def start(self, spec: Any, data: Any, gang: tuple[str, int, int] | None) -> dict[str, Any]:
-        """Start JAX, as one process of a gang where there is one; return who this is."""
+        Args:
+          spec: the sweep.
+          data: the driver's arrays.
+          gang: the address at which the processes of a worker meet, how many, and which this is.
+          log: a file into which all that is printed shall go from now on.
+        """
+        about: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname()}
+        if log is not None and _print_into(Path(log)):
+            about["log"] = log
         if gang is not None:
             from gradhpo.parallel import initialize
 
@@ -49,7 +74,7 @@ class Worker:
         from gradhpo.cluster.shard import ShardHost
 
         self._host = ShardHost(spec, data)
-        return {"pid": os.getpid(), "host": socket.gethostname()}
+        return about
 
     def prepare(self, variant: int, batching: Any, blobs: Any) -> Any:
         """See `ShardHost.prepare`."""
@@ -59,12 +84,31 @@ class Worker:
         """See `ShardHost.run`; `exported` holds the rows from each of the shards `sources`."""
         return self._host.run(order, incarnation, dict(zip(sources, exported, strict=True)))
 
-    def export(
-        self, shard: int, variant: int, generation: int, checkpoint: Saved, slots: list[int]
-    ) -> Any:
-        """See `ShardHost.export`; the first of the two results only says that it went well."""
-        return None, self._host.export(shard, variant, generation, checkpoint, slots)
+    def export(self, *arguments: Any) -> Any:
+        """See `ShardHost.export`."""
+        return self._host.export(*arguments)
 
-    def xla_compiles(self) -> int:
-        """See `ShardHost.xla_compiles`."""
-        return self._host.xla_compiles()
+    def compiles(self) -> int:
+        """Return how many programs XLA compiled in this process since it was started."""
+        return 0 if self._host is None else self._host.xla_compiles()
+
+
+def readable(error: Exception) -> Exception:
+    """Return an error that any process can read: a user's own type may be unknown to others."""
+    if type(error) in (DamagedFile, Superseded, StorageFailed):
+        return error
+    return WorkerFailed.of(error)
+
+
+def _print_into(log: Path) -> bool:
+    """Let this process, native code too, print into a file; whether that went well."""
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    except OSError:
+        return False
+    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+        stream.flush()
+        os.dup2(file, number)
+    os.close(file)
+    return True

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -89,5 +90,29 @@ def crashes_in_its_first_step():
     def batch(key, data):
         train, val = problem().batch(key, data)
         return jax.pure_callback(crash, train, train), val
+
+    return dataclasses.replace(problem(), batch=batch)
+
+
+def prints_and_fails():
+    """A problem that prints, and whose training loss raises an error of many lines."""
+
+    def loss(w, lam, x):
+        raise RuntimeError("the loss fails on purpose\n" + "and says more than fits\n" * 20)
+
+    print("printed by a problem")
+    return dataclasses.replace(problem(), train_loss=loss)
+
+
+def slow():
+    """A problem whose steps take their time, in Python that does not keep the interpreter."""
+
+    def wait(x):
+        time.sleep(0.2)
+        return x
+
+    def batch(key, data):
+        train, val = problem().batch(key, data)
+        return jax.pure_callback(wait, train, train), val
 
     return dataclasses.replace(problem(), batch=batch)

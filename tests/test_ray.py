@@ -1,5 +1,6 @@
 """Sweeps on real Ray: the numbers of one process, whatever is killed."""
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -233,6 +234,27 @@ def test_a_worker_that_hangs_is_replaced(cluster, tmp_path, reference):
     assert_same_tables(result, reference)
 
 
+def test_a_silent_worker_is_replaced_and_a_slow_one_is_not(cluster, tmp_path):
+    """Each shard's generation takes longer than a worker may be silent; there is no deadline."""
+    changes = {"problem": "tests.sweep_problems:slow", "population": 2, "shards": 2}
+    changes |= {"generations": 3}
+    made, stopped = on_ray(tmp_path / "ray", **changes, heartbeat=0.8), []
+
+    def disturb(generation, table):
+        del table
+        if generation == 2:
+            stopped.append(workers(made)[0])
+            os.kill(stopped[0], signal.SIGSTOP)
+
+    result = made.run(disturb)
+    lost = [facts["reason"] for event, facts in made.events if event == "worker lost"]
+    assert len(lost) == 1
+    assert "silent" in lost[0]
+    assert min(entry["seconds"] for entry in result._entries) > 0.8
+    assert not any(map(alive, stopped))
+    assert_same_tables(result, sweep(tmp_path / "local", **changes).run())
+
+
 DRIVER = """
 import os, sys
 sys.path.insert(0, {root!r})
@@ -269,8 +291,9 @@ def test_sigkill_of_the_driver_and_all_that_it_started(tmp_path, reference):
     assert_same_tables(result, reference)
 
 
-def test_sigkill_of_a_node(tmp_path, reference):
-    """A second node's raylet is killed, twice, with the workers on it."""
+@contextlib.contextmanager
+def nodes_that_die_quickly(cpus):
+    """A cluster on this machine, whose first node has so many processors."""
     from ray.cluster_utils import Cluster
 
     ray.shutdown()
@@ -280,9 +303,36 @@ def test_sigkill_of_a_node(tmp_path, reference):
         "health_check_timeout_ms": 1000,
         "health_check_failure_threshold": 2,
     }
-    head = {"num_cpus": 1, "include_dashboard": False, "_system_config": quick}
+    head = {"num_cpus": cpus, "include_dashboard": False, "_system_config": quick}
     nodes = Cluster(initialize_head=True, head_node_args=head)
     try:
+        yield nodes
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
+
+
+def test_the_loss_of_all_nodes_ends_at_once(tmp_path):
+    """Where nothing will grow (wait=0), and with the reason; it took an hour of starts before."""
+    with nodes_that_die_quickly(cpus=0) as nodes:
+        node = nodes.add_node(num_cpus=2)
+        ray.init(address=nodes.address, log_to_driver=False)
+        made = on_ray(tmp_path)
+
+        def disturb(generation, table):
+            del table
+            if generation == 3:
+                nodes.remove_node(node, allow_graceful=False)
+
+        with pytest.raises(SweepError, match=r"no room for a worker: .*no node of the cluster"):
+            made.run(disturb)
+        made = sweep(tmp_path, generations=5)
+        assert made.run().generations == 5
+
+
+def test_sigkill_of_a_node(tmp_path, reference):
+    """A second node's raylet is killed, twice, with the workers on it."""
+    with nodes_that_die_quickly(cpus=1) as nodes:
         second = [nodes.add_node(num_cpus=1)]
         ray.init(address=nodes.address, log_to_driver=False)
         made, kills = on_ray(tmp_path, workers=2), []
@@ -303,9 +353,6 @@ def test_sigkill_of_a_node(tmp_path, reference):
         assert kills == [True, True]
         assert result.report.workers_lost >= 1
         assert_same_tables(result, reference)
-    finally:
-        ray.shutdown()
-        nodes.shutdown()
 
 
 # --- clear errors, and nothing left behind -------------------------------------------------------
@@ -334,6 +381,10 @@ def test_errors_are_clear_and_leave_nothing_behind(cluster, tmp_path, case):
     made = on_ray(tmp_path, **changes)
     with pytest.raises(SweepError, match=message) as caught:
         made.run()
+    assert len(str(caught.value).splitlines()) <= 10
+    assert f"The storage: {tmp_path}" in str(caught.value)
+    if case not in ("gang", "resources", "custom"):
+        assert Path(str(caught.value).split("What the worker printed: ")[1].split()[0]).exists()
     if case in ("import", "module", "first step"):
         assert "The worker's own traceback" in str(caught.value)
         file = {"module": "breaks_on_import.py", "first step": "sweep_problems.py"}

@@ -40,6 +40,7 @@ from gradhpo.cluster import (
 )
 from gradhpo.cluster.controller import Rules, first_plan, orders
 from gradhpo.cluster.incarnations import Incarnations, Superseded
+from gradhpo.cluster.shard import ShardHost
 from gradhpo.lock import FolderLock
 from gradhpo.parallel import compiled
 from tests import sweep_problems
@@ -491,18 +492,17 @@ def test_a_worker_that_was_given_up_cannot_commit(tmp_path):
     """The order was sent before its shard got a new owner, and executed after."""
     made = sweep(tmp_path, generations=1)
     made.run()
-    spec, numbers = made._spec(), Incarnations(tmp_path)
-    old = executors.LocalExecutor(spec, None, numbers, 4)
-    old.prepare({0: "map"})
+    host, numbers = ShardHost(made._spec()), Incarnations(tmp_path)
+    host.prepare(0, "map")
+    old, new = numbers.new(), numbers.new()
     rules = Rules(made.scheduler, made.space, 0, "val_loss", 1)
-    order = orders(first_plan(made.layout, rules), [None] * 4, made.layout, made.space)[:1]
+    order = orders(first_plan(made.layout, rules), [None] * 4, made.layout, made.space)[0]
     before = contents(tmp_path / "checkpoints")
-    new = executors.LocalExecutor(spec, None, Incarnations(tmp_path), 4)
+    numbers.own({0: new})
     with pytest.raises(Superseded):
-        old.run(order)
+        host.run(order, old)
     assert contents(tmp_path / "checkpoints") == before
-    new.prepare({0: "map"})
-    assert new.run(order)[0].checkpoint.file not in before
+    assert host.run(order, new).checkpoint.file not in before
 
 
 # --- refusals -----------------------------------------------------------------------------------
@@ -696,8 +696,8 @@ def test_a_replay_uses_the_winners_own_layout(tmp_path, monkeypatch):
     def prepare(self, layouts):
         return original(self, dict(zip(layouts, ["map", "vmap"], strict=True)))
 
-    original = executors.LocalExecutor.prepare
-    monkeypatch.setattr(executors.LocalExecutor, "prepare", prepare)
+    original = executors.FleetExecutor.prepare
+    monkeypatch.setattr(executors.FleetExecutor, "prepare", prepare)
     space = dataclasses.replace(SPACE, choices={"method": ["first-order", "one-step"]})
     result = sweep(tmp_path, space=space, generations=4, batching="auto", seed=1).run()
     assert result.best.choices == {"method": "one-step"}
@@ -709,7 +709,7 @@ def test_a_replay_uses_the_winners_own_layout(tmp_path, monkeypatch):
 def test_a_host_that_is_done_is_forgotten(tmp_path):
     def count():
         gc.collect()
-        return sum(isinstance(x, executors.ShardHost) for x in gc.get_objects())
+        return sum(isinstance(x, ShardHost) for x in gc.get_objects())
 
     before = count()
     sweep(tmp_path, generations=1).run()

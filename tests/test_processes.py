@@ -1,0 +1,175 @@
+"""Sweeps on plain processes of this machine: the numbers of one process, whatever is killed."""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gradhpo.cluster import SweepError, executors
+from gradhpo.cluster.commands import Again
+from gradhpo.cluster.this_process import ThisProcess
+from tests import sweep_problems
+from tests.sweeps import assert_same_tables, sweep
+
+ROOT = Path(__file__).parent.parent
+LONG = 10
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The small sweep, undisturbed, in this process."""
+    return sweep(tmp_path_factory.mktemp("reference"), generations=LONG).run()
+
+
+def on_processes(storage, **changes):
+    return sweep(storage, **{"executor": "processes", "workers": 2, "generations": LONG, **changes})
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def workers(made):
+    """Process ids of the workers that a running sweep has had, the living ones."""
+    pids = [facts["pid"] for event, facts in list(made.events) if event == "worker ready"]
+    return [pid for pid in pids if alive(pid)]
+
+
+def lost(made):
+    return [facts["reason"] for event, facts in made.events if event == "worker lost"]
+
+
+def wait_until(condition, seconds, what):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.02)
+
+
+def test_a_killed_and_a_stopped_worker_change_nothing(tmp_path, reference):
+    made, hit = on_processes(tmp_path, heartbeat=2), []
+
+    def disturb(generation, table):
+        del table
+        if generation in (3, 6):
+            hit.append(workers(made)[0])
+            os.kill(hit[-1], signal.SIGKILL if generation == 3 else signal.SIGSTOP)
+
+    result = made.run(disturb)
+    assert_same_tables(result, reference)
+    assert len(set(hit)) == 2
+    assert any("SIGKILL" in reason for reason in lost(made))
+    assert any("silent" in reason for reason in lost(made))
+    assert result.report.workers_lost == 2
+    assert result.report.compiles == 1  # later incarnations load it
+    assert not any(map(alive, hit))
+    assert not workers(made)
+
+
+class LosesRows(ThisProcess):
+    """Every second time that rows of other shards come with a generation, they are gone."""
+
+    lost = 0
+
+    def send(self, worker, call, what, arguments):
+        with_rows = what == "run" and len(arguments[2]) > 0
+        LosesRows.lost += with_rows
+        if with_rows and LosesRows.lost % 2:
+            self._news.append(Again(worker, call))
+        else:
+            super().send(worker, call, what, arguments)
+
+
+def test_rows_that_are_lost_on_their_way_are_read_from_the_checkpoint(
+    tmp_path, reference, monkeypatch
+):
+    """As with the node that held them."""
+    monkeypatch.setattr(executors, "ThisProcess", LosesRows)
+    made = sweep(tmp_path, generations=LONG)
+    assert_same_tables(made.run(), reference)
+    assert LosesRows.lost > 2
+    assert lost(made) == []
+
+
+@pytest.mark.slow
+def test_slow_is_not_dead(tmp_path):
+    """Each shard's generation takes longer than a worker may be silent."""
+    changes = {"problem": "tests.sweep_problems:slow", "population": 2, "shards": 2}
+    changes |= {"generations": 1}
+    made = on_processes(tmp_path / "processes", **changes, heartbeat=0.6)
+    result = made.run()
+    assert min(entry["seconds"] for entry in result._entries) > 0.6
+    assert lost(made) == []
+    assert_same_tables(result, sweep(tmp_path / "local", **changes).run())
+
+
+FAILING = {
+    "import": ({"problem": "tests.sweep_problems:does_not_exist"}, "has no 'does_not_exist'"),
+    "step": ({"problem": "tests.sweep_problems:prints_and_fails"}, "compile.*fails on purpose"),
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) for c in FAILING])
+def test_errors_name_the_storage_and_the_log_in_ten_lines(tmp_path, case):
+    changes, message = FAILING[case]
+    made = on_processes(tmp_path / "storage", **changes)
+    with pytest.raises(SweepError, match=message) as caught:
+        made.run()
+    text = str(caught.value)
+    assert len(text.splitlines()) <= 10
+    assert str(tmp_path / "storage") in text
+    log = Path(text.split("What the worker printed: ")[1].splitlines()[0])
+    if case == "step":
+        assert 'sweep_problems.py", line' in text
+        assert "printed by a problem" in log.read_text()
+        assert log.read_text().count("and says more than fits") >= 20  # the whole traceback
+    assert not workers(made)
+
+
+DRIVER = """
+import os, sys
+sys.path.insert(0, {root!r})
+from tests.sweeps import sweep
+made = sweep({storage!r}, executor="processes", workers=2, generations=1000)
+made.run(lambda g, table: print(g, *[f["pid"] for e, f in made.events if e == "worker ready"],
+                                flush=True))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_driver_leaves_no_process(tmp_path):
+    """Not one that computes, and not one that is stopped."""
+    code = DRIVER.format(root=str(ROOT), storage=str(tmp_path))
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
+        pids = [int(word) for word in driver.stdout.readline().split()[1:]]
+        os.kill(pids[0], signal.SIGSTOP)
+        driver.kill()
+    assert len(pids) == 2
+    wait_until(lambda: not any(map(alive, pids)), 20, "a worker outlived its driver")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"processes": 2}, r'processes.*executor="processes" has one'),
+        ({"resources": {"num_gpus": 1}}, "resources other than num_cpus is for Ray"),
+        ({"runtime_env": {"pip": ["x"]}}, "runtime_env is for Ray"),
+        ({"address": "auto"}, "address is for Ray"),
+        ({"problem": sweep_problems.problem()}, "problem: .*cannot be sent"),
+        ({"optimizer": functools.partial(lambda x: x, 1)}, "optimizer: .*cannot be sent"),
+        ({"heartbeat": 0}, "heartbeat"),
+    ],
+)
+def test_what_only_ray_can_is_refused_by_name(tmp_path, changes, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        on_processes(tmp_path / "new", **changes)
+    assert not (tmp_path / "new").exists()
