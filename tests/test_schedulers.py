@@ -32,7 +32,7 @@ def table(score, age=None):
 
 def decide(scheduler, *args, seed=0):
     return module.check(
-        scheduler(table(*args), SPACE, np.random.default_rng(seed)), len(args[0]), ["rate"]
+        scheduler(table(*args), SPACE, np.random.default_rng(seed)), len(args[0]), SPACE.settings()
     )
 
 
@@ -109,7 +109,7 @@ def test_random_search_completes_trials():
 
 @pytest.mark.parametrize("scheduler", ALL.values(), ids=ALL.keys())
 def test_a_scheduler_is_what_its_description_says(scheduler):
-    assert module.parse(module.describe(scheduler), None) == scheduler
+    assert module.parse(module.describe(scheduler)) == scheduler
 
 
 @pytest.mark.parametrize(
@@ -121,13 +121,13 @@ def test_a_scheduler_is_what_its_description_says(scheduler):
         (lambda: SuccessiveHalving(reduction=1), "reduction"),
         (lambda: SuccessiveHalving(grace=3, longest=2), "longest"),
         (lambda: RandomSearch(0), "trial_generations"),
-        (lambda: module.parse({"name": "ASHA"}, None), "PBT, SuccessiveHalving"),
-        (lambda: module.parse({"name": "PBT", "quantil": 1}, None), "quantil"),
-        (lambda: module.check([0], 1, []), "must return a Decision"),
-        (lambda: module.check(Decision(np.zeros(2, int)), 3, []), "3 integers"),
-        (lambda: module.check(Decision(np.asarray([0, 3])), 2, []), "from -1 to 1"),
+        (lambda: module.parse({"name": "ASHA"}), "PBT, SuccessiveHalving"),
+        (lambda: module.parse({"name": "PBT", "quantil": 1}), "quantil"),
+        (lambda: module.check([0], 1, {}), "must return a Decision"),
+        (lambda: module.check(Decision(np.zeros(2, int)), 3, {}), "3 integers"),
+        (lambda: module.check(Decision(np.asarray([0, 3])), 2, {}), "from -1 to 1"),
         (
-            lambda: module.check(Decision(np.zeros(2, int), {"y": None}), 2, ["x"]),
+            lambda: module.check(Decision(np.zeros(2, int), {"y": None}), 2, SPACE.settings()),
             "the space has",
         ),
     ],
