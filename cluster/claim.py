@@ -41,7 +41,7 @@ def open_folder(storage: Path) -> None:
         raise type(error)(
             error.errno, f"storage {str(storage)!r} cannot be written: {error.strerror}"
         ) from None
-    if not (storage / MANIFEST).exists() and not _begun(storage):
+    if not (storage / MANIFEST).exists() and not begun(storage):
         names = sorted(path.name for path in storage.iterdir())
         if there := [name for name in names if not _is_ours(name)]:
             raise SweepError(
@@ -78,13 +78,12 @@ def claim(
       SweepError: if the storage holds another run.
     """
     path = storage / MANIFEST
-    for left in storage.glob(f"*{checkpoints.UNFINISHED}"):
-        if _is_unfinished(left.name):  # of a process that was killed
-            left.unlink(missing_ok=True)
+    for left in unfinished(storage):
+        left.unlink(missing_ok=True)
     try:
         theirs = manifest.read(storage)
     except SweepError as damaged:
-        if path.exists() or _begun(storage):
+        if path.exists() or begun(storage):
             _prove(storage, mine, damaged)
             tell(Repaired(f"{damaged}: it is made again"))
         checkpoints.write_json(path, mine)
@@ -95,6 +94,12 @@ def claim(
     if renamed or mine["generations"] > theirs["generations"]:
         kept = {"programs": theirs["programs"]} if "programs" in theirs else {}
         checkpoints.write_json(path, {**mine, **kept})
+
+
+def unfinished(storage: Path) -> list[Path]:
+    """Return the files that a process was writing beside the manifest when it was killed."""
+    there = sorted(storage.glob(f"*{checkpoints.UNFINISHED}"))
+    return [path for path in there if _is_unfinished(path.name)]
 
 
 def _compare(
@@ -125,7 +130,7 @@ def _compare(
 
 def _prove(storage: Path, mine: Mapping[str, Any], damaged: SweepError) -> None:
     """Raise unless what is left of a storage says that it is this run's."""
-    if not _begun(storage):
+    if not begun(storage):
         return
     entries = programs.read(storage) or [{}]
     if entries[0].get("identity") != manifest.digest(mine):
@@ -135,7 +140,8 @@ def _prove(storage: Path, mine: Mapping[str, Any], damaged: SweepError) -> None:
         ) from None
 
 
-def _begun(storage: Path) -> bool:
+def begun(storage: Path) -> bool:
+    """Whether workers have compiled for a sweep here."""
     return (storage / JOURNAL).exists() or (storage / PROGRAMS).exists()
 
 

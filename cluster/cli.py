@@ -15,10 +15,12 @@ import typer
 
 from gradhpo.checkpoints import DamagedFile
 from gradhpo.cluster import event_log, manifest
+from gradhpo.cluster.check import check_storage
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.printable import printable
 from gradhpo.cluster.result import SweepResult
+from gradhpo.cluster.settings import folder_of
 from gradhpo.cluster.sweep import Sweep
 from gradhpo.lock import StorageInUse, holder
 
@@ -114,6 +116,7 @@ def resume(
 @clear_errors
 def status(storage: Storage) -> None:
     """Say how far a sweep is, who runs it, and what happened to it; changes nothing."""
+    storage = folder_of(storage)
     about, journal = manifest.read(storage), Journal(storage)
     done, total = journal.generation + 1, about["generations"]
     who = holder(storage)
@@ -138,6 +141,18 @@ def status(storage: Storage) -> None:
         _say(f"  {when} {event}: {', '.join(f'{k}={v}' for k, v in facts.items())}")
     if not who and done < total:
         _say(f"To go on: gradhpo resume {shlex.quote(str(storage))}")
+
+
+@app.command()
+@clear_errors
+def check(storage: Storage) -> None:
+    """Verify every file of a sweep, and repair what can be; exit status 1 if damage is left."""
+    left = False
+    for finding in check_storage(folder_of(storage)):
+        _say(("" if finding.whole else "DAMAGED: ") + finding.text)
+        left |= not finding.whole
+    if left:
+        sys.exit(1)
 
 
 @app.command()

@@ -495,8 +495,8 @@ def test_a_worker_that_was_given_up_cannot_commit(tmp_path):
     spec, numbers = made._spec(), Incarnations(tmp_path)
     old = executors.LocalExecutor(spec, None, numbers, 4)
     old.prepare({0: "map"})
-    rules = Rules(made.scheduler, made.space, 0, "val_loss", 1)
-    order = orders(first_plan(made.layout, rules), [None] * 4, made.layout, made.space)[:1]
+    rules = Rules(made.identity.scheduler, made.identity.space, 0, "val_loss", 1)
+    order = orders(first_plan(made.layout, rules), [None] * 4, made.layout, made.identity.space)[:1]
     before = contents(tmp_path / "checkpoints")
     new = executors.LocalExecutor(spec, None, Incarnations(tmp_path), 4)
     with pytest.raises(Superseded):
