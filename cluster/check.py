@@ -94,14 +94,15 @@ def _verified(storage: Path, journal: Journal) -> Iterator[Finding]:
     for file, one in saved.items():
         if not (found := _damaged(storage, [one])):
             good += 1
-        elif best is not None and file == best["checkpoint"].file:
-            yield Finding(False, f"{found[0]}. The winner's weights: replay() computes them again")
         elif file in newest:
             yield Finding(False, f"{found[0]}. Neither this generation nor the one before is whole")
+        elif best is not None and file == best["checkpoint"].file:
+            yield Finding(False, f"{found[0]}. The winner's weights: replay() computes them again")
         elif file.startswith("tables/"):
             yield Finding(False, f"{found[0]}. The numbers of its generation; the sweep goes on")
-        else:
-            yield Finding(False, f"{found[0]}. Only needed should the last generation be damaged")
+        else:  # where one was dropped, that of before is long removed
+            gone = not (storage / file).exists()
+            yield Finding(gone, f"{found[0]}. Only needed should the last generation be damaged")
     yield Finding(True, f"{storage}: {len(entries)} generations, {good} files are whole")
 
 
