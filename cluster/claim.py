@@ -86,14 +86,14 @@ def claim(
         if path.exists() or begun(storage):
             _prove(storage, mine, damaged)
             tell(Repaired(f"{damaged}: it is made again"))
-        checkpoints.write_json(path, mine)
+        manifest.write(path, mine)
         return
     accepted = {name for what in allowed for name in ALLOWED[what]}
     _compare(storage, mine, theirs, accepted)
     renamed = any(mine[name] != theirs[name] for name in accepted)
     if renamed or mine["generations"] > theirs["generations"]:
         kept = {"programs": theirs["programs"]} if "programs" in theirs else {}
-        checkpoints.write_json(path, {**mine, **kept})
+        manifest.write(path, {**mine, **kept})
 
 
 def unfinished(storage: Path) -> list[Path]:

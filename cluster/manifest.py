@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from gradhpo import checkpoints
 from gradhpo._version import __version__
 from gradhpo.checksums import of_arrays
 from gradhpo.cluster import importing
@@ -80,6 +81,20 @@ def read(storage: Path) -> dict[str, Any]:
         raise SweepError(f"there is no sweep in {str(storage)!r}: no {MANIFEST}") from None
     except ValueError as error:
         raise SweepError(f"{path} is damaged: {error}") from None
+
+
+def write(path: Path, content: Any) -> None:
+    """Write a small file of a storage, whole or not at all.
+
+    Raises:
+      OSError: if it cannot be written, naming the storage.
+    """
+    try:
+        checkpoints.write_json(path, content)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"storage {str(path.parent)!r} cannot be written: {error.strerror}"
+        ) from None
 
 
 def settings(manifest: Mapping[str, Any]) -> dict[str, Any]:

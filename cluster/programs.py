@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradhpo import checkpoints
 from gradhpo.cluster import manifest
 from gradhpo.cluster.events import Changed, Event, Note, Repaired
 from gradhpo.cluster.failures import SweepError
@@ -54,7 +53,7 @@ def recovered(storage: Path, tell: Callable[[Event], None]) -> list[Entry] | Non
         known = manifest.read(storage)
         copied, batching = known.get("programs"), known["batching"]
         if copied is not None:
-            checkpoints.write_json(storage / PROGRAMS, copied)
+            manifest.write(storage / PROGRAMS, copied)
             tell(Repaired(f"{damaged}: it is made again from {manifest.MANIFEST}"))
             return copied
         if batching == "auto":  # it was measured once, and may come out otherwise
@@ -100,10 +99,10 @@ def keep(
     for name in sorted(changed):
         tell(Changed(name, generation))
     if made != known:
-        checkpoints.write_json(storage / PROGRAMS, made)
+        manifest.write(storage / PROGRAMS, made)
     written = manifest.read(storage)
     if written.get("programs") != made:
-        checkpoints.write_json(storage / manifest.MANIFEST, written | {"programs": made})
+        manifest.write(storage / manifest.MANIFEST, written | {"programs": made})
     return made
 
 

@@ -217,7 +217,7 @@ def describe(scheduler: Any) -> dict[str, Any]:
     name = type(scheduler).__name__
     if BUILT_IN.get(name) is type(scheduler):
         return {"name": name, **{k: v for k, v in _plain(fields).items() if v is not None}}
-    named = scheduler if hasattr(scheduler, "__qualname__") else type(scheduler)
+    named: Any = scheduler if hasattr(scheduler, "__qualname__") else type(scheduler)
     return {"function": f"{named.__module__}:{named.__qualname__}", **_plain(fields)}
 
 

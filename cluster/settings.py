@@ -35,10 +35,6 @@ class Written(NamedTuple):
     read: Callable[[Any], Any]
 
 
-def _same(value: Any) -> Any:
-    return value
-
-
 def _written(write: Callable[[Any], Any], read: Callable[[Any], Any]) -> dict[str, Any]:
     return {"written": Written(write, read)}
 

@@ -49,7 +49,8 @@ class Sweep:
         their combinations.
       generations: how many. A larger number than before extends a sweep that is done.
       steps_per_generation: steps that a trial takes in one.
-      storage: a folder for all that must last, seen by all workers under this path.
+      storage: a folder for all that must last, seen by all workers under this path; "~" and
+        `file:///…` are understood.
       scheduler: `PBT`, `SuccessiveHalving`, `RandomSearch`, or any function of
         `(table, space, rng)`; see `schedulers`.
       metric: what is compared: one of the five metrics of a step, or a name of `Problem.metrics`.

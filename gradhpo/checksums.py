@@ -44,7 +44,7 @@ def of_arrays(tree: PyTree) -> str:
         array = np.ascontiguousarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
         plain = not array.dtype.hasobject
-        digest.update(array.reshape(-1).view(np.uint8) if plain else array.tobytes())
+        digest.update(array.reshape(-1).view(np.uint8).data if plain else array.tobytes())
     return digest.hexdigest()
 
 
