@@ -249,7 +249,9 @@ class Callback:
 
 
 class Telling:
-    """Hands events to observers, in their order, and keeps all but the generations'.
+    """Hands events to observers, one after another, and keeps all but the generations'.
+
+    A signal's event may come while another is told; it then waits for its turn.
 
     Args:
       kept: where events are kept.
@@ -259,6 +261,8 @@ class Telling:
     def __init__(self, kept: list[Event], sign: int) -> None:
         self._observers: list[Observer] = []
         self.kept, self._sign = kept, sign
+        self._waiting: list[Event] = []
+        self._telling = False
         self.generations = 0
         """How many were computed."""
 
@@ -268,16 +272,27 @@ class Telling:
 
     def tell(self, event: Event) -> None:
         """Tell all observers."""
+        self._waiting.append(event)
+        if self._telling:
+            return
+        self._telling = True
+        try:
+            while self._waiting:
+                self._tell(self._waiting.pop(0))
+        finally:
+            self._telling = False
+
+    def notify(self, event: str, **facts: Any) -> None:
+        """Tell what an executor or the controller calls by a name: the one place that types it."""
+        self.tell(self._typed(event, facts))
+
+    def _tell(self, event: Event) -> None:
         if isinstance(event, GenerationDone):
             self.generations += 1
         else:
             self.kept.append(event)
         for observer in self._observers:
             observer.observe(event)
-
-    def notify(self, event: str, **facts: Any) -> None:
-        """Tell what an executor or the controller calls by a name: the one place that types it."""
-        self.tell(self._typed(event, facts))
 
     def _typed(self, event: str, facts: dict[str, Any]) -> Event:
         match event:

@@ -106,6 +106,19 @@ def test_what_executors_tell_by_name_has_a_type(name, facts, event):
     assert kept.told == telling.kept == [event]
 
 
+def test_an_event_that_comes_while_another_is_told_waits():
+    kept, telling = Kept(), events.Telling([], 1)
+
+    class Signalled:
+        def observe(self, event):
+            if isinstance(event, events.Starting):
+                telling.tell(events.Stopping("SIGINT"))
+
+    telling.to(Signalled(), kept)
+    telling.tell(events.Starting())
+    assert kept.told == [events.Starting(), events.Stopping("SIGINT")]
+
+
 def test_the_display_shows_the_best_so_far_and_no_escapes(capfd):
     display = Display(None, "a\x1b[2J", 2, 10, "loss")
     display.observe(events.Starting())

@@ -723,8 +723,9 @@ def test_a_full_disk_stops_with_a_clear_error_and_goes_on(tmp_path, reference, m
     try:
         filler = small / ".filler"
         filler.write_bytes(b"x" * 120_000)
-        with pytest.raises(SweepError, match="No space left"):
+        with pytest.raises(SweepError, match="No space left") as caught:
             sweep(small / "run").run()
+        assert str(small / "run") in str(caught.value)
         assert not list((small / "run").rglob("*.tmp"))
         filler.unlink()
         subprocess.run(["mount", "-o", "remount,size=50m", str(small)], check=True)
