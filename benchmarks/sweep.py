@@ -16,7 +16,7 @@ import typer
 from measure import Report, cores
 
 from gradhpo.cluster import PBT, SearchSpace, Sweep, loguniform
-from gradhpo.cluster.sweep import PROGRAMS
+from gradhpo.cluster.programs import PROGRAMS
 
 
 class Row(NamedTuple):

@@ -5,6 +5,8 @@ process.
 """
 
 from gradhpo.checkpoints import DamagedFile
+from gradhpo.cluster import events
+from gradhpo.cluster.events import Observer
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.local_ray import local_ray
 from gradhpo.cluster.result import SweepResult, Trial
@@ -28,6 +30,7 @@ __all__ = [
     "Change",
     "DamagedFile",
     "Decision",
+    "Observer",
     "RandomSearch",
     "Scheduler",
     "SearchSpace",
@@ -39,6 +42,7 @@ __all__ = [
     "Table",
     "Trial",
     "choice",
+    "events",
     "local_ray",
     "loguniform",
     "trial_key",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -14,14 +14,20 @@ import numpy as np
 import typer
 
 from gradhpo.checkpoints import DamagedFile
+from gradhpo.cluster import event_log, manifest
+from gradhpo.cluster.check import check_storage
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.journal import Journal
+from gradhpo.cluster.printable import printable
 from gradhpo.cluster.result import SweepResult
-from gradhpo.cluster.sweep import EVENTS, Sweep, read_manifest
+from gradhpo.cluster.settings import folder_of
+from gradhpo.cluster.sweep import Sweep
 from gradhpo.lock import StorageInUse, holder
 
 STOPPED = 130
 """The exit status of a sweep that was told to stop before its end."""
+UNTOLD = ("prepared", "starting", "running", "finished")
+"""Events that `status` leaves out."""
 
 
 app = typer.Typer(
@@ -34,6 +40,7 @@ app = typer.Typer(
 Storage = Annotated[Path, typer.Argument(help="The sweep's folder.")]
 Generations = Annotated[int | None, typer.Option(help="In all; more than before extends.")]
 Workers = Annotated[int | None, typer.Option(help="Processes that hold shards.")]
+Allow = Annotated[list[str] | None, typer.Option(help="What may be other than before: data, code.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw all trials and the winner (PNG).")]
 
 
@@ -54,7 +61,7 @@ def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except errors as error:
-            sys.exit(f"gradhpo: {error}")
+            sys.exit(printable(f"gradhpo: {error}", lines=True))
         except KeyboardInterrupt:
             sys.exit("gradhpo: stopped; the generation in flight is computed again on resume")
 
@@ -69,6 +76,7 @@ def sweep(
     generations: Generations = None,
     workers: Workers = None,
     executor: Annotated[str | None, typer.Option(help="auto, local, processes or ray.")] = None,
+    allow_changed: Allow = None,
     plot: Plot = None,
 ) -> None:
     """Run the sweep that a TOML file describes; where its storage holds it already, go on.
@@ -82,7 +90,7 @@ def sweep(
         "executor": executor,
     }
     given = {name: value for name, value in changes.items() if value is not None}
-    _run(Sweep.from_toml(file, **given), plot)
+    _run(Sweep.from_toml(file, **given), plot, allow_changed)
 
 
 @app.command()
@@ -91,47 +99,60 @@ def resume(
     storage: Storage,
     generations: Generations = None,
     workers: Workers = None,
+    address: Annotated[str | None, typer.Option(help="Of a Ray cluster to join.")] = None,
+    allow_changed: Allow = None,
     plot: Plot = None,
 ) -> None:
-    """Go on with the sweep that a storage holds, or extend it with --generations."""
-    changes = {"generations": generations, "workers": workers}
+    """Go on with the sweep that a storage holds, or extend it with --generations.
+
+    This imports and runs the code that the storage names, and says so first.
+    """
+    changes = {"generations": generations, "workers": workers, "address": address}
     given = {name: value for name, value in changes.items() if value is not None}
-    _run(Sweep.from_storage(storage, **given), plot)
+    _run(Sweep.from_storage(storage, **given), plot, allow_changed)
 
 
 @app.command()
 @clear_errors
 def status(storage: Storage) -> None:
     """Say how far a sweep is, who runs it, and what happened to it; changes nothing."""
-    manifest, journal = read_manifest(storage), Journal(storage)
-    done, total = journal.generation + 1, manifest["generations"]
+    storage = folder_of(storage)
+    about, journal = manifest.read(storage), Journal(storage)
+    done, total = journal.generation + 1, about["generations"]
     who = holder(storage)
     state = f"running ({who})" if who else "complete" if done >= total else "not running"
-    print(f"{storage}: {state}, {done} of {total} generations")
-    print(
-        f"  {manifest['population']} trials in {manifest['shards']} shards, "
-        f"{manifest['steps_per_generation']} steps a generation, metric {manifest['metric']}"
+    _say(f"{storage}: {state}, {done} of {total} generations")
+    _say(
+        f"  {about['population']} trials in {about['shards']} shards, "
+        f"{about['steps_per_generation']} steps a generation, metric {about['metric']}"
     )
     if journal.last and (found := journal.last[-1]["best"]) is not None:
-        score = found["score"] * (1 if manifest["mode"] == "min" else -1)
-        print(f"  best {score:.6g}: trial {found['trial']}, generation {found['generation'] + 1}")
+        score = found["score"] * (1 if about["mode"] == "min" else -1)
+        _say(f"  best {score:.6g}: trial {found['trial']}, generation {found['generation'] + 1}")
     if who and done:
         seconds = journal.last[-1]["seconds"]
-        print(f"  the last generation took {seconds:.1f} s; {(total - done) * seconds:.0f} s left")
+        _say(f"  the last generation took {seconds:.1f} s; {(total - done) * seconds:.0f} s left")
     for what in journal.damaged:
-        print(f"  {what}")
-    events = storage / EVENTS
-    lines = events.read_text().splitlines() if events.exists() else []
-    for line in [line for line in lines if '"prepared"' not in line][-10:]:
-        try:
-            facts = json.loads(line)
-        except ValueError:
-            continue  # its writer was killed
+        _say(f"  {what}")
+    told = [facts for facts in event_log.read(storage) if facts["event"] not in UNTOLD]
+    for facts in told[-10:]:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts.pop("time")))
         event = facts.pop("event")
-        print(f"  {when} {event}: {', '.join(f'{k}={v}' for k, v in facts.items())}")
+        _say(f"  {when} {event}: {', '.join(f'{k}={v}' for k, v in facts.items())}")
     if not who and done < total:
-        print(f"To go on: gradhpo resume {storage}")
+        _say(f"To go on: gradhpo resume {shlex.quote(str(storage))}")
+
+
+@app.command()
+@clear_errors
+def check(storage: Storage) -> None:
+    """Verify every file of a sweep, and repair what can be; exit status 1 if damage is left."""
+    left = False
+    for finding in check_storage(folder_of(storage)):
+        _say(("" if finding.whole else "DAMAGED: ") + finding.text)
+        left |= not finding.whole
+    if left:
+        sys.exit(1)
 
 
 @app.command()
@@ -142,29 +163,30 @@ def best(
     plot: Plot = None,
 ) -> None:
     """Print the best trial so far."""
-    result = _load(storage)
+    result = SweepResult.from_storage(storage)
     _print_best(result)
     found = result.best
     for name, array in found.arrays.items():
         if name.startswith(".hyperparams"):
-            print(f"  {name[len('.hyperparams') :] or 'hyperparams'} = {_short(array)}")
+            _say(f"  {name[len('.hyperparams') :] or 'hyperparams'} = {_short(array)}")
     if output is not None:
         arrays: dict[str, Any] = dict(found.arrays)
         np.savez(output, allow_pickle=False, **arrays)
-        print(f"Arrays: {output}")
+        _say(f"Arrays: {output}")
     _draw(result, plot)
 
 
-def _load(storage: Path) -> SweepResult:
-    return Sweep.from_storage(storage).result()
+def _say(text: str) -> None:
+    """Print a line; what a terminal would obey in texts from a storage is shown, and not sent."""
+    print(printable(text))
 
 
-def _run(made: Sweep, plot: Path | None) -> None:
-    result = made.run()
+def _run(made: Sweep, plot: Path | None, allowed: list[str] | None) -> None:
+    result = made.run(allow_changed=allowed or ())
     _print_best(result)
     if (report := result.report) is not None:
         cached = f", {report.restores} times from JAX's cache" if report.restores else ""
-        print(
+        _say(
             f"{report.generations} generations in {report.seconds:.1f} s after "
             f"{report.startup_seconds:.1f} s to start; the step was compiled {report.compiles} "
             f"times and loaded {report.loads} times{cached}; {report.workers_lost} workers lost"
@@ -176,19 +198,19 @@ def _run(made: Sweep, plot: Path | None) -> None:
 
 def _print_best(result: SweepResult) -> None:
     found = result.best
-    print(f"Best: trial {found.number} after generation {found.generation + 1}")
-    print("  " + ", ".join(f"{name} {value:.6g}" for name, value in found.metrics.items()))
+    _say(f"Best: trial {found.number} after generation {found.generation + 1}")
+    _say("  " + ", ".join(f"{name} {value:.6g}" for name, value in found.metrics.items()))
     if found.lr_hyper is not None:
-        print(f"  lr_hyper {found.lr_hyper:.6g}")
+        _say(f"  lr_hyper {found.lr_hyper:.6g}")
     if found.choices:
-        print("  " + ", ".join(f"{name} {value}" for name, value in found.choices.items()))
-    print(f"  lineage: {' → '.join(map(str, found.lineage))}")
+        _say("  " + ", ".join(f"{name} {value}" for name, value in found.choices.items()))
+    _say(f"  lineage: {' → '.join(map(str, found.lineage))}")
 
 
 def _draw(result: SweepResult, plot: Path | None) -> None:
     if plot is not None:
         result.plot(plot)
-        print(f"Figure: {plot}")
+        _say(f"Figure: {plot}")
 
 
 def _short(array: np.ndarray) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -97,8 +97,10 @@ class Controller:
         layout: Layout,
         rules: Rules,
         notify: Callable[..., None],
+        changes: Mapping[int, list[str]] | None = None,
     ) -> None:
         self._storage, self._journal, self._executor = storage, journal, executor
+        self._changes = changes or {}  # by generation, what was allowed to be other than before
         self._layout, self._rules, self._notify = layout, rules, notify
         self.stop = False
         """Set to stop after the generation in flight."""
@@ -160,6 +162,8 @@ class Controller:
                 "best": self._best(plan, columns, results),
                 "seconds": round(seconds, 6),
             }
+            if what := self._changes.get(plan.generation):
+                entry["changes"] = what
             self._journal.append(entry)
         except OSError as error:
             raise SweepError(f"cannot write to the storage {self._storage}: {error}") from error
@@ -197,7 +201,7 @@ class Controller:
     def _go_back(self, error: DamagedFile) -> None:
         """Give up the last generation, one of whose files is damaged, for the one before."""
         if not self._journal.last:
-            raise SweepError(str(error)) from error
+            raise SweepError(f"storage {str(self._storage)!r}: {error}") from error
         generation = self._journal.generation
         before = self._journal.last[0] if len(self._journal.last) > 1 else None
         if generation > 0:
@@ -283,21 +287,21 @@ def decide(columns: Columns, plan: Plan, layout: Layout, rules: Rules) -> Decisi
       SweepError: if the scheduler fails or returns something else than a fitting `Decision`.
     """
     parents, changes = np.arange(layout.population), _no_changes(layout.population, rules.space)
-    names = list(rules.space.settings())
+    settings = rules.space.settings()
     for variant in range(layout.variants):
         part = layout.population_of(variant)
         size, first = part.stop - part.start, part.start
         rng = np.random.default_rng([rules.seed, plan.generation + 1, variant])
         table = _table(columns, part, plan.generation, rules)
         try:
-            made = schedulers.check(rules.scheduler(table, rules.space, rng), size, names)
+            made = schedulers.check(rules.scheduler(table, rules.space, rng), size, settings)
         except Exception as error:
             what = f"the scheduler failed after generation {plan.generation}"
             raise SweepError(f"{what}: {type(error).__name__}: {error}") from error
         fresh = made.parents == NEW
         parents[part] = np.where(fresh, NEW, made.parents + first)
         drawn = rules.space.draw(rng, fresh) if fresh.any() else {}
-        for name in names:
+        for name in settings:
             for change in (made.changes.get(name), drawn.get(name)):
                 if change is not None:
                     _merge(changes[name], change, part)

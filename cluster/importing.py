@@ -26,6 +26,33 @@ def check_reference(argument: str, reference: str) -> None:
         raise ValueError(f"{argument} must be {ACCEPTED}, got {reference!r}")
 
 
+def named(thing: Any) -> dict[str, str]:
+    """Return a reference, or an object, as a manifest names it."""
+    if isinstance(thing, str):
+        return {"reference": thing}
+    kind = thing if hasattr(thing, "__qualname__") else type(thing)
+    return {"object": f"{kind.__module__}.{kind.__qualname__}"}
+
+
+def reference_of(written: Any) -> Any:
+    """Return the reference that `named` wrote; a reference itself, and None, as they are."""
+    return written.get("reference") if isinstance(written, Mapping) else written  # pyright: ignore
+
+
+def findable(reference: str) -> bool:
+    """Whether another program can find what has this name."""
+    return not reference.startswith("__main__:") and "<" not in reference
+
+
+def folders() -> tuple[str, ...]:
+    """Where references are looked up: the present folder, and that of the program, if it is one."""
+    program: Any = sys.modules.get("__main__")
+    path: Any = getattr(program, "__file__", "")
+    alone = path and getattr(program, "__spec__", None) is None
+    own = [str(Path(path).absolute().parent)] if alone else []
+    return tuple(dict.fromkeys([str(Path.cwd()), *own]))
+
+
 def load(reference: str) -> Any:
     """Import and return what a reference names.
 

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from gradhpo.checkpoints import Saved, sync_folder
 
@@ -40,6 +40,8 @@ class Entry(TypedDict):
     best: Best | None
     """None where every trial has diverged."""
     seconds: float
+    changes: NotRequired[list[str]]
+    """What was allowed to be other than in the generation before: "data", "code"."""
 
 
 class Journal:

@@ -113,3 +113,5 @@ class Prepared(NamedTuple):
     columns: list[str]
     unreached: tuple[str, ...] = ()
     """What was told of hyperparameters that get no hypergradient."""
+    data: str = ""
+    """SHA-256 of the arrays of `Problem.data`, from the worker that compiled."""

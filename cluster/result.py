@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gradhpo import checkpoints
-from gradhpo.checkpoints import DamagedFile
-from gradhpo.cluster.controller import PARENT, Columns, Layout, decision_of
+from gradhpo.checkpoints import DamagedFile, Saved
+from gradhpo.cluster import importing, manifest, programs, settings
+from gradhpo.cluster.controller import (
+    PARENT,
+    Columns,
+    Layout,
+    Plan,
+    Rules,
+    decision_of,
+    first_plan,
+    following,
+    plan_of,
+)
+from gradhpo.cluster.division import divide
+from gradhpo.cluster.events import Event, Prepared, WorkerLost
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.orders import Order, Spec
-from gradhpo.cluster.schedulers import NEW
+from gradhpo.cluster.schedulers import NEW, RandomSearch
+from gradhpo.cluster.settings import Identity
 from gradhpo.cluster.shard import ShardHost
 from gradhpo.cluster.space import LR_HYPER, Change, SearchSpace
 from gradhpo.cluster.variant import Variant, build, data_key
@@ -31,6 +45,15 @@ class Copy(NamedTuple):
     trial: int
     source: int
     """The trial that it copied."""
+
+
+class Allowed(NamedTuple):
+    """Code or data that changed on purpose, see `Sweep.run`'s `allow_changed`."""
+
+    generation: int
+    """The first with the change."""
+    what: str
+    """ "code" or "data"."""
 
 
 class Turn(NamedTuple):
@@ -102,6 +125,16 @@ class Report:
     generations: int
     """That this run computed."""
 
+    @classmethod
+    def of(cls, events: Iterable[Event], **known: Any) -> Report:
+        """Return the report that events add up to, beside what is known otherwise."""
+        told = list(events)
+        prepared = [event for event in told if isinstance(event, Prepared)]
+        counts = ("compiles", "loads", "restores", "small_compiles", "calibration_compiles")
+        sums = {name: sum(getattr(event, name) for event in prepared) for name in counts}
+        lost = sum(isinstance(event, WorkerLost) for event in told)
+        return cls(**sums, workers_lost=lost, **known)
+
 
 class SweepResult:
     """The result of a sweep, complete or not.
@@ -110,10 +143,9 @@ class SweepResult:
       storage: the sweep's folder.
       spec: what its workers were told.
       layout: its shards.
-      layouts: each variant's `batching`.
-      sign: 1 if its metric is minimized, -1 if maximized.
       metric: its name.
-      data: what the problem's function gets as `data`.
+      sign: 1 if it is minimized, -1 if maximized.
+      load_data: returns what the problem's function gets as `data`.
       report: of the run that made it.
 
     Raises:
@@ -125,19 +157,46 @@ class SweepResult:
         storage: Path,
         spec: Spec,
         layout: Layout,
-        layouts: list[Any],
         metric: str,
         sign: int,
-        data: Any = None,
+        load_data: Callable[[], Any] = lambda: None,
         report: Report | None = None,
     ) -> None:
-        self._storage, self._spec = storage, spec
-        self._layout, self._layouts = layout, layouts
-        self._metric, self._sign, self._data = metric, sign, data
+        self._storage, self._spec, self._layout = storage, spec, layout
+        self._metric, self._sign, self._load_data = metric, sign, load_data
         self.report = report
         self._entries = list(Journal(storage).entries())
         if not self._entries:
             raise SweepError(f"no generation is done in {storage}")
+
+    @classmethod
+    def from_storage(cls, storage: Path | str) -> SweepResult:
+        """Return the result in a storage, without its program: no code is run or imported.
+
+        `Trial.state`, `replay` and `data` import what the storage names, when they are asked for.
+
+        Raises:
+          SweepError: if no generation is done, or the manifest is damaged.
+        """
+        storage = settings.folder_of(storage)
+        known = manifest.read(storage)
+        names = {field.name for field in dataclasses.fields(Identity)}
+        objects = [name for name in manifest.objects(known) if name != "scheduler"]
+        unknown = {name: _Unknown(str(storage), name) for name in objects}
+        described = manifest.settings(known) | unknown | {"storage": str(storage)}
+        given = settings.read(described, str(storage))
+        identity = Identity(**{name: value for name, value in given.items() if name in names})
+        layout = divide(identity, 1)
+        spec = spec_of(identity, storage, layout, tuple(known["sys_path"]), known["x64"])
+
+        def load_data() -> Any:
+            if identity.data is None:
+                return None
+            importing.extend_path(spec.sys_path)
+            made = identity.data
+            return (importing.load(made) if isinstance(made, str) else made)()
+
+        return cls(storage, spec, layout, identity.metric, identity.sign, load_data)
 
     @property
     def generations(self) -> int:
@@ -181,6 +240,15 @@ class SweepResult:
         return {k: v for k, v in table.items() if k != "next_parent" and "|" not in k}
 
     @property
+    def changes(self) -> list[Allowed]:
+        """What was allowed to be other than when the sweep began, and from which generation on."""
+        return [
+            Allowed(entry["generation"], what)
+            for entry in self._entries
+            for what in entry.get("changes", [])
+        ]
+
+    @property
     def copies(self) -> list[Copy]:
         """Which trial copied which, and when."""
         made: list[Copy] = []
@@ -204,37 +272,36 @@ class SweepResult:
         """
         found = self._best()
         slot, generation = found["slot"], found["generation"]
-        arrays = checkpoints.load(self._storage, found["checkpoint"])[0]
+        arrays = self._load(found["checkpoint"])
         local = slot % self._layout.slots
-        table = self._table(generation)
         variant = self._variant_of_slot(slot)
-        own = {"trial", "born", PARENT, LR_HYPER, "next_parent"}
+        rates = self._plan(generation).lr_hyper
         host = ShardHost
         return Trial(
             number=found["trial"],
             generation=generation,
             score=found["score"] * self._sign,
-            metrics={
-                name: float(column[slot])
-                for name, column in table.items()
-                if name not in own and "|" not in name
-            },
-            lr_hyper=float(table[LR_HYPER][slot]) if LR_HYPER in table else None,
+            metrics=self._metrics(found),
+            lr_hyper=None if rates is None else float(rates[slot]),
             choices=self._spec.space.variants()[variant],
-            lineage=list(dict.fromkeys(turn.trial for turn in self.schedule)),
+            lineage=self._lineage(slot, generation),
             arrays={name: array[local] for name, array in arrays.items()},
-            restore=lambda: host(self._spec, self._data).restore(
+            restore=lambda: host(self._spec, self._load_data()).restore(
                 variant, found["checkpoint"], local
             ),
         )
 
     @functools.cached_property
     def schedule(self) -> list[Turn]:
-        """The winner's life, generation by generation, through the trials that it came from."""
+        """The winner's life, generation by generation, through the trials that it came from.
+
+        Raises:
+          DamagedFile: if a table that says how a setting changed is damaged.
+        """
         found = self._best()
         slot, turns = found["slot"], list[Turn]()
         for generation in range(found["generation"], -1, -1):
-            table = self._table(generation)
+            plan = self._plan(generation)
             before = decision_of(self._table(generation - 1)).changes if generation else None
             if before is None:
                 before = self._first_changes()
@@ -243,9 +310,9 @@ class SweepResult:
                 for name, change in before.items()
                 if change.mask[slot] and name != LR_HYPER
             }
-            rate = float(table[LR_HYPER][slot]) if LR_HYPER in table else None
-            turns.append(Turn(generation, int(table["trial"][slot]), slot, rate, changes))
-            parent = int(table[PARENT][slot])
+            rate = None if plan.lr_hyper is None else float(plan.lr_hyper[slot])
+            turns.append(Turn(generation, int(plan.trial[slot]), slot, rate, changes))
+            parent = int(plan.parents[slot])
             if parent == NEW:
                 break
             slot = parent
@@ -260,8 +327,9 @@ class SweepResult:
         import jax
 
         number = self._variant_of_slot(self._best()["slot"])
+        importing.extend_path(self._spec.sys_path)
         spec = dataclasses.replace(self._spec, batching=self._layouts[number])
-        variant = Variant(spec, spec.space.variants()[number], self._data)
+        variant = Variant(spec, spec.space.variants()[number], self._load_data())
         variant.prepare(None)
         n, state = self._spec.slots, variant.zeros()
         everywhere = np.ones(n, bool)
@@ -287,7 +355,8 @@ class SweepResult:
     @functools.cached_property
     def data(self) -> PyTree:
         """What `Problem.data` made for all trials (of the first variant), computed here again."""
-        problem, _ = build(self._spec, self._spec.space.variants()[0], self._data)
+        importing.extend_path(self._spec.sys_path)
+        problem, _ = build(self._spec, self._spec.space.variants()[0], self._load_data())
         return problem.start_data(data_key(self._spec.seed))
 
     def history(self) -> Iterator[tuple[int, np.ndarray]]:
@@ -330,15 +399,99 @@ class SweepResult:
         n = self._layout.population
         return space.draw(np.random.default_rng([self._spec.seed, 0]), np.ones(n, bool))
 
+    def _metrics(self, found: Any) -> dict[str, float]:
+        """Return the winner's row of its table; where that is damaged, what the journal says."""
+        try:
+            table = self._table(found["generation"])
+        except DamagedFile:
+            return {self._metric: found["score"] * self._sign}
+        own = {"trial", "born", PARENT, LR_HYPER, "next_parent"}
+        return {
+            name: float(column[found["slot"]])
+            for name, column in table.items()
+            if name not in own and "|" not in name
+        }
+
+    def _lineage(self, slot: int, generation: int) -> list[int]:
+        """Return the trials that a slot's comes from; two damaged tables in a row cut it short."""
+        trials: list[int] = []
+        for before in range(generation, -1, -1):
+            try:
+                plan = self._plan(before)
+            except DamagedFile:
+                break
+            trials.append(int(plan.trial[slot]))
+            parent = int(plan.parents[slot])
+            if parent == NEW:
+                break
+            slot = parent
+        return list(dict.fromkeys(reversed(trials)))
+
+    def _plan(self, generation: int) -> Plan:
+        """Return who ran in which slot: as the table says, or the one before it, which decided."""
+        try:
+            return plan_of(generation, self._table(generation))
+        except DamagedFile:
+            spec = self._spec
+            rules = Rules(RandomSearch(), spec.space, spec.seed, self._metric, self._sign)
+            if generation == 0:
+                return first_plan(self._layout, rules)
+            before = self._table(generation - 1)
+            return following(plan_of(generation - 1, before), decision_of(before), rules)
+
     def _table(self, generation: int) -> Columns:
         """Return a generation's table; where its line is damaged, by what its name proves."""
         saved = self._saved.get(generation)
         if saved is None:
             saved = checkpoints.find(self._storage, f"tables/{generation:06d}")
         if saved is None:
-            raise DamagedFile(f"tables/{generation:06d}", "is missing, and its line is damaged")
-        return checkpoints.load(self._storage, saved)[0]
+            named = self._storage / f"tables/{generation:06d}"
+            raise DamagedFile(str(named), "is missing, and its line is damaged")
+        return self._load(saved)
+
+    def _load(self, saved: Saved) -> Columns:
+        try:
+            return checkpoints.load(self._storage, saved)[0]
+        except DamagedFile as error:
+            raise DamagedFile(str(self._storage / error.file), error.reason) from None
+
+    @functools.cached_property
+    def _layouts(self) -> list[Any]:
+        entries = programs.read(self._storage)
+        if entries is None:
+            return [self._spec.batching] * self._layout.variants
+        return [entry["batching"] for entry in entries]
 
     @functools.cached_property
     def _saved(self) -> dict[int, Any]:
         return {entry["generation"]: entry["table"] for entry in self._entries}
+
+
+def spec_of(
+    identity: Identity, storage: Path, layout: Layout, folders: tuple[str, ...], x64: bool
+) -> Spec:
+    """Return what the workers of a sweep are told."""
+    given = {field.name: getattr(identity, field.name) for field in dataclasses.fields(Identity)}
+    names = {field.name for field in dataclasses.fields(Spec)}
+    return Spec(
+        **{name: value for name, value in given.items() if name in names},
+        slots=layout.slots,
+        steps=identity.steps_per_generation,
+        storage=str(storage),
+        sys_path=folders,
+        x64=x64,
+    )
+
+
+class _Unknown:
+    """Stands for an object of the program that made a storage."""
+
+    def __init__(self, storage: str, name: str) -> None:
+        self._said = f"{storage} was made by a program that gave {name} as an object"
+
+    def __call__(self, *args: Any) -> Any:
+        del args
+        raise SweepError(f"{self._said}: run that program, and ask its sweep for the result")
+
+    def __hash__(self) -> int:
+        return hash(self._said)

@@ -7,12 +7,13 @@ own, with a generator seeded by (seed, generation, population). It sees one row 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from gradhpo.cluster.space import Changes, SearchSpace
+from gradhpo.cluster import importing
+from gradhpo.cluster.space import Change, Changes, Distribution, SearchSpace
 from gradhpo.errors import check_count, check_number
 
 NEW = -1
@@ -80,11 +81,13 @@ class PBT:
     factors: tuple[float, ...] = (0.8, 1.25)
 
     def __post_init__(self) -> None:
-        check_number("quantile", self.quantile, 0, 0.5, open_low=True)
-        check_number("resample", self.resample, 0, 1)
-        object.__setattr__(self, "factors", tuple(self.factors))
-        if not self.factors or not all(f > 0 for f in self.factors):
-            raise ValueError(f"factors must be numbers above 0, got {self.factors}")
+        quantile = check_number("PBT: quantile", self.quantile, 0, 0.5, open_low=True)
+        resample = check_number("PBT: resample", self.resample, 0, 1)
+        factors = tuple(float(f) for f in self.factors)
+        if not factors or not all(0 < f < float("inf") for f in factors):
+            raise ValueError(f"PBT: factors must be numbers above 0, got {self.factors}")
+        for name, value in (("quantile", quantile), ("resample", resample), ("factors", factors)):
+            object.__setattr__(self, name, value)
 
     def __call__(self, table: Table, space: SearchSpace, rng: np.random.Generator) -> Decision:
         """Decide."""
@@ -127,10 +130,10 @@ class SuccessiveHalving:
     longest: int | None = None
 
     def __post_init__(self) -> None:
-        check_count("reduction", self.reduction, 2)
-        check_count("grace", self.grace)
+        object.__setattr__(self, "reduction", check_count("reduction", self.reduction, 2))
+        object.__setattr__(self, "grace", check_count("grace", self.grace))
         if self.longest is not None:
-            check_count("longest", self.longest, self.grace)
+            object.__setattr__(self, "longest", check_count("longest", self.longest, self.grace))
 
     def __call__(self, table: Table, space: SearchSpace, rng: np.random.Generator) -> Decision:
         """Decide."""
@@ -169,8 +172,8 @@ class RandomSearch:
     trial_generations: int | None = None
 
     def __post_init__(self) -> None:
-        if self.trial_generations is not None:
-            check_count("trial_generations", self.trial_generations)
+        if (given := self.trial_generations) is not None:
+            object.__setattr__(self, "trial_generations", check_count("trial_generations", given))
 
     def __call__(self, table: Table, space: SearchSpace, rng: np.random.Generator) -> Decision:
         """Decide."""
@@ -184,30 +187,54 @@ class RandomSearch:
 BUILT_IN: dict[str, Any] = {c.__name__: c for c in (PBT, SuccessiveHalving, RandomSearch)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """A scheduler of a program, by its name; imported when it is first asked, or by `loaded`."""
+
+    function: str
+    settings: Mapping[str, Any]
+
+    def __call__(self, table: Table, space: SearchSpace, rng: np.random.Generator) -> Decision:
+        """Import it, and let it decide."""
+        return self.load()(table, space, rng)
+
+    def load(self) -> Scheduler:
+        """Import it."""
+        made = importing.load(self.function)
+        return made(**self.settings) if isinstance(made, type) or self.settings else made
+
+
+def loaded(scheduler: Scheduler) -> Scheduler:
+    """Return a scheduler itself, imported where it is given by name."""
+    return scheduler.load() if isinstance(scheduler, Named) else scheduler
+
+
 def describe(scheduler: Any) -> dict[str, Any]:
     """Return a scheduler as it is written in TOML and in a sweep's manifest."""
+    if isinstance(scheduler, Named):
+        return {"function": scheduler.function, **_plain(scheduler.settings)}
+    fields: Any = dataclasses.asdict(scheduler) if dataclasses.is_dataclass(scheduler) else {}  # pyright: ignore
     name = type(scheduler).__name__
     if BUILT_IN.get(name) is type(scheduler):
-        fields: dict[str, Any] = dataclasses.asdict(scheduler)
-        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
-        return {"name": name, **{k: v for k, v in plain.items() if v is not None}}
-    named = scheduler if hasattr(scheduler, "__qualname__") else type(scheduler)
-    settings: Any = dataclasses.asdict(scheduler) if dataclasses.is_dataclass(scheduler) else {}  # pyright: ignore
-    return {"function": f"{named.__module__}:{named.__qualname__}", **settings}
+        return {"name": name, **{k: v for k, v in _plain(fields).items() if v is not None}}
+    named: Any = scheduler if hasattr(scheduler, "__qualname__") else type(scheduler)
+    return {"function": f"{named.__module__}:{named.__qualname__}", **_plain(fields)}
 
 
-def parse(description: Mapping[str, Any], load: Callable[[str], Any]) -> Scheduler:
+def parse(description: Any) -> Scheduler:
     """Return the scheduler that `describe` wrote, or a TOML table with the same keys.
+
+    Nothing is imported.
 
     Raises:
       ValueError: for an unknown name or setting.
     """
-    settings: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in description.items()
-    }
+    if not isinstance(description, Mapping):
+        raise ValueError(f'scheduler must be a table, {{name = "PBT"}}, got {description!r}')
+    given: Mapping[str, Any] = description  # pyright: ignore[reportUnknownVariableType]
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     if "function" in settings:
-        made = load(settings.pop("function"))
-        return made(**settings) if isinstance(made, type) or settings else made
+        return Named(str(settings.pop("function")), settings)
     name = settings.pop("name", None)
     if name not in BUILT_IN:
         raise ValueError(f"scheduler: name must be one of {', '.join(BUILT_IN)}, got {name!r}")
@@ -217,12 +244,20 @@ def parse(description: Mapping[str, Any], load: Callable[[str], Any]) -> Schedul
     return BUILT_IN[name](**settings)
 
 
-def check(decision: Any, slots: int, names: Sequence[str]) -> Decision:
+def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as JSON has them: NumPy's numbers and arrays as Python's."""
+    arrays = (np.generic, np.ndarray)
+    plain = {k: v.tolist() if isinstance(v, arrays) else v for k, v in fields.items()}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+
+
+def check(decision: Any, slots: int, settings: Mapping[str, Distribution]) -> Decision:
     """Return a scheduler's decision, checked.
 
     Raises:
       TypeError: if it is not a `Decision`.
-      ValueError: if parents or changes do not fit the slots.
+      ValueError: if parents or changes do not fit the slots, or a change is no number or sets a
+        value outside of its distribution's bounds.
     """
     if not isinstance(decision, Decision):
         raise TypeError(f"a scheduler must return a Decision, got {type(decision).__name__}")
@@ -234,8 +269,31 @@ def check(decision: Any, slots: int, names: Sequence[str]) -> Decision:
     if ((parents < NEW) | (parents >= slots)).any():
         raise ValueError(f"Decision.parents must be from {NEW} to {slots - 1}, got {parents!r}")
     for name, change in decision.changes.items():
-        if name not in names:
-            raise ValueError(f"Decision.changes has {name!r}; the space has {list(names)}")
-        if any(np.shape(part) != (slots,) for part in change):
-            raise ValueError(f"Decision.changes[{name!r}] must have {slots} entries in each part")
+        if name not in settings:
+            raise ValueError(f"Decision.changes has {name!r}; the space has {list(settings)}")
+        _check_change(f"Decision.changes[{name!r}]", change, slots, settings[name].bounds)
     return Decision(parents.astype(np.int64), dict(decision.changes))
+
+
+def _check_change(name: str, change: Change, slots: int, bounds: tuple[float, float]) -> None:
+    if len(change) != 3 or any(np.shape(part) != (slots,) for part in change):
+        raise ValueError(f"{name} must have {slots} entries in each part")
+    mask = np.asarray(change[0], bool)
+    for field, part in zip(Change._fields[1:], change[1:], strict=True):
+        numbers = np.asarray(part, float)
+        with np.errstate(over="ignore"):
+            wrong = mask & ~np.isfinite(numbers.astype(np.float32))
+        if wrong.any():
+            slot = int(np.flatnonzero(wrong)[0])
+            raise ValueError(f"{name}.{field} must be finite, got {numbers[slot]} for slot {slot}")
+    multiply, add = (np.asarray(part, float) for part in change[1:])
+    low, high = bounds
+    # What is set, and not perturbed; a number that came through a logarithm is off by its rounding.
+    slack = 1e-9 * max(abs(low), abs(high))
+    outside = mask & (multiply == 0) & ((add < low - slack) | (add > high + slack))
+    if outside.any():
+        slot = int(np.flatnonzero(outside)[0])
+        raise ValueError(
+            f"{name} must be in the space, from {low:g} to {high:g}, got {add[slot]:g} for slot "
+            f"{slot}"
+        )

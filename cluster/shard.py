@@ -119,7 +119,8 @@ class ShardHost:
             check_owner(self.storage, order.shard, incarnation)
             return checkpoints.save(self.storage, stem, arrays, about)
         except OSError as error:
-            raise StorageFailed(error.errno, error.strerror, error.filename) from error
+            named = error.filename or str(self.storage / stem)
+            raise StorageFailed(error.errno, error.strerror, named) from error
 
     def _state(self, shard: int, variant: int, generation: int, saved: Saved | None) -> Arrays:
         if generation < 0:

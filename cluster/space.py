@@ -173,6 +173,8 @@ class SearchSpace:
     choices: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if isinstance(self.lr_hyper, np.generic):
+            object.__setattr__(self, "lr_hyper", self.lr_hyper.item())
         if isinstance(self.lr_hyper, float | int):
             check_number("SearchSpace.lr_hyper", self.lr_hyper, -math.inf, math.inf)
             if not math.isfinite(self.lr_hyper):
@@ -181,7 +183,9 @@ class SearchSpace:
         for name, distribution in self.settings().items():
             if not isinstance(distribution, Uniform | Choice):
                 raise TypeError(f"SearchSpace: {name!r} must be {accepted}, got {distribution!r}")
-        for name, values in self.choices.items():
+        choices = {name: _plain(values) for name, values in self.choices.items()}
+        object.__setattr__(self, "choices", choices)
+        for name, values in choices.items():
             if isinstance(values, str) or not isinstance(values, Sequence) or not values:
                 raise ValueError(
                     f"SearchSpace.choices[{name!r}] must be a list of values, got {values!r}"
@@ -299,6 +303,15 @@ def _parse(name: str, text: Any) -> Distribution:
     if kind == "loguniform":
         return loguniform(*numbers, **options)
     raise wrong
+
+
+def _plain(values: Any) -> Any:
+    """Return a list of choices with Python's numbers in place of NumPy's."""
+    if isinstance(values, np.ndarray):
+        return values.tolist()
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        return values
+    return [value.item() if isinstance(value, np.generic) else value for value in values]  # pyright: ignore
 
 
 def _check_bounds(name: str, low: Any, high: Any) -> None:

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from gradhpo.checkpoints import DamagedFile
+from gradhpo.cluster import settings as settings_of
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.space import SearchSpace
 from gradhpo.cluster.sweep import Sweep
@@ -75,7 +76,7 @@ def population_trainable(storage: str | Path, **settings: Any) -> Callable[[dict
 
 def _sweep(settings: Mapping[str, Any], config: Mapping[str, Any], place: Path) -> Sweep:
     _refuse_fixed(config)
-    accepted = set(Sweep.__init__.__annotations__) - {"return"}
+    accepted = settings_of.names()
     given: dict[str, Any] = {"progress": False, **settings}
     given |= {name: value for name, value in config.items() if name in accepted}
     given |= {"storage": place, "executor": "local"}
@@ -87,12 +88,12 @@ def _sweep(settings: Mapping[str, Any], config: Mapping[str, Any], place: Path) 
 
 
 def _run(sweep: Sweep) -> None:
-    sign = 1 if sweep.mode == "min" else -1
+    sign, metric = sweep.identity.sign, sweep.identity.metric
     best = np.inf
 
     def report(generation: int, table: Mapping[str, np.ndarray]) -> None:
         nonlocal best
-        scores = sign * table[sweep.metric]
+        scores = sign * table[metric]
         finite = scores[np.isfinite(scores)]
         best = min(best, finite.min(initial=np.inf))
         tune.report(
@@ -107,7 +108,7 @@ def _run(sweep: Sweep) -> None:
 
     with contextlib.suppress(SweepError, DamagedFile):  # no generation is done; `run` looks again
         before = sweep.result()
-        earlier = sign * before.table[sweep.metric]
+        earlier = sign * before.table[metric]
         best = earlier[np.isfinite(earlier)].min(initial=np.inf)
         report(before.generations, before.final)
     sweep.run(callback=report)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
+from gradhpo.checksums import of_arrays
 from gradhpo.cluster import importing
 from gradhpo.cluster.host_turns import HostTurns
 from gradhpo.cluster.orders import Order, Prepared, Spec
@@ -92,9 +93,10 @@ class Variant:
 
         start = compiled.counts()
         self.programs["data"] = get("data", self._make_data, np.uint32(spec.seed))
-        self.data = self.population.place_shared(
-            self.programs["data"].run(self._make_data, np.uint32(spec.seed))
-        )
+        data = self.programs["data"].run(self._make_data, np.uint32(spec.seed))
+        # Before it is placed: the same bytes in every layout.
+        identity = of_arrays(data) if blobs is None else ""
+        self.data = self.population.place_shared(data)
         state, some = self.zeros(), self._padded([], 0)
         parts: list[tuple[str, Any, tuple[Any, ...]]] = [
             ("take", _take, (state, some)),
@@ -129,6 +131,7 @@ class Variant:
             calibration_compiles=calibration,
             warnings=notes,
             columns=sorted(self._column_names()),
+            data=identity,
         )
 
     def turn(self, state: Arrays, order: Order) -> tuple[Arrays, dict[str, np.ndarray]]:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from gradhpo.state import is_key
+from gradhpo.state import PyTree, is_key
 
 NAMES = ("name", "debug_info", "ctx_mesh")
 """Parameters of operations that do not change what is computed."""
@@ -35,6 +35,17 @@ def checksum(closed: ClosedJaxpr) -> str:
 
 _KNOWN: weakref.WeakKeyDictionary[ClosedJaxpr, str] = weakref.WeakKeyDictionary()
 """JAX remembers a trace; so what it closes over is read from a device once."""
+
+
+def of_arrays(tree: PyTree) -> str:
+    """Return the SHA-256 of arrays: of their paths, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        array = np.ascontiguousarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        plain = not array.dtype.hasobject
+        digest.update(array.reshape(-1).view(np.uint8).data if plain else array.tobytes())
+    return digest.hexdigest()
 
 
 def same_program(a: ClosedJaxpr, b: ClosedJaxpr) -> bool:

@@ -1,8 +1,12 @@
 """Files and journal lines that were cut or changed are noticed, and nothing is unpickled."""
 
+import os
 import pickle
 import resource
 import signal
+import socket
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -148,15 +152,56 @@ def test_the_last_line_can_be_dropped(tmp_path):
 
 
 def test_a_second_driver_is_refused_with_the_first_ones_name(tmp_path):
-    import os
-    import socket
-
     first = lock.FolderLock(tmp_path, "storage", "sweep")
     with pytest.raises(StorageInUse, match=f"process {os.getpid()} on host {socket.gethostname()}"):
         lock.FolderLock(tmp_path, "storage", "sweep")
     assert str(os.getpid()) in lock.holder(tmp_path)
     first.release()
     assert lock.holder(tmp_path) is None
+    lock.FolderLock(tmp_path, "storage", "sweep").release()
+
+
+FORKS = """
+import os, sys, time
+from pathlib import Path
+from gradhpo.lock import FolderLock
+held = FolderLock(Path(sys.argv[1]), "storage", "sweep")
+child = os.fork()
+if child == 0:
+    os.closerange(0, 3)
+    time.sleep(60)
+    os._exit(0)
+print(child, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_a_killed_holders_forked_child_does_not_hold_on(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-c", FORKS, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        child = int(process.stdout.readline())
+        try:
+            with pytest.raises(StorageInUse, match=f"process {process.pid}"):
+                lock.FolderLock(tmp_path, "storage", "sweep")
+            process.kill()
+            process.wait()
+            os.kill(child, 0)  # it lives
+            lock.FolderLock(tmp_path, "storage", "sweep").release()
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_disk_that_is_full_leaves_no_lock_behind(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(OSError, match=f"storage '{tmp_path}' cannot be written: .*large"):
+            lock.FolderLock(tmp_path, "storage", "sweep")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
     lock.FolderLock(tmp_path, "storage", "sweep").release()
 
 

@@ -129,7 +129,7 @@ def test_a_file_with_a_mistake(folder, change, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", slow_but(["resume", "status", "best"], "status"))
+@pytest.mark.parametrize("command", slow_but(["resume", "status", "best", "check"], "status"))
 def test_no_such_sweep(tmp_path, command):
     done = gradhpo(command, tmp_path / "nothing", cwd=tmp_path)
     assert done.returncode == 1

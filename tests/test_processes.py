@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gradhpo.cluster import SweepError, executors
+from gradhpo.cluster import SweepError, events, executors
 from gradhpo.cluster.commands import Again
 from gradhpo.cluster.this_process import ThisProcess
 from tests import sweep_problems
@@ -39,12 +39,12 @@ def alive(pid):
 
 def workers(made):
     """Process ids of the workers that a running sweep has had, the living ones."""
-    pids = [facts["pid"] for event, facts in list(made.events) if event == "worker ready"]
+    pids = [event.pid for event in list(made.events) if isinstance(event, events.WorkerReady)]
     return [pid for pid in pids if alive(pid)]
 
 
 def lost(made):
-    return [facts["reason"] for event, facts in made.events if event == "worker lost"]
+    return [event.reason for event in made.events if isinstance(event, events.WorkerLost)]
 
 
 def wait_until(condition, seconds, what):
@@ -139,7 +139,7 @@ import os, sys
 sys.path.insert(0, {root!r})
 from tests.sweeps import sweep
 made = sweep({storage!r}, executor="processes", workers=2, generations=1000)
-made.run(lambda g, table: print(g, *[f["pid"] for e, f in made.events if e == "worker ready"],
+made.run(lambda g, table: print(g, *[e.pid for e in made.events if e.name == "worker ready"],
                                 flush=True))
 """
 

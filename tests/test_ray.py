@@ -18,7 +18,7 @@ os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 ray = pytest.importorskip("ray")
 
-from gradhpo.cluster import PBT, SearchSpace, SweepError  # noqa: E402
+from gradhpo.cluster import PBT, SearchSpace, SweepError, events  # noqa: E402
 from tests.sweeps import SPACE, assert_same_tables, sweep  # noqa: E402
 
 pytestmark = [
@@ -61,7 +61,7 @@ def alive(pid):
 
 def workers(made):
     """Process ids of the workers that a running sweep has had, the living ones."""
-    pids = [facts["pid"] for event, facts in list(made.events) if event == "worker ready"]
+    pids = [event.pid for event in list(made.events) if isinstance(event, events.WorkerReady)]
     return [pid for pid in pids if alive(pid)]
 
 
@@ -176,7 +176,7 @@ def test_sigkill_of_workers_at_random_instants(cluster, tmp_path, reference):
     for timer in timers:
         timer.join()
     assert sum(kills) >= 7
-    assert len([1 for event, _ in made.events if event == "worker lost"]) >= 4
+    assert sum(isinstance(event, events.WorkerLost) for event in made.events) >= 4
     # Synchronous generations: whatever was lost, each was committed once, in order.
     assert computed == list(range(1, LONG + 1))
     assert_same_tables(result, reference)
@@ -227,7 +227,7 @@ def test_a_worker_that_hangs_is_replaced(cluster, tmp_path, reference):
             stopped.append(pid)
 
     result = made.run(disturb)
-    lost = [facts["reason"] for event, facts in made.events if event == "worker lost"]
+    lost = [event.reason for event in made.events if isinstance(event, events.WorkerLost)]
     assert sum("did not answer" in reason for reason in lost) >= 2
     assert len(set(stopped)) == 2
     assert not any(map(alive, stopped))
@@ -247,7 +247,7 @@ def test_a_silent_worker_is_replaced_and_a_slow_one_is_not(cluster, tmp_path):
             os.kill(stopped[0], signal.SIGSTOP)
 
     result = made.run(disturb)
-    lost = [facts["reason"] for event, facts in made.events if event == "worker lost"]
+    lost = [event.reason for event in made.events if isinstance(event, events.WorkerLost)]
     assert len(lost) == 1
     assert "silent" in lost[0]
     assert min(entry["seconds"] for entry in result._entries) > 0.8
@@ -260,7 +260,7 @@ import os, sys
 sys.path.insert(0, {root!r})
 from tests.sweeps import sweep
 made = sweep({storage!r}, executor="ray", workers=2, generations={generations})
-made.run(lambda g, table: print(g, *[f["pid"] for e, f in made.events if e == "worker ready"],
+made.run(lambda g, table: print(g, *[e.pid for e in made.events if e.name == "worker ready"],
                                 flush=True))
 """
 
@@ -346,7 +346,7 @@ def test_sigkill_of_a_node(tmp_path, reference):
                 second.append(nodes.add_node(num_cpus=1))
                 wait_until(lambda: ray.cluster_resources().get("CPU") == 2, 20, "no second node")
             if generation in (10, 11, 12, 13):
-                ready = [event for event, _ in made.events if event == "worker ready"]
+                ready = [e for e in made.events if isinstance(e, events.WorkerReady)]
                 time.sleep(0 if len(ready) >= 3 else 2)  # let a worker start on the new node
 
         result = made.run(disturb)

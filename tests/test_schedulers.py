@@ -6,6 +6,7 @@ import pytest
 from gradhpo.cluster import (
     NEW,
     PBT,
+    Change,
     Decision,
     RandomSearch,
     SearchSpace,
@@ -32,7 +33,7 @@ def table(score, age=None):
 
 def decide(scheduler, *args, seed=0):
     return module.check(
-        scheduler(table(*args), SPACE, np.random.default_rng(seed)), len(args[0]), ["rate"]
+        scheduler(table(*args), SPACE, np.random.default_rng(seed)), len(args[0]), SPACE.settings()
     )
 
 
@@ -109,7 +110,7 @@ def test_random_search_completes_trials():
 
 @pytest.mark.parametrize("scheduler", ALL.values(), ids=ALL.keys())
 def test_a_scheduler_is_what_its_description_says(scheduler):
-    assert module.parse(module.describe(scheduler), None) == scheduler
+    assert module.parse(module.describe(scheduler)) == scheduler
 
 
 @pytest.mark.parametrize(
@@ -121,17 +122,35 @@ def test_a_scheduler_is_what_its_description_says(scheduler):
         (lambda: SuccessiveHalving(reduction=1), "reduction"),
         (lambda: SuccessiveHalving(grace=3, longest=2), "longest"),
         (lambda: RandomSearch(0), "trial_generations"),
-        (lambda: module.parse({"name": "ASHA"}, None), "PBT, SuccessiveHalving"),
-        (lambda: module.parse({"name": "PBT", "quantil": 1}, None), "quantil"),
-        (lambda: module.check([0], 1, []), "must return a Decision"),
-        (lambda: module.check(Decision(np.zeros(2, int)), 3, []), "3 integers"),
-        (lambda: module.check(Decision(np.asarray([0, 3])), 2, []), "from -1 to 1"),
+        (lambda: module.parse({"name": "ASHA"}), "PBT, SuccessiveHalving"),
+        (lambda: module.parse({"name": "PBT", "quantil": 1}), "quantil"),
+        (lambda: module.check([0], 1, {}), "must return a Decision"),
+        (lambda: module.check(Decision(np.zeros(2, int)), 3, {}), "3 integers"),
+        (lambda: module.check(Decision(np.asarray([0, 3])), 2, {}), "from -1 to 1"),
+        (lambda: changed("y", 1.0, 0.0), "the space has"),
         (
-            lambda: module.check(Decision(np.zeros(2, int), {"y": None}), 2, ["x"]),
-            "the space has",
+            lambda: changed("rate", np.nan, 0.0),
+            r"multiply must be finite, got nan",
+        ),
+        (lambda: changed("rate", 1e300, 0.0), "multiply must be finite"),
+        (lambda: changed("rate", 1.0, -np.inf), r"rate'\].add must be finite, got -inf for slot 1"),
+        (
+            lambda: changed("rate", 0.0, 2.0),
+            "must be in the space, from 0.001 to 1, got 2",
         ),
     ],
 )
 def test_what_is_wrong_is_named(make, message):
     with pytest.raises((ValueError, TypeError), match=message):
         make()
+
+
+def changed(name, multiply, add):
+    """Check a decision that changes the second of two slots."""
+    mask = np.array([False, True])
+    one = Change(mask, np.full(2, multiply), np.full(2, add))
+    return module.check(Decision(np.zeros(2, int), {name: one}), 2, SPACE.settings())
+
+
+def test_a_perturbation_may_lead_out_of_the_space_and_is_clipped():
+    assert changed("rate", 1.25, 7.0).changes["rate"].multiply[1] == 1.25

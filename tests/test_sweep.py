@@ -34,6 +34,7 @@ from gradhpo.cluster import (
     Sweep,
     SweepError,
     choice,
+    events,
     executors,
     loguniform,
     uniform,
@@ -407,7 +408,7 @@ def test_the_generation_before_is_used(after_5, reference, damage, what):
     result = made.run()
     assert result.report.generations == GENERATIONS - 4  # one more than without damage
     assert_same_tables(result, reference)
-    told = [event for event, _ in made.events if "damaged" in event]
+    told = [event for event in made.events if isinstance(event, events.Damaged)]
     assert told or (what == "line" and damage is Path.unlink)
 
 
@@ -495,8 +496,8 @@ def test_a_worker_that_was_given_up_cannot_commit(tmp_path):
     host, numbers = ShardHost(made._spec()), Incarnations(tmp_path)
     host.prepare(0, "map")
     old, new = numbers.new(), numbers.new()
-    rules = Rules(made.scheduler, made.space, 0, "val_loss", 1)
-    order = orders(first_plan(made.layout, rules), [None] * 4, made.layout, made.space)[0]
+    rules = Rules(made.identity.scheduler, made.identity.space, 0, "val_loss", 1)
+    order = orders(first_plan(made.layout, rules), [None] * 4, made.layout, made.identity.space)[0]
     before = contents(tmp_path / "checkpoints")
     numbers.own({0: new})
     with pytest.raises(Superseded):
@@ -636,23 +637,6 @@ def test_another_number_of_workers_goes_on_with_the_same_shards(tmp_path):
     assert second.run().generations == 2
 
 
-@pytest.mark.parametrize(
-    ("file", "content", "message"),
-    [
-        ("programs.json", None, "missing or damaged"),
-        ("programs.json", "[{", "missing or damaged"),
-        ("manifest.json", "[]", "manifest.json is damaged: not a table"),
-        ("manifest.json", None, "not empty and holds no sweep"),
-    ],
-)
-def test_damaged_descriptions_stop_with_their_name(after_1, file, content, message):
-    (after_1 / file).unlink()
-    if content is not None:
-        (after_1 / file).write_text(content)
-    with pytest.raises(SweepError, match=message):
-        sweep(after_1).run()
-
-
 @pytest.mark.parametrize("content", slow_but(["{", None], "{"))
 def test_damaged_incarnations_cost_nothing(after_5, reference, content):
     path = after_5 / "incarnations.json"
@@ -739,8 +723,9 @@ def test_a_full_disk_stops_with_a_clear_error_and_goes_on(tmp_path, reference, m
     try:
         filler = small / ".filler"
         filler.write_bytes(b"x" * 120_000)
-        with pytest.raises(SweepError, match="No space left"):
+        with pytest.raises(SweepError, match="No space left") as caught:
             sweep(small / "run").run()
+        assert str(small / "run") in str(caught.value)
         assert not list((small / "run").rglob("*.tmp"))
         filler.unlink()
         subprocess.run(["mount", "-o", "remount,size=50m", str(small)], check=True)

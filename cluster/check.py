@@ -1,0 +1,129 @@
+"""Whether a storage is whole: every file that its journal names, and what can be repaired."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from gradhpo import checkpoints
+from gradhpo.checkpoints import Saved
+from gradhpo.cluster import claim, manifest, programs
+from gradhpo.cluster.events import Event
+from gradhpo.cluster.failures import SweepError
+from gradhpo.cluster.journal import Entry, Journal
+from gradhpo.lock import FolderLock, StorageInUse
+
+
+class Finding(NamedTuple):
+    """Something about a storage."""
+
+    whole: bool
+    """False for damage that is left."""
+    text: str
+
+
+def check_storage(storage: Path) -> Iterator[Finding]:
+    """Verify a sweep's files, and repair what can be; nothing is imported.
+
+    Where a driver holds the storage, nothing is repaired.
+
+    Raises:
+      SweepError: if there is no sweep.
+    """
+    if not storage.is_dir() or not claim.begun(storage):
+        manifest.read(storage)  # which says so
+    try:
+        lock = FolderLock(storage, "storage", "sweep")
+    except StorageInUse as error:
+        yield Finding(True, f"{error}. Nothing is repaired")
+        yield from _verified(storage, Journal(storage))
+        return
+    try:
+        yield from _repaired(storage)
+    finally:
+        lock.release()
+
+
+def _repaired(storage: Path) -> Iterator[Finding]:
+    for left in claim.unfinished(storage):
+        left.unlink(missing_ok=True)
+        yield Finding(True, f"{left.relative_to(storage)}: left by a kill, removed")
+    journal = Journal(storage)
+    yield from _descriptions(storage)
+    damaged = _damaged(storage, _newest(journal))
+    if not damaged:
+        yield from _verified(storage, journal)
+        return
+    generation = journal.generation
+    before = journal.last[:-1]
+    follows = generation == 0 or (before and before[0]["generation"] == generation - 1)
+    if not follows or (
+        before and _damaged(storage, [*before[0]["checkpoints"], before[0]["table"]])
+    ):
+        yield from _verified(storage, journal)
+        return
+    for text in damaged:
+        yield Finding(True, text)
+    journal.drop_last()
+    yield Finding(True, f"generation {generation + 1} is dropped, and computed again on resuming")
+    yield from _verified(storage, journal)
+
+
+def _descriptions(storage: Path) -> Iterator[Finding]:
+    told: list[Event] = []
+    try:
+        manifest.read(storage)
+        programs.recovered(storage, told.append)
+    except SweepError as error:
+        yield Finding(False, f"{error}. The program that began the sweep may make it again: run it")
+    for event in told:
+        yield Finding(True, str(event.line()))
+
+
+def _verified(storage: Path, journal: Journal) -> Iterator[Finding]:
+    entries, good = list(journal.entries()), 0
+    for what in journal.damaged:
+        yield Finding(True, what)
+    newest = {saved.file for saved in _newest(journal)}
+    older = [s for entry in journal.last[:-1] for s in entry["checkpoints"]]
+    best = entries[-1]["best"] if entries else None
+    saved = {s.file: s for s in (*_newest(journal), *older, *(e["table"] for e in entries))}
+    if best is not None:
+        saved[best["checkpoint"].file] = best["checkpoint"]
+    for file, one in saved.items():
+        if not (found := _damaged(storage, [one])):
+            good += 1
+        elif file in newest:
+            yield Finding(False, f"{found[0]}. Neither this generation nor the one before is whole")
+        elif best is not None and file == best["checkpoint"].file:
+            yield Finding(False, f"{found[0]}. The winner's weights: replay() computes them again")
+        elif file.startswith("tables/"):
+            yield Finding(False, f"{found[0]}. The numbers of its generation; the sweep goes on")
+        else:  # where one was dropped, that of before is long removed
+            gone = not (storage / file).exists()
+            yield Finding(gone, f"{found[0]}. Only needed should the last generation be damaged")
+    yield Finding(True, f"{storage}: {len(entries)} generations, {good} files are whole")
+
+
+def _newest(journal: Journal) -> list[Saved]:
+    """Return what the next generation starts from."""
+    return [saved for entry in journal.last[-1:] for saved in _needed(entry)]
+
+
+def _needed(entry: Entry) -> list[Saved]:
+    return [*entry["checkpoints"], entry["table"]]
+
+
+def _damaged(storage: Path, files: list[Saved]) -> list[str]:
+    """Return what is wrong with those that are not whole."""
+    wrong: list[str] = []
+    for saved in files:
+        try:
+            right = checkpoints.checksum(storage / saved.file) == saved.sha256
+            reason = None if right else "was cut short or changed"
+        except OSError as error:
+            reason = f"cannot be read ({error.strerror})"
+        if reason is not None:
+            wrong.append(f"{saved.file} {reason}")
+    return wrong

@@ -1,0 +1,98 @@
+"""What a person sees while a sweep runs: a bar on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+
+import numpy as np
+
+from gradhpo.cluster.events import Event, GenerationDone, Resumed, Running, Starting
+from gradhpo.cluster.printable import printable
+from gradhpo.progress import Bar
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class Display:
+    """An observer that shows events, and generations as they are done.
+
+    Args:
+      show: None for what fits the output: a bar on a terminal (with tqdm installed), a line every
+        few seconds elsewhere; True for the same with tqdm required; False for nothing.
+      where: the storage, as the first lines name it.
+      generations: of the whole sweep.
+      steps: trial-steps in a generation.
+      metric: its name in the table.
+    """
+
+    def __init__(
+        self, show: bool | None, where: str, generations: int, steps: int, metric: str
+    ) -> None:
+        self._silent = show is False
+        drawn = sys.stderr.isatty() and (show or importlib.util.find_spec("tqdm") is not None)
+        self._lines = not self._silent and not drawn
+        self._where, self._total, self._steps, self._metric = where, generations, steps, metric
+        self._computed = 0
+        self._since = self._printed = time.monotonic()
+        self._show = False if self._lines or self._silent else show
+        self._bar = Bar(False, generations, "generation")
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.__exit__(*exc)
+
+    def observe(self, event: Event) -> None:
+        """Show an event."""
+        if self._silent:
+            return
+        if isinstance(event, GenerationDone):
+            self._generation(event)
+        elif isinstance(event, Running):
+            self._begin(event.generation)
+        elif (line := event.line()) is not None:
+            named = isinstance(event, Resumed | Starting)
+            self._bar.write(printable(f"{self._where}: {line}" if named else line, lines=True))
+
+    def _begin(self, done: int) -> None:
+        """Draw the bar, and count time from now: what came before was starting up."""
+        self._computed = 0
+        self._since = self._printed = time.monotonic()
+        self._bar = Bar(self._show, self._total, "generation", done)
+
+    def _generation(self, event: GenerationDone) -> None:
+        self._computed += 1
+        scores = event.table[self._metric]
+        finite = scores[np.isfinite(scores)]
+        shown = {
+            "best": float("nan") if event.best is None else event.best,
+            "median": float(np.median(finite)) if len(finite) else float("nan"),
+            "diverged": float(len(scores) - len(finite)),
+            "trial-steps/s": self._rate(),
+        }
+        self._bar.advance(1, **shown)
+        now = time.monotonic()
+        if not self._lines:
+            return
+        edge = event.generation >= self._total or self._computed == 1
+        if edge or now - self._printed > SECONDS_BETWEEN_LINES:
+            self._printed = now
+            left = (self._total - event.generation) * (now - self._since) / self._computed
+            self._bar.write(
+                f"generation {event.generation}/{self._total}: {printable(self._metric)} best "
+                f"{shown['best']:.4g}, median {shown['median']:.4g}, "
+                f"{shown['diverged']:.0f} diverged, {self._rate():,.0f} trial-steps/s, "
+                f"{_clock(left)} left"
+            )
+
+    def _rate(self) -> float:
+        return self._computed * self._steps / max(1e-9, time.monotonic() - self._since)
+
+
+def _clock(seconds: float) -> str:
+    minutes, left = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"

@@ -1,0 +1,323 @@
+"""What happens in a sweep, as typed events that are told to observers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from gradhpo.cluster import orders
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """Something that happened; its fields are plain values, but for a generation's table."""
+
+    name: ClassVar[str] = ""
+    """What the storage's log calls it."""
+
+    def line(self) -> str | None:
+        """Return it as a line for a person; None for what needs none."""
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Importing(Event):
+    """Code that a storage names is about to be imported, to go on with its sweep."""
+
+    references: Sequence[str]
+    folders: Sequence[str]
+    """Where references are looked up, beside Python's own path."""
+    name: ClassVar[str] = "importing"
+
+    def line(self) -> str:
+        """Say what runs, and from where."""
+        return f"importing {', '.join(self.references)}, looked up in {', '.join(self.folders)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Resumed(Event):
+    """The storage held the sweep already."""
+
+    generation: int
+    """How many were done."""
+    generations: int
+    """Of the whole sweep."""
+    name: ClassVar[str] = "resumed"
+
+    def line(self) -> str:
+        """Say how many are done."""
+        left = "going on" if self.generation < self.generations else "generations= more extends it"
+        return f"{self.generation} generations are done; {left}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Starting(Event):
+    """Workers start, and the step is compiled."""
+
+    name: ClassVar[str] = "starting"
+
+    def line(self) -> str:
+        """Say so: it takes a while."""
+        return "starting, and compiling the step"
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerReady(Event):
+    """A worker's process has started."""
+
+    incarnation: int
+    pid: int
+    host: str
+    log: str | None = None
+    """The file with what the worker prints, where there is one."""
+    name: ClassVar[str] = "worker ready"
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerLost(Event):
+    """A worker died or was given up; its shards go on elsewhere."""
+
+    reason: str
+    incarnation: int
+    process: Sequence[str]
+    """`host:pid` of each of its processes."""
+    log: str | None = None
+    """The file with what it printed, where there is one."""
+    name: ClassVar[str] = "worker lost"
+
+    def line(self) -> str:
+        """Say who and why."""
+        who = ", ".join(self.process) or "a worker"
+        return f"{who} {self.reason}: its shards go on elsewhere"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared(Event):
+    """A worker has the programs of one combination of choices."""
+
+    variant: int
+    batching: Any
+    compiles: int
+    loads: int
+    restores: int
+    small_compiles: int
+    calibration_compiles: int
+    warnings: Sequence[str]
+    name: ClassVar[str] = "prepared"
+
+    @classmethod
+    def of(cls, prepared: orders.Prepared) -> Prepared:
+        """Return what a worker told, without its programs."""
+        return cls(**{field.name: getattr(prepared, field.name) for field in _fields(cls)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Running(Event):
+    """All is prepared: the next generation begins."""
+
+    generation: int
+    """Generations that are done."""
+    name: ClassVar[str] = "running"
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationDone(Event):
+    """A generation is done, and saved."""
+
+    generation: int
+    """Counted from 1."""
+    table: Mapping[str, np.ndarray]
+    """Each column `(population,)`."""
+    best: float | None
+    """The metric of the best trial so far; None while every trial has diverged."""
+    seconds: float
+    name: ClassVar[str] = "generation"
+
+
+@dataclasses.dataclass(frozen=True)
+class Damaged(Event):
+    """A file of the storage is missing, cut short or changed."""
+
+    what: str
+    generation: int | None
+    """The generation that is computed again, counted from 0; None where that is not needed."""
+    name: ClassVar[str] = "damaged"
+
+    def line(self) -> str:
+        """Say what, and what follows."""
+        if self.generation is None:
+            return self.what
+        again = f"Generation {self.generation + 1} is computed again from the one before"
+        return f"damaged: {self.what}. {again}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Repaired(Event):
+    """A damaged file was made again, from what the program or another file says."""
+
+    what: str
+    name: ClassVar[str] = "repaired"
+
+    def line(self) -> str:
+        """Say what."""
+        return self.what
+
+
+@dataclasses.dataclass(frozen=True)
+class Changed(Event):
+    """Code or data are others than when the sweep began, and that was allowed."""
+
+    what: str
+    """ "code" or "data"."""
+    generation: int
+    """The first with the change, counted from 0."""
+    name: ClassVar[str] = "changed"
+
+    def line(self) -> str:
+        """Say since when."""
+        return f"the {self.what} changed, as allowed: from generation {self.generation + 1} on"
+
+
+@dataclasses.dataclass(frozen=True)
+class Note(Event):
+    """Something that a person may want to know."""
+
+    what: str
+    name: ClassVar[str] = "note"
+
+    def line(self) -> str:
+        """Say it."""
+        return self.what
+
+
+@dataclasses.dataclass(frozen=True)
+class Stopping(Event):
+    """A signal asked for the end; the generation in flight is finished first."""
+
+    signal: str
+    name: ClassVar[str] = "stopping"
+
+    def line(self) -> str:
+        """Say that it takes a moment."""
+        return f"{self.signal}: finishing this generation; once more to stop at once"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stopped(Event):
+    """The run ended before the sweep's end, because it was asked to."""
+
+    generation: int
+    """Generations that are done."""
+    left: int
+    how: str
+    """The sentence that says how to go on."""
+    name: ClassVar[str] = "stopped"
+
+    def line(self) -> str:
+        """Say how to go on."""
+        return f"Stopped, {self.left} generations before the end. {self.how}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished(Event):
+    """All generations are done."""
+
+    generation: int
+    name: ClassVar[str] = "finished"
+
+
+class Observer(Protocol):
+    """What wants to know: a display, a log, a tracker of experiments."""
+
+    def observe(self, event: Event, /) -> Any:
+        """Take an event, in the driver's process, before the next one happens.
+
+        What it raises ends the run; what is saved stays.
+        """
+        ...
+
+
+class Callback:
+    """An observer that calls `callback(generation, table)` when a generation is saved."""
+
+    def __init__(self, callback: Callable[[int, dict[str, np.ndarray]], Any]) -> None:
+        self._callback = callback
+
+    def observe(self, event: Event) -> None:
+        """Call it."""
+        if isinstance(event, GenerationDone):
+            self._callback(event.generation, dict(event.table))
+
+
+class Telling:
+    """Hands events to observers, one after another, and keeps all but the generations'.
+
+    A signal's event may come while another is told; it then waits for its turn.
+
+    Args:
+      kept: where events are kept.
+      sign: 1 if the metric is minimized, -1 if maximized.
+    """
+
+    def __init__(self, kept: list[Event], sign: int) -> None:
+        self._observers: list[Observer] = []
+        self.kept, self._sign = kept, sign
+        self._waiting: list[Event] = []
+        self._telling = False
+        self.generations = 0
+        """How many were computed."""
+
+    def to(self, *observers: Observer) -> None:
+        """Tell these too, from now on."""
+        self._observers += observers
+
+    def tell(self, event: Event) -> None:
+        """Tell all observers."""
+        self._waiting.append(event)
+        if self._telling:
+            return
+        self._telling = True
+        try:
+            while self._waiting:
+                self._tell(self._waiting.pop(0))
+        finally:
+            self._telling = False
+
+    def notify(self, event: str, **facts: Any) -> None:
+        """Tell what an executor or the controller calls by a name: the one place that types it."""
+        self.tell(self._typed(event, facts))
+
+    def _tell(self, event: Event) -> None:
+        if isinstance(event, GenerationDone):
+            self.generations += 1
+        else:
+            self.kept.append(event)
+        for observer in self._observers:
+            observer.observe(event)
+
+    def _typed(self, event: str, facts: dict[str, Any]) -> Event:
+        match event:
+            case "generation":
+                entry, best = facts["entry"], facts["entry"]["best"]
+                score = None if best is None else best["score"] * self._sign
+                done = entry["generation"] + 1
+                return GenerationDone(done, facts["columns"], score, entry["seconds"])
+            case "prepared":
+                return Prepared.of(facts["prepared"])
+            case "worker ready" | "worker lost" | "damaged" | "note":
+                return _NAMED[event](**facts)
+            case _:
+                told = ", ".join(f"{name}={value}" for name, value in facts.items())
+                return Note(f"{event}: {told}")
+
+
+_NAMED: dict[str, type[Event]] = {
+    kind.name: kind for kind in (WorkerReady, WorkerLost, Damaged, Note)
+}
+
+
+def _fields(kind: type[Event]) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(kind)

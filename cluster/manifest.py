@@ -1,0 +1,141 @@
+"""A storage's manifest: what it says of the sweep that it holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gradhpo import checkpoints
+from gradhpo._version import __version__
+from gradhpo.checksums import of_arrays
+from gradhpo.cluster import importing
+from gradhpo.cluster.failures import SweepError
+from gradhpo.cluster.settings import Identity, Place
+from gradhpo.cluster.space import SearchSpace
+from gradhpo.state import PyTree
+
+MANIFEST = "manifest.json"
+IDENTITY = (
+    *(field.name for field in dataclasses.fields(Identity) if field.name != "batching"),
+    "x64",
+)
+"""What makes a run this very run; the rest of a manifest may differ when it is resumed."""
+OLDER = {
+    "episode_length": None,
+    "lr_reptile": 1.0,
+    "episode_init": "reptile",
+    "lr_schedule": None,
+    "streams": None,
+}
+"""What a manifest says that does not have these names yet."""
+STREAMS = "by trial and step"
+"""How randomness is drawn; runs that drew it otherwise can be read, and not resumed."""
+
+
+def describe(
+    identity: Identity, place: Place, data: PyTree, folders: Iterable[str]
+) -> dict[str, Any]:
+    """Return the manifest of a sweep.
+
+    Args:
+      identity: what decides its numbers, `shards` included.
+      place: where it runs.
+      data: the arrays that `data` gives.
+      folders: where references are looked up.
+    """
+    made: dict[str, Any] = {
+        "gradhpo": __version__,
+        **identity.describe(),
+        "data": _identified(identity.data, data),
+        "x64": x64(),
+        "streams": STREAMS,
+        "generations": place.generations,
+        "sys_path": list(folders),
+        "how": place.describe(),
+    }
+    return json.loads(json.dumps(made))
+
+
+def read(storage: Path) -> dict[str, Any]:
+    """Return a storage's manifest.
+
+    Raises:
+      SweepError: if there is none, or it is damaged.
+    """
+    path = storage / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        if not isinstance(manifest, dict):
+            raise ValueError("not a table")
+        made: dict[str, Any] = OLDER | manifest
+        if missing := [name for name in (*IDENTITY, "generations", "how") if name not in made]:
+            raise ValueError(f"it has no {missing[0]!r}")
+        return made
+    except FileNotFoundError:
+        raise SweepError(f"there is no sweep in {str(storage)!r}: no {MANIFEST}") from None
+    except ValueError as error:
+        raise SweepError(f"{path} is damaged: {error}") from None
+
+
+def write(path: Path, content: Any) -> None:
+    """Write a small file of a storage, whole or not at all.
+
+    Raises:
+      OSError: if it cannot be written, naming the storage.
+    """
+    try:
+        checkpoints.write_json(path, content)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"storage {str(path.parent)!r} cannot be written: {error.strerror}"
+        ) from None
+
+
+def settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a sweep that a manifest gives, as TOML has them.
+
+    What was an object of a program, and no reference, is left out.
+    """
+    fields = (*IDENTITY, "batching", "generations")
+    given = {name: manifest.get(name) for name in fields if name != "x64"} | manifest["how"]
+    for name in ("problem", "optimizer", "data", "lr_schedule"):
+        given[name] = importing.reference_of(given[name])
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def objects(manifest: Mapping[str, Any]) -> list[str]:
+    """Return what only the program that made a storage can make again."""
+    named = ("problem", "optimizer", "data", "lr_schedule")
+    given = {name: manifest[name] for name in named if manifest[name] is not None}
+    scheduler = str(manifest["scheduler"].get("function", ""))
+    made = [name for name, value in given.items() if "reference" not in value]
+    return [*made, *(["scheduler"] if not importing.findable(scheduler) else [])]
+
+
+def space(manifest: Mapping[str, Any]) -> SearchSpace:
+    """Return the search space of a manifest."""
+    return SearchSpace.parse(manifest["space"])
+
+
+def digest(manifest: Mapping[str, Any]) -> str:
+    """Return what identifies the sweep of a manifest, in a few characters."""
+    text = json.dumps({name: manifest[name] for name in IDENTITY}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def x64() -> bool:
+    """Whether JAX computes in 64 bits."""
+    return bool(jax.config.jax_enable_x64)  # pyright: ignore
+
+
+def _identified(given: Any, data: PyTree) -> Any:
+    """Return what identifies `data`: its reference, or a checksum of the arrays."""
+    if given is None or isinstance(given, str):
+        return given and importing.named(given)
+    return {"sha256": of_arrays(data)}

@@ -1,0 +1,160 @@
+"""What a storage says of its programs: their layout, what they compute, and on what data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gradhpo.cluster import manifest
+from gradhpo.cluster.events import Changed, Event, Note, Repaired
+from gradhpo.cluster.failures import SweepError
+from gradhpo.cluster.journal import FILE
+from gradhpo.cluster.orders import Prepared
+
+PROGRAMS = "programs.json"
+CHANGES = ("data", "code")
+"""What `allow_changed` takes."""
+Entry = dict[str, Any]
+"""Of a variant: its "batching", the step "key", the checksum of its "data", and its "changes"."""
+
+
+def read(storage: Path) -> list[Entry] | None:
+    """Return what an earlier run wrote of each variant; None before the first generation.
+
+    Raises:
+      SweepError: if it is missing or damaged.
+    """
+    path = storage / PROGRAMS
+    if not path.exists() and not (storage / FILE).exists():
+        return None
+    try:
+        entries = json.loads(path.read_text())
+        if not entries or any("batching" not in entry for entry in entries):
+            raise ValueError("it names no layout")
+        return entries
+    except (OSError, ValueError, TypeError) as error:
+        raise SweepError(
+            f"{path}, which says how the sweep's programs are laid out, is missing or damaged "
+            f"({error})"
+        ) from None
+
+
+def recovered(storage: Path, tell: Callable[[Event], None]) -> list[Entry] | None:
+    """Return the same; where it is damaged, make it again from what the manifest says.
+
+    Raises:
+      SweepError: if it cannot be.
+    """
+    try:
+        return read(storage)
+    except SweepError as damaged:
+        known = manifest.read(storage)
+        copied, batching = known.get("programs"), known["batching"]
+        if copied is not None:
+            manifest.write(storage / PROGRAMS, copied)
+            tell(Repaired(f"{damaged}: it is made again from {manifest.MANIFEST}"))
+            return copied
+        if batching == "auto":  # it was measured once, and may come out otherwise
+            raise SweepError(f"{damaged}: without it the sweep cannot go on as it began") from None
+        tell(
+            Repaired(
+                f"{damaged}: it is made again; whether code and data are those with which the "
+                "sweep began cannot be checked"
+            )
+        )
+        return [{"batching": batching}] * len(_variants(known))
+
+
+def keep(
+    storage: Path,
+    prepared: Sequence[Prepared],
+    generation: int,
+    allowed: Collection[str],
+    tell: Callable[[Event], None],
+) -> list[Entry]:
+    """See that workers compiled what an earlier run did, on its data; write what they did.
+
+    Args:
+      storage: the sweep's.
+      prepared: of each variant.
+      generation: the next one.
+      allowed: what may have changed, of `CHANGES`.
+      tell: takes events.
+
+    Raises:
+      SweepError: if something else changed.
+    """
+    known, its = recovered(storage, tell), manifest.digest(manifest.read(storage))
+    about = ({"batching": p.batching, "key": p.key, "data": p.data} for p in prepared)
+    made: list[Entry] = json.loads(json.dumps([{**entry, "identity": its} for entry in about]))
+    changed: set[str] = set()
+    for old, new in zip(known or [], made, strict=known is not None):
+        what = _changes(old, new, tell)
+        if refused := [name for name in what if name not in allowed]:
+            raise SweepError(_refusal(storage, refused, what))
+        new["changes"] = [*old.get("changes", []), *([generation, name] for name in what)]
+        changed |= what.keys()
+    for name in sorted(changed):
+        tell(Changed(name, generation))
+    if made != known:
+        manifest.write(storage / PROGRAMS, made)
+    written = manifest.read(storage)
+    if written.get("programs") != made:
+        manifest.write(storage / manifest.MANIFEST, written | {"programs": made})
+    return made
+
+
+def allowed_changes(entries: Sequence[Entry]) -> dict[int, list[str]]:
+    """Return by generation what was allowed to be other than before."""
+    pairs = {(int(g), str(name)) for entry in entries for g, name in entry.get("changes", [])}
+    made: dict[int, list[str]] = {}
+    for generation, name in sorted(pairs):
+        made.setdefault(generation, []).append(name)
+    return made
+
+
+def _changes(old: Entry, new: Entry, tell: Callable[[Event], None]) -> dict[str, str]:
+    """Return what changed, each with how it shows; tell what may change the last bits alone."""
+    if "key" not in old:
+        return {}
+    what: dict[str, str] = {}
+    differing = [name for name in new["key"] if new["key"][name] != old["key"].get(name)]
+    computed = [name for name in differing if name in ("computation", "shapes")]
+    elsewhere = [name for name in differing if name not in computed]
+    if computed and "jax" not in differing:
+        what["code"] = ", ".join(computed)
+    for name in elsewhere:
+        was, now = old["key"].get(name), new["key"][name]
+        tell(
+            Note(
+                f"{name} was {was} and is {now}: the last bits of results may differ from an "
+                "undisturbed run's"
+            )
+        )
+    if not old.get("data"):
+        tell(Note("no checksum of the data was saved so far: from now on it is compared"))
+    elif old["data"] != new["data"] and not elsewhere:
+        what["data"] = "the checksum of Problem.data's arrays"
+    elif old["data"] != new["data"]:
+        tell(Note(f"the data are not those of before, to the bit; nor is {', '.join(elsewhere)}"))
+    return what
+
+
+def _refusal(storage: Path, refused: Sequence[str], what: Mapping[str, str]) -> str:
+    said = {
+        "code": "the problem or the optimizer computes something else than when the sweep in "
+        f"{storage} began",
+        "data": f"the data are others than when the sweep in {storage} began",
+    }
+    told = ", and ".join(f"{said[name]} ({what[name]} differ)" for name in refused)
+    names = ", ".join(f'"{name}"' for name in refused)
+    return (
+        f"{told}: restore the {' and the '.join(refused)}, give another storage, or allow it by "
+        f"name, allow_changed=({names},)"
+    )
+
+
+def _variants(known: Mapping[str, Any]) -> list[Any]:
+    return manifest.space(known).variants()

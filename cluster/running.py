@@ -1,0 +1,117 @@
+"""One run of a sweep: workers start and compile, the controller goes through the generations."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from typing import Any
+
+from gradhpo.cluster import executors, programs
+from gradhpo.cluster.controller import Controller, Layout, Rules
+from gradhpo.cluster.events import (
+    Damaged,
+    Finished,
+    Resumed,
+    Running,
+    Starting,
+    Stopped,
+    Stopping,
+    Telling,
+)
+from gradhpo.cluster.executors import Executor
+from gradhpo.cluster.failures import SweepError
+from gradhpo.cluster.journal import Journal
+from gradhpo.cluster.orders import Spec
+from gradhpo.cluster.result import Report
+from gradhpo.cluster.settings import Identity, Place
+from gradhpo.errors import UnreachedWarning, warn_user
+from gradhpo.interrupts import deferred
+
+
+class Run:
+    """A run on a storage that is this sweep's, whose lock the caller holds."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        place: Place,
+        layout: Layout,
+        spec: Spec,
+        telling: Telling,
+        began: float,
+    ) -> None:
+        self._identity, self._place, self._layout = identity, place, layout
+        self._spec, self._telling, self._began = spec, telling, began
+        self._storage = place.storage
+        self._journal = Journal(place.storage)
+
+    def go(
+        self, data: Any, allowed: Collection[str], how_to_resume: Callable[[], str]
+    ) -> Report | None:
+        """Run to the end, or until a signal; return what was done, None where nothing was left."""
+        tell, total = self._telling.tell, self._place.generations
+        if done := self._journal.generation + 1:
+            tell(Resumed(done, total))
+        for what in self._journal.damaged:
+            tell(Damaged(what, None))
+        if done >= total:
+            return None
+        tell(Starting())
+        executor = executors.open_executor(
+            self._place.executor,
+            self._spec,
+            data,
+            self._layout.shards,
+            self._place.for_processes(self._layout.shards),
+            self._telling.notify,
+        )
+        try:
+            changes = programs.allowed_changes(self._prepare(executor, allowed))
+            controller = self._controller(executor, changes)
+            tell(Running(done))
+            started = time.perf_counter()
+
+            def stop(name: str) -> None:
+                controller.stop = True
+                tell(Stopping(name))
+
+            with deferred(stop):
+                controller.run(total)
+            seconds = time.perf_counter() - started
+            compiles = executor.xla_compiles()
+        finally:
+            executor.close()
+        done = self._journal.generation + 1
+        tell(Stopped(done, total - done, how_to_resume()) if done < total else Finished(done))
+        return Report.of(
+            self._telling.kept,
+            worker_compiles=compiles,
+            startup_seconds=started - self._began,
+            seconds=seconds,
+            generations=self._telling.generations,
+        )
+
+    def _prepare(self, executor: Executor, allowed: Collection[str]) -> list[programs.Entry]:
+        """Compile, and see that it is what an earlier run compiled."""
+        tell = self._telling.tell
+        known = programs.recovered(self._storage, tell)
+        layouts = [self._identity.batching] * self._layout.variants
+        layouts = layouts if known is None else [entry["batching"] for entry in known]
+        prepared = executor.prepare(dict(enumerate(layouts)))
+        for made in prepared:
+            if self._identity.metric not in made.columns:
+                raise SweepError(
+                    f"metric={self._identity.metric!r} is not in the table, which has "
+                    f"{', '.join(made.columns)}"
+                )
+        for text in dict.fromkeys(text for made in prepared for text in made.unreached):
+            warn_user(text, UnreachedWarning)
+        next_one = self._journal.generation + 1
+        return programs.keep(self._storage, prepared, next_one, allowed, tell)
+
+    def _controller(self, executor: Executor, changes: dict[int, list[str]]) -> Controller:
+        identity = self._identity
+        about = (identity.scheduler, identity.space, identity.seed)
+        rules = Rules(*about, identity.metric, identity.sign)
+        what = (self._storage, self._journal, executor, self._layout, rules)
+        return Controller(*what, self._telling.notify, changes)

@@ -1,0 +1,297 @@
+"""A sweep's settings as data: what decides its numbers, and where and how far it runs.
+
+TOML, a storage's manifest and the adapter of Ray Tune take their names from here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+
+from gradhpo.cluster import importing, schedulers
+from gradhpo.cluster.processes import ProcessSettings
+from gradhpo.cluster.schedulers import PBT, Scheduler
+from gradhpo.cluster.space import SearchSpace
+from gradhpo.errors import check_count, check_hashable, check_number
+from gradhpo.host import check_once
+from gradhpo.optimizer import BilevelOptimizer
+from gradhpo.problem import Problem
+from gradhpo.timetable import EpisodeInit, starts_fresh
+
+PLACEMENTS = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
+EXECUTORS = ("auto", "local", "processes", "ray")
+
+
+class Written(NamedTuple):
+    """How a setting stands in a manifest, and what is read from there or from TOML."""
+
+    write: Callable[[Any], Any]
+    read: Callable[[Any], Any]
+
+
+def _written(write: Callable[[Any], Any], read: Callable[[Any], Any]) -> dict[str, Any]:
+    return {"written": Written(write, read)}
+
+
+_OBJECT = _written(importing.named, importing.reference_of)
+_LOCAL = {"local": True}
+"""What a storage does not tell the next run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """What decides a sweep's numbers: a storage goes on with the same, and no other."""
+
+    problem: Any = dataclasses.field(metadata=_OBJECT)
+    optimizer: Any = dataclasses.field(metadata=_OBJECT)
+    space: SearchSpace = dataclasses.field(
+        metadata=_written(SearchSpace.describe, SearchSpace.parse)
+    )
+    population: int
+    steps_per_generation: int
+    scheduler: Scheduler = dataclasses.field(
+        default_factory=PBT, metadata=_written(schedulers.describe, schedulers.parse)
+    )
+    metric: str = "val_loss"
+    mode: Literal["min", "max"] = "min"
+    seed: int = 0
+    shards: int | None = None
+    batching: Any = "auto"
+    mesh: Mapping[str, int] | None = None
+    data: Any = dataclasses.field(default=None, metadata=_OBJECT)
+    episode_length: int | None = None
+    lr_reptile: float = 1.0
+    episode_init: EpisodeInit = "reptile"
+    lr_schedule: Any = dataclasses.field(default=None, metadata=_OBJECT)
+
+    def __post_init__(self) -> None:
+        self._check_objects()
+        self._check_numbers()
+        _set(self, "mesh", _mesh(self.mesh))
+        if isinstance(self.batching, np.generic):
+            _set(self, "batching", self.batching.item())
+        if self.scheduler is None:  # pyright: ignore[reportUnnecessaryComparison]
+            _set(self, "scheduler", PBT())
+        if not callable(self.scheduler) or isinstance(self.scheduler, type):
+            accepted = "PBT(…), SuccessiveHalving(…), RandomSearch(…) or a function"
+            raise TypeError(f"scheduler must be {accepted}, got {self.scheduler!r}")
+        if self.mode not in ("min", "max"):
+            raise ValueError(f"mode must be one of ('min', 'max'), got {self.mode!r}")
+        _check_plain(self)
+
+    @property
+    def sign(self) -> int:
+        """1 if the metric is minimized, -1 if maximized."""
+        return 1 if self.mode == "min" else -1
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings as JSON, but for `data`, which only its arrays identify."""
+        return _described(self, lambda field: field.name != "data")
+
+    def _check_objects(self) -> None:
+        for name, kind in (("problem", Problem), ("optimizer", BilevelOptimizer)):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                importing.check_reference(name, value)
+            elif not isinstance(value, kind) and not callable(value):
+                accepted = f"{importing.ACCEPTED}, a {kind.__name__}, or a function that makes one"
+                raise TypeError(f"{name} must be {accepted}, got {value!r}")
+        if isinstance(self.problem, Problem):
+            check_once(self.problem.batches)
+        if not isinstance(self.space, SearchSpace):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"space must be a SearchSpace, got {self.space!r}")
+        for name in ("data", "lr_schedule"):
+            if isinstance(value := getattr(self, name), str):
+                importing.check_reference(name, value)
+        if self.lr_schedule is None:
+            return
+        if not isinstance(self.lr_schedule, str):
+            check_hashable("lr_schedule", self.lr_schedule)
+        if self.space.lr_hyper is None:
+            raise ValueError("lr_schedule needs SearchSpace(lr_hyper=…), of which it is a factor")
+
+    def _check_numbers(self) -> None:
+        for name in ("population", "steps_per_generation"):
+            _set(self, name, check_count(name, getattr(self, name)))
+        for name in ("shards", "episode_length"):
+            if (value := getattr(self, name)) is not None:
+                _set(self, name, check_count(name, value))
+        _set(self, "seed", check_count("seed", self.seed, 0))
+        if self.seed >= 2**32:
+            raise ValueError(f"seed must be below 2**32, got {self.seed}")
+        infinity = float("inf")
+        _set(self, "lr_reptile", check_number("lr_reptile", self.lr_reptile, -infinity, infinity))
+        starts_fresh(self.episode_init, self.episode_length, self.lr_reptile)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a sweep runs, and how far: nothing here changes a number."""
+
+    storage: Path = dataclasses.field(metadata=_LOCAL)
+    generations: int = dataclasses.field(metadata=_LOCAL)
+    workers: int = 1
+    resources: Mapping[str, float] | None = None
+    processes: int = 1
+    executor: Literal["auto", "local", "processes", "ray"] = "auto"
+    address: str | None = None
+    env: Mapping[str, str] | None = None
+    runtime_env: Mapping[str, Any] | None = None
+    deadline: float | None = None
+    start_deadline: float = 600
+    heartbeat: float = 60
+    wait: float = 0
+    placement: str = "PACK"
+    progress: bool | None = dataclasses.field(default=None, metadata=_LOCAL)
+
+    def __post_init__(self) -> None:
+        _set(self, "storage", folder_of(self.storage))
+        for name in ("generations", "workers", "processes"):
+            _set(self, name, check_count(name, getattr(self, name)))
+        for name, accepted in (("executor", EXECUTORS), ("placement", PLACEMENTS)):
+            if (value := getattr(self, name)) not in accepted:
+                raise ValueError(f"{name} must be one of {accepted}, got {value!r}")
+        for name in ("resources", "env", "runtime_env"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Mapping):
+                raise TypeError(f"{name} must be a dictionary, got {value!r}")
+            _set(self, name, dict(value or {}))  # pyright: ignore[reportUnknownArgumentType]
+        _set(self, "resources", _resources(self.resources or {}))
+        _set(self, "env", {str(k): str(v) for k, v in (self.env or {}).items()})
+        for name, accepted, kind in (("address", "a string", str), ("progress", "a boolean", bool)):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise TypeError(f"{name} must be None or {accepted}, got {value!r}")
+        if self.deadline is not None:
+            _set(self, "deadline", _seconds("deadline", self.deadline))
+        for name in ("start_deadline", "heartbeat"):
+            _set(self, name, _seconds(name, getattr(self, name)))
+        _set(self, "wait", check_number("wait", self.wait, 0, float("inf")))
+        _check_plain(self)
+
+    def for_processes(self, shards: int) -> ProcessSettings:
+        """Return what the processes that hold so many shards are started and judged by."""
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        given["workers"] = min(self.workers, shards)
+        names = {field.name for field in dataclasses.fields(ProcessSettings)}
+        return ProcessSettings(**{name: given[name] for name in names & set(given)})
+
+    def describe(self) -> dict[str, Any]:
+        """Return as JSON what a storage tells the next run."""
+        return _described(self, lambda field: not field.metadata.get("local"))
+
+
+def check_together(identity: Identity, place: Place) -> None:
+    """Raise for what is wrong with both and with neither alone.
+
+    Raises:
+      ValueError: naming the argument.
+    """
+    if place.processes != 1 and identity.batching == "auto":
+        raise ValueError(
+            'processes above 1 need a batching other than "auto", which every process would '
+            "measure on its own"
+        )
+
+
+def names() -> list[str]:
+    """Return the arguments of a sweep."""
+    return [field.name for kind in (Identity, Place) for field in dataclasses.fields(kind)]
+
+
+def read(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the arguments of a sweep that TOML or a manifest gives by name.
+
+    Raises:
+      ValueError: for an unknown or missing name, or a value of the wrong kind; it says `where`.
+    """
+    if unknown := [name for name in given if name not in names()]:
+        raise ValueError(f"{where}: unknown name {unknown[0]!r}; a sweep has {', '.join(names())}")
+    arguments = dict(given)
+    for kind in (Identity, Place):
+        for field in dataclasses.fields(kind):
+            if field.name not in given:
+                defaults = (field.default, field.default_factory)
+                if all(default is dataclasses.MISSING for default in defaults):
+                    raise ValueError(f"{where}: {field.name} is missing")
+            elif "written" in field.metadata:
+                value = field.metadata["written"].read(given[field.name])
+                arguments[field.name] = value
+    return arguments
+
+
+def folder_of(storage: Any) -> Path:
+    """Return the folder that `storage` names: "~" is the home folder, `file://…` a path.
+
+    Raises:
+      TypeError: for what is no path.
+      ValueError: for an address that is no folder of this machine.
+    """
+    if not isinstance(storage, str | Path):
+        raise TypeError(f"storage must be the path of a folder, got {storage!r}")
+    text = str(storage)
+    if not re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+        return Path(text).expanduser().absolute()
+    address = urlsplit(text)
+    if address.scheme != "file" or address.netloc:
+        raise ValueError(
+            "storage must be a folder that all workers see under one path, or file:///…, got "
+            f"{text!r}"
+        )
+    return Path(unquote(address.path))
+
+
+def _described(
+    settings: Identity | Place, wanted: Callable[[dataclasses.Field[Any]], bool]
+) -> dict[str, Any]:
+    described: dict[str, Any] = {}
+    for field in filter(wanted, dataclasses.fields(settings)):
+        value, written = getattr(settings, field.name), field.metadata.get("written")
+        described[field.name] = value if value is None or written is None else written.write(value)
+    return described
+
+
+def _check_plain(settings: Identity | Place) -> None:
+    """Raise for what JSON cannot say."""
+    for name, value in settings.describe().items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"{name} must be of strings, numbers, booleans, lists and dictionaries, got "
+                f"{value!r}: {error}"
+            ) from None
+
+
+def _set(settings: Identity | Place, name: str, value: Any) -> None:
+    object.__setattr__(settings, name, value)
+
+
+def _mesh(mesh: Any) -> dict[str, int] | None:
+    if mesh is None:
+        return None
+    if not isinstance(mesh, Mapping) or not set(mesh) <= {"trial", "data"}:  # pyright: ignore[reportUnknownArgumentType]
+        raise ValueError(f'mesh must be {{"trial": a, "data": b}}, got {mesh!r}')
+    given: dict[str, Any] = dict(mesh)  # pyright: ignore[reportUnknownArgumentType]
+    return {name: check_count(f"mesh[{name!r}]", size) for name, size in given.items()}
+
+
+def _resources(given: Mapping[str, Any]) -> dict[str, float]:
+    plain: dict[str, float] = {}
+    for name, amount in given.items():
+        check_number(f"resources[{name!r}]", amount, 0, float("inf"))
+        if name in ("CPU", "GPU"):
+            raise ValueError(f"resources: write num_{name.lower()}s, got {name!r}")
+        plain[name] = amount.item() if isinstance(amount, np.generic | np.ndarray) else amount
+    return plain
+
+
+def _seconds(name: str, value: Any) -> float:
+    return check_number(name, value, 0, float("inf"), open_low=True)

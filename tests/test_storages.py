@@ -1,0 +1,346 @@
+"""Storages that a person meets: left by a kill, damaged, with other data, from a stranger."""
+
+import dataclasses
+import inspect
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gradhpo
+from gradhpo.cluster import (
+    PBT,
+    RandomSearch,
+    SearchSpace,
+    SuccessiveHalving,
+    Sweep,
+    SweepError,
+    SweepResult,
+    events,
+)
+from gradhpo.cluster.check import check_storage
+from gradhpo.cluster.printable import printable
+from gradhpo.cluster.settings import Identity, Place, names
+from tests import sweep_problems
+from tests.quick import slow_but
+from tests.sweeps import SPACE, assert_same_tables, sweep
+
+ROOT = Path(__file__).parent.parent
+GENERATIONS = 4
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A storage after three of its four generations; to be copied, not used."""
+    storage = tmp_path_factory.mktemp("begun")
+    sweep(storage, generations=3).run()
+    return storage
+
+
+@pytest.fixture
+def storage(begun, tmp_path):
+    """One of this test's own."""
+    return shutil.copytree(begun, tmp_path / "sweep")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The same sweep, undisturbed."""
+    return sweep(tmp_path_factory.mktemp("reference"), generations=GENERATIONS).run()
+
+
+def told(made, kind):
+    return [event for event in made.events if isinstance(event, kind)]
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# --- from a stranger ----------------------------------------------------------------------------
+
+
+def test_a_result_is_read_without_running_what_its_storage_names(storage, tmp_path):
+    ran = tmp_path / "ran"
+    edit(
+        storage / "manifest.json",
+        scheduler={"function": "os:system", "command": f"touch {ran}"},
+        data={"reference": "tests.breaks_on_import:data"},
+        problem={"reference": "tests.breaks_on_import:problem"},
+        sys_path=[str(tmp_path / "evil")],
+    )
+    before = list(sys.path)
+    result = SweepResult.from_storage(storage)
+    assert np.isfinite(result.best.score)
+    assert result.best.lineage
+    assert Sweep.from_storage(storage).result().best.score == result.best.score
+    assert not ran.exists()
+    assert sys.path == before
+    assert "tests.breaks_on_import" not in sys.modules
+
+
+def test_a_result_made_from_objects_is_read_too(tmp_path):
+    made = sweep(tmp_path, generations=1, problem=sweep_problems.problem())
+    score = made.run().best.score
+    found = SweepResult.from_storage(tmp_path).best
+    assert found.score == score
+    with pytest.raises(SweepError, match="gave problem as an object"):
+        _ = found.state
+
+
+def test_resuming_says_what_it_imports_before_it_does(storage, capfd):
+    made = Sweep.from_storage(storage, generations=GENERATIONS)
+    edit(storage / "manifest.json", problem={"reference": "tests.breaks_on_import:problem"})
+    broken = Sweep.from_storage(storage, generations=GENERATIONS)
+    with pytest.raises(ImportError, match="broken on purpose"):
+        broken.run()
+    assert "importing tests.breaks_on_import:problem" in capfd.readouterr().err
+    edit(storage / "manifest.json", problem={"reference": "tests.sweep_problems:problem"})
+    made.run()
+    assert told(made, events.Importing)[0].references == [
+        "tests.sweep_problems:problem",
+        "tests.sweep_problems:optimizer",
+    ]
+
+
+def test_escapes_of_a_terminal_are_shown_and_not_sent():
+    text = "a\x1b[2Jb\rc\x07\u202ed\nx"
+    assert printable(text) == r"a\x1b[2Jb\rc\x07\u202ed\nx"
+    assert printable(text, lines=True).endswith("d\nx")
+    assert printable("größer → 3") == "größer → 3"
+
+
+# --- changes on purpose -------------------------------------------------------------------------
+
+
+def with_data(shift):
+    made = sweep_problems.problem()
+    rows = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32) + 1 + shift
+    return dataclasses.replace(made, data=lambda key: jnp.asarray(rows))
+
+
+def test_other_data_are_refused_by_name_and_can_be_allowed(tmp_path):
+    sweep(tmp_path, problem=with_data(0), generations=1).run()
+    changed = sweep(tmp_path, problem=with_data(1), generations=2)
+    with pytest.raises(SweepError, match=r"the data are others.*allow_changed=\(\"data\",\)"):
+        changed.run()
+    with pytest.raises(SweepError, match="the data are others"):
+        changed.run(allow_changed=("code",))
+    result = changed.run(allow_changed=("data",))
+    assert result.changes == [(1, "data")]
+    assert told(changed, events.Changed) == [events.Changed("data", 1)]
+    again = sweep(tmp_path, problem=with_data(1), generations=3).run()
+    assert again.changes == [(1, "data")]
+
+
+@pytest.mark.slow
+def test_other_code_can_be_allowed(tmp_path):
+    made = sweep_problems.problem()
+    sweep(tmp_path, problem=made, generations=1).run()
+    other = dataclasses.replace(made, val_loss=lambda w, lam, x: 2 * made.val_loss(w, lam, x))
+    with pytest.raises(SweepError, match=r"computes something else.*allow_changed=\(\"code\",\)"):
+        sweep(tmp_path, problem=other, generations=2).run()
+    result = sweep(tmp_path, problem=other, generations=2).run(allow_changed=("code",))
+    assert result.changes == [(1, "code")]
+
+
+def test_a_storage_without_the_checksum_goes_on(storage, reference):
+    path = storage / "programs.json"
+    entries = json.loads(path.read_text())
+    path.write_text(json.dumps([{k: entry[k] for k in ("batching", "key")} for entry in entries]))
+    made = sweep(storage, generations=GENERATIONS)
+    assert_same_tables(made.run(), reference)
+    assert any("no checksum" in event.what for event in told(made, events.Note))
+    assert json.loads(path.read_text())[0]["data"] == entries[0]["data"]
+
+
+@pytest.mark.parametrize("given", ["data", ("everything",)])
+def test_what_may_change_is_checked(tmp_path, given):
+    with pytest.raises(ValueError, match="allow_changed must be a tuple of names"):
+        sweep(tmp_path / "new").run(allow_changed=given)
+    assert not (tmp_path / "new").exists()
+
+
+# --- damage -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "programs.json"])
+@pytest.mark.parametrize("content", slow_but([None, "[]", '{"a'], None))
+def test_a_description_that_can_be_made_again_is(storage, reference, file, content):
+    (storage / file).unlink()
+    if content is not None:
+        (storage / file).write_text(content)
+    made = sweep(storage, generations=GENERATIONS)
+    assert_same_tables(made.run(), reference)
+    assert file in told(made, events.Repaired)[0].what
+    again = sweep(storage, generations=GENERATIONS + 1)
+    again.run()
+    assert not told(again, events.Repaired)
+
+
+@pytest.mark.parametrize("changes", [{"seed": 3}, {"scheduler": PBT(quantile=0.2)}])
+def test_a_lost_manifest_is_not_made_again_for_another_sweep(storage, changes):
+    (storage / "manifest.json").unlink()
+    with pytest.raises(SweepError, match="these are others"):
+        sweep(storage, generations=GENERATIONS, **changes).run()
+    assert not (storage / "manifest.json").exists()
+
+
+def test_both_descriptions_lost_is_the_end(storage):
+    (storage / "manifest.json").unlink()
+    (storage / "programs.json").unlink()
+    with pytest.raises(SweepError, match=r"programs.json.*missing or damaged"):
+        sweep(storage, generations=GENERATIONS).run()
+
+
+@pytest.mark.parametrize("generation", [0, 1, 2])
+def test_a_damaged_table_costs_its_own_numbers_alone(storage, begun, generation):
+    whole = SweepResult.from_storage(begun).best
+    next((storage / "tables").glob(f"{generation:06d}-*")).unlink()
+    best = SweepResult.from_storage(storage).best
+    assert (best.number, best.score, best.lineage) == (whole.number, whole.score, whole.lineage)
+    assert best.metrics["val_loss"] == best.score
+    with pytest.raises(gradhpo.cluster.DamagedFile, match=str(storage)):
+        _ = SweepResult.from_storage(storage).table
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "programs.json"])
+def test_a_kill_at_a_first_rename_costs_nothing(tmp_path, file):
+    (tmp_path / "driver.lock").touch()
+    if file != "manifest.json":
+        sweep(tmp_path, generations=1)
+    (tmp_path / f"{file}.123.tmp").write_text("{")
+    (tmp_path / "notes.tmp").write_text("mine")
+    with pytest.raises(SweepError, match=r"holds no sweep.*notes.tmp"):
+        sweep(tmp_path, generations=1).run()
+    (tmp_path / "notes.tmp").unlink()
+    assert sweep(tmp_path, generations=1).run().generations == 1
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_whole_storage_is_said_to_be(storage):
+    before = (storage / "journal.jsonl").read_bytes()
+    (finding,) = check_storage(storage)
+    assert finding.whole
+    assert "3 generations" in finding.text
+    assert (storage / "journal.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["checkpoints/000002/shard-0001", "tables/000002"])
+def test_check_drops_a_last_generation_that_is_damaged(storage, reference, kind):
+    next((storage / kind).parent.glob(f"{Path(kind).name}*")).unlink()
+    (storage / "programs.json").write_text("[{")
+    found = list(check_storage(storage))
+    assert any("made again from manifest.json" in finding.text for finding in found)
+    assert any("generation 3 is dropped" in finding.text for finding in found)
+    assert all(finding.whole or "winner" in finding.text for finding in found)
+    made = sweep(storage, generations=GENERATIONS)
+    assert_same_tables(made.run(), reference)
+    assert not told(made, events.Damaged)
+
+
+def test_check_names_what_it_cannot_repair(storage):
+    for generation in ("000001", "000002"):
+        next((storage / "checkpoints" / generation).glob("shard-0002*")).unlink()
+    next((storage / "tables").glob("000000*")).unlink()
+    left = [finding.text for finding in check_storage(storage) if not finding.whole]
+    assert any("tables/000000" in text and "the sweep goes on" in text for text in left)
+    assert any("nor the one before is whole" in text for text in left)
+    with pytest.raises(SweepError, match="there is no sweep"):
+        list(check_storage(storage / "nothing"))
+
+
+# --- names and numbers --------------------------------------------------------------------------
+
+
+def test_where_a_storage_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert sweep("~/runs/a").storage == tmp_path / "runs/a"
+    assert sweep(f"file://{tmp_path}/my%20run").storage == tmp_path / "my run"
+    for address in ("s3://bucket/run", "gs://bucket/run", "file://host/run", Path("s3://b/c")):
+        with pytest.raises(ValueError, match="storage must be a folder"):
+            sweep(address)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "plain"),
+    [
+        ("population", np.int64(12), 12),
+        ("batching", np.int64(4), 4),
+        ("mesh", {"trial": np.int64(1)}, {"trial": 1}),
+        ("scheduler", PBT(np.float32(0.25), factors=np.array([0.5, 2])), PBT(0.25, 0.25, (0.5, 2))),
+        ("scheduler", SuccessiveHalving(np.int64(2)), SuccessiveHalving(2)),
+        ("scheduler", RandomSearch(np.int64(2)), RandomSearch(2)),
+        ("space", dataclasses.replace(SPACE, choices={"a": [np.int64(3)]}), None),
+        ("space", SearchSpace(lr_hyper=np.float32(0.5)), SearchSpace(lr_hyper=0.5)),
+    ],
+)
+def test_numbers_of_numpy_are_settings_too(tmp_path, name, value, plain):
+    made = sweep(tmp_path / "new", **{name: value})
+    json.dumps(made.identity.describe())
+    if plain is not None:
+        assert getattr(made.identity, name) == plain
+
+
+def test_what_json_cannot_say_is_named(tmp_path):
+    with pytest.raises(TypeError, match="runtime_env must be of strings"):
+        sweep(tmp_path, runtime_env={"a": object()})
+    with pytest.raises(TypeError, match="batching must be of strings"):
+        sweep(tmp_path, batching=object())
+
+
+def test_a_resumed_sweep_remembers_where_it_ran(tmp_path):
+    made = sweep(tmp_path, generations=1, address="10.0.0.1:6379", wait=3)
+    made.run()
+    again = Sweep.from_storage(tmp_path)
+    assert (again.place.address, again.place.wait) == ("10.0.0.1:6379", 3)
+
+
+def test_the_sweep_and_its_settings_have_the_same_arguments_and_defaults():
+    parameters = inspect.signature(Sweep).parameters
+    assert sorted(parameters) == sorted(names())
+    for kind in (Identity, Place):
+        for field in dataclasses.fields(kind):
+            if field.default is not dataclasses.MISSING:
+                assert parameters[field.name].default == field.default, field.name
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from tests.sweeps import sweep
+left = [int(sys.argv[2])]
+def counted(function):
+    def wrapped(*args, **kwargs):
+        if str({storage!r}) in str(args[0]):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return wrapped
+os.replace = counted(os.replace)
+os.mkdir = counted(os.mkdir)
+sweep({storage!r}, generations=2).run()
+print("whole", left[0])
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_of_the_first_file_operations_costs_nothing(tmp_path):
+    """At renames and new folders: a storage that a driver leaves is never refused."""
+    expected = sweep(tmp_path / "whole", generations=2).run()
+    for instant in (1, 2, 3, 4, 6):
+        storage = tmp_path / f"at-{instant}"
+        code = KILLED.format(root=str(ROOT), storage=str(storage))
+        killed = subprocess.run(
+            [sys.executable, "-c", code, "-", str(instant)], capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
+        assert_same_tables(sweep(storage, generations=2).run(), expected)
