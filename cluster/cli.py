@@ -17,7 +17,8 @@ from gradhpo.checkpoints import DamagedFile
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.result import SweepResult
-from gradhpo.cluster.sweep import EVENTS, Sweep, read_manifest
+from gradhpo.cluster.storage import Storage as Files
+from gradhpo.cluster.sweep import Sweep, read_manifest
 from gradhpo.lock import StorageInUse, holder
 
 STOPPED = 130
@@ -120,7 +121,7 @@ def status(storage: Storage) -> None:
         print(f"  the last generation took {seconds:.1f} s; {(total - done) * seconds:.0f} s left")
     for what in journal.damaged:
         print(f"  {what}")
-    events = storage / EVENTS
+    events = Files(storage).events
     lines = events.read_text().splitlines() if events.exists() else []
     for line in [line for line in lines if '"prepared"' not in line][-10:]:
         try:

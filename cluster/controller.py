@@ -6,27 +6,23 @@ in the journal; whatever happens before that, it is computed again and gives the
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
-from gradhpo import checkpoints
 from gradhpo.checkpoints import DamagedFile, Saved
+from gradhpo.cluster import columns as names
 from gradhpo.cluster import schedulers
+from gradhpo.cluster.columns import BORN, PARENT, TRIAL, Columns, decision_of
 from gradhpo.cluster.executors import Executor
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.journal import Best, Entry, Journal
 from gradhpo.cluster.orders import Import, Order, Result
 from gradhpo.cluster.schedulers import NEW, Decision, Scheduler, Table
 from gradhpo.cluster.space import LR_HYPER, Change, Changes, SearchSpace
-
-Columns = dict[str, np.ndarray]
-PARENT = "parent"
-"""In a table: the slot from which each trial came before this generation; its own, or `NEW`."""
+from gradhpo.cluster.storage import Storage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +87,7 @@ class Controller:
 
     def __init__(
         self,
-        storage: Path,
+        storage: Storage,
         journal: Journal,
         executor: Executor,
         layout: Layout,
@@ -131,7 +127,7 @@ class Controller:
     def _resumed(self, last: Entry | None) -> Plan:
         if last is None:
             return first_plan(self._layout, self._rules)
-        columns = checkpoints.load(self._storage, last["table"])[0]
+        columns = self._storage.load(last["table"])[0]
         return following(plan_of(last["generation"], columns), decision_of(columns), self._rules)
 
     def _orders(self, plan: Plan, last: Entry | None) -> list[Order]:
@@ -147,12 +143,8 @@ class Controller:
         seconds: float,
     ) -> Entry:
         try:
-            table = checkpoints.save(
-                self._storage,
-                f"tables/{plan.generation:06d}",
-                {**columns, **_decision_columns(decision)},
-                {"generation": plan.generation},
-            )
+            content = {**columns, **names.of_decision(decision)}
+            table = self._storage.save_table(plan.generation, content)
             entry: Entry = {
                 "generation": plan.generation,
                 "table": table,
@@ -162,7 +154,9 @@ class Controller:
             }
             self._journal.append(entry)
         except OSError as error:
-            raise SweepError(f"cannot write to the storage {self._storage}: {error}") from error
+            raise SweepError(
+                f"cannot write to the storage {self._storage.path}: {error}"
+            ) from error
         return entry
 
     def _best(self, plan: Plan, columns: Columns, results: list[Result]) -> Best | None:
@@ -185,14 +179,7 @@ class Controller:
         """Remove checkpoints but for those of two generations, and the best trial's."""
         keep = {saved.file for e in self._journal.last for saved in e["checkpoints"]}
         keep |= {e["best"]["checkpoint"].file for e in self._journal.last if e["best"]}
-        oldest = entry["generation"] - 1
-        for folder in sorted((self._storage / "checkpoints").iterdir()):
-            if folder.name.isdecimal() and int(folder.name) < oldest:
-                for path in folder.iterdir():
-                    if str(path.relative_to(self._storage)) not in keep:
-                        path.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # the best trial's is still there
-                    folder.rmdir()
+        self._storage.prune(entry["generation"] - 1, keep)
 
     def _go_back(self, error: DamagedFile) -> None:
         """Give up the last generation, one of whose files is damaged, for the one before."""
@@ -202,12 +189,12 @@ class Controller:
         before = self._journal.last[0] if len(self._journal.last) > 1 else None
         if generation > 0:
             needed = [] if before is None else [*before["checkpoints"], before["table"]]
-            missing = [s.file for s in needed if not (self._storage / s.file).exists()]
+            missing = [s.file for s in needed if not self._storage.has(s)]
             if missing or before is None or before["generation"] != generation - 1:
                 raise SweepError(
                     f"{error}. The generation before it is not whole either"
                     f"{f' ({missing[0]})' if missing else ''}. To compute the sweep again from its "
-                    f"beginning, move {self._storage} away"
+                    f"beginning, move {self._storage.path} away"
                 ) from error
         self._notify("damaged", what=str(error), generation=generation)
         self._journal.drop_last()
@@ -264,13 +251,13 @@ def gather(plan: Plan, results: list[Result], layout: Layout) -> Columns:
     """
     assert [result.shard for result in results] == list(range(layout.shards))
     table: Columns = {
-        "trial": plan.trial,
-        "born": plan.born,
+        TRIAL: plan.trial,
+        BORN: plan.born,
         PARENT: plan.parents,
         **({} if plan.lr_hyper is None else {LR_HYPER: plan.lr_hyper}),
     }
-    names = {name: column.dtype for result in results for name, column in result.columns.items()}
-    for name, dtype in names.items():
+    dtypes = {name: column.dtype for result in results for name, column in result.columns.items()}
+    for name, dtype in dtypes.items():
         missing = np.full(layout.slots, np.nan if dtype.kind == "f" else 0, dtype)
         table[name] = np.concatenate([result.columns.get(name, missing) for result in results])
     return table
@@ -283,21 +270,21 @@ def decide(columns: Columns, plan: Plan, layout: Layout, rules: Rules) -> Decisi
       SweepError: if the scheduler fails or returns something else than a fitting `Decision`.
     """
     parents, changes = np.arange(layout.population), _no_changes(layout.population, rules.space)
-    names = list(rules.space.settings())
+    settings = list(rules.space.settings())
     for variant in range(layout.variants):
         part = layout.population_of(variant)
         size, first = part.stop - part.start, part.start
         rng = np.random.default_rng([rules.seed, plan.generation + 1, variant])
         table = _table(columns, part, plan.generation, rules)
         try:
-            made = schedulers.check(rules.scheduler(table, rules.space, rng), size, names)
+            made = schedulers.check(rules.scheduler(table, rules.space, rng), size, settings)
         except Exception as error:
             what = f"the scheduler failed after generation {plan.generation}"
             raise SweepError(f"{what}: {type(error).__name__}: {error}") from error
         fresh = made.parents == NEW
         parents[part] = np.where(fresh, NEW, made.parents + first)
         drawn = rules.space.draw(rng, fresh) if fresh.any() else {}
-        for name in names:
+        for name in settings:
             for change in (made.changes.get(name), drawn.get(name)):
                 if change is not None:
                     _merge(changes[name], change, part)
@@ -345,27 +332,8 @@ def orders(
 
 def plan_of(generation: int, columns: Columns) -> Plan:
     """Return the plan that a table came from, but for the changes that it began with."""
-    trial, born, parents = columns["trial"], columns["born"], columns[PARENT]
+    trial, born, parents = columns[TRIAL], columns[BORN], columns[PARENT]
     return Plan(generation, trial, born, parents, {}, columns.get(LR_HYPER))
-
-
-def decision_of(columns: Columns) -> Decision:
-    """Return the decision that was saved with a table."""
-    names = {name.split("|")[1] for name in columns if name.startswith("change|")}
-    changes = {
-        name: Change(*(columns[f"change|{name}|{field}"] for field in Change._fields))
-        for name in names
-    }
-    return Decision(columns["next_parent"], changes)
-
-
-def _decision_columns(decision: Decision) -> Columns:
-    changes = {
-        f"change|{name}|{field}": getattr(change, field)
-        for name, change in decision.changes.items()
-        for field in Change._fields
-    }
-    return {"next_parent": decision.parents, **changes}
 
 
 def _table(columns: Columns, part: slice, generation: int, rules: Rules) -> Table:
@@ -376,18 +344,14 @@ def _table(columns: Columns, part: slice, generation: int, rules: Rules) -> Tabl
         copied.setflags(write=False)
         return copied
 
-    settings = {
-        name: column(name if name == LR_HYPER else f"hyperparams.{name}")
-        for name in rules.space.settings()
-    }
-    own = {"trial", "born", PARENT, LR_HYPER}
+    settings = {name: column(names.setting(name)) for name in rules.space.settings()}
     return Table(
         generation=generation,
         score=columns[rules.metric][part] * rules.sign,
-        trial=column("trial"),
-        age=generation - columns["born"][part] + 1,
+        trial=column(TRIAL),
+        age=generation - columns[BORN][part] + 1,
         values=settings,
-        metrics={name: column(name) for name in columns if name not in own},
+        metrics={name: column(name) for name in names.measured(columns)},
     )
 
 

@@ -12,11 +12,11 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, BinaryIO, TypedDict
 
-from gradhpo.checkpoints import Saved, sync_folder
-
-FILE = "journal.jsonl"
+from gradhpo.checkpoints import Saved
+from gradhpo.cluster.storage import Storage
+from gradhpo.commit import commit, sync_folder
 
 
 class Best(TypedDict):
@@ -50,14 +50,14 @@ class Journal:
     """
 
     def __init__(self, storage: Path) -> None:
-        self.path = storage / FILE
+        self.path = Storage(storage).journal
         self.damaged: list[str] = []
         self.last: list[Entry] = []
         """The last two entries."""
         for number, (entry, line) in enumerate(_read(self.path)):
             if entry is None:
                 self.damaged.append(
-                    f"{FILE}: line {number + 1} is damaged ({len(line)} bytes), and not used"
+                    f"{self.path.name}: line {number + 1} is damaged ({len(line)} bytes), and not used"
                 )
             else:
                 self.last = [*self.last, entry][-2:]
@@ -98,13 +98,11 @@ class Journal:
     def drop_last(self) -> None:
         """Forget the last generation, because its files are damaged; it is computed again."""
         kept = [line for entry, line in _read(self.path) if entry is not None][:-1]
-        temporary = self.path.with_name(FILE + ".tmp")
-        with open(temporary, "wb") as file:
-            file.write(b"".join(line + b"\n" for line in kept))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
-        sync_folder(self.path.parent)
+
+        def content(file: BinaryIO) -> None:
+            file.writelines(line + b"\n" for line in kept)
+
+        commit(self.path, content)
         self.last = [entry for entry, _ in _read(self.path) if entry is not None][-2:]
 
     def entries(self) -> Iterator[Entry]:

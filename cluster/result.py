@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gradhpo import checkpoints
-from gradhpo.checkpoints import DamagedFile
-from gradhpo.cluster.controller import PARENT, Columns, Layout, decision_of
+from gradhpo.cluster import columns as names
+from gradhpo.cluster.columns import PARENT, TRIAL, Columns, decision_of
+from gradhpo.cluster.controller import Layout
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.orders import Order, Spec
 from gradhpo.cluster.schedulers import NEW
 from gradhpo.cluster.shard import ShardHost
 from gradhpo.cluster.space import LR_HYPER, Change, SearchSpace
+from gradhpo.cluster.storage import Storage
 from gradhpo.cluster.variant import Variant, build, data_key
 from gradhpo.state import BilevelState, PyTree
 
@@ -131,7 +132,7 @@ class SweepResult:
         data: Any = None,
         report: Report | None = None,
     ) -> None:
-        self._storage, self._spec = storage, spec
+        self._storage, self._spec = Storage(storage), spec
         self._layout, self._layouts = layout, layouts
         self._metric, self._sign, self._data = metric, sign, data
         self.report = report
@@ -154,8 +155,8 @@ class SweepResult:
         """
         tables = [self._table(g) for g in range(self.generations)]
         n = self._layout.population
-        names = [name for name in tables[0] if name != "next_parent" and "|" not in name]
-        whole = {name: np.concatenate([table[name] for table in tables]) for name in names}
+        first = names.shown(tables[0])
+        whole = {name: np.concatenate([table[name] for table in tables]) for name in first}
         variants = [self._layout.variant_of(shard) for shard in range(self._layout.shards)]
         return {
             "generation": np.repeat(np.arange(len(tables)), n),
@@ -177,8 +178,7 @@ class SweepResult:
     @functools.cached_property
     def final(self) -> Columns:
         """The table of the last generation."""
-        table = self._table(self.generations - 1)
-        return {k: v for k, v in table.items() if k != "next_parent" and "|" not in k}
+        return names.shown(self._table(self.generations - 1))
 
     @property
     def copies(self) -> list[Copy]:
@@ -189,7 +189,7 @@ class SweepResult:
             parents = table[PARENT]
             copied = (parents != NEW) & (parents != np.arange(len(parents)))
             made += [
-                Copy(generation, int(table["trial"][s]), int(before["trial"][parents[s]]))
+                Copy(generation, int(table[TRIAL][s]), int(before[TRIAL][parents[s]]))
                 for s in np.flatnonzero(copied)
             ]
         return made
@@ -204,21 +204,16 @@ class SweepResult:
         """
         found = self._best()
         slot, generation = found["slot"], found["generation"]
-        arrays = checkpoints.load(self._storage, found["checkpoint"])[0]
+        arrays = self._storage.load(found["checkpoint"])[0]
         local = slot % self._layout.slots
         table = self._table(generation)
         variant = self._variant_of_slot(slot)
-        own = {"trial", "born", PARENT, LR_HYPER, "next_parent"}
         host = ShardHost
         return Trial(
             number=found["trial"],
             generation=generation,
             score=found["score"] * self._sign,
-            metrics={
-                name: float(column[slot])
-                for name, column in table.items()
-                if name not in own and "|" not in name
-            },
+            metrics={name: float(table[name][slot]) for name in names.measured(table)},
             lr_hyper=float(table[LR_HYPER][slot]) if LR_HYPER in table else None,
             choices=self._spec.space.variants()[variant],
             lineage=list(dict.fromkeys(turn.trial for turn in self.schedule)),
@@ -244,7 +239,7 @@ class SweepResult:
                 if change.mask[slot] and name != LR_HYPER
             }
             rate = float(table[LR_HYPER][slot]) if LR_HYPER in table else None
-            turns.append(Turn(generation, int(table["trial"][slot]), slot, rate, changes))
+            turns.append(Turn(generation, int(table[TRIAL][slot]), slot, rate, changes))
             parent = int(table[PARENT][slot])
             if parent == NEW:
                 break
@@ -332,12 +327,7 @@ class SweepResult:
 
     def _table(self, generation: int) -> Columns:
         """Return a generation's table; where its line is damaged, by what its name proves."""
-        saved = self._saved.get(generation)
-        if saved is None:
-            saved = checkpoints.find(self._storage, f"tables/{generation:06d}")
-        if saved is None:
-            raise DamagedFile(f"tables/{generation:06d}", "is missing, and its line is damaged")
-        return checkpoints.load(self._storage, saved)[0]
+        return self._storage.load_table(generation, self._saved.get(generation))
 
     @functools.cached_property
     def _saved(self) -> dict[int, Any]:

@@ -11,18 +11,17 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Generator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from gradhpo import checkpoints
 from gradhpo.checkpoints import DamagedFile, Saved
 from gradhpo.cluster import importing
 from gradhpo.cluster.failures import StorageFailed
 from gradhpo.cluster.incarnations import check_owner
 from gradhpo.cluster.orders import Order, Prepared, Result, Spec
+from gradhpo.cluster.storage import Storage
 from gradhpo.cluster.variant import Arrays, Rows, Variant
 from gradhpo.errors import UnreachedWarning
 from gradhpo.host import Places
@@ -38,7 +37,7 @@ class ShardHost:
         importing.extend_path(spec.sys_path)
         if spec.x64 != jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
             jax.config.update("jax_enable_x64", spec.x64)
-        self.spec, self.storage, self._data = spec, Path(spec.storage), data
+        self.spec, self.storage, self._data = spec, Storage(spec.storage), data
         self._variants: dict[int, Variant] = {}
         self._states: collections.OrderedDict[int, tuple[int, Arrays]] = collections.OrderedDict()
         compilations.watch()
@@ -76,7 +75,7 @@ class ShardHost:
         for source, items in order.by_source().items():
             found = (rows or {}).get(source)
             if found is None:
-                arrays = checkpoints.load(self.storage, items[0].checkpoint)[0]
+                arrays = self.storage.load(items[0].checkpoint)[0]
                 taken = [item.source_slot for item in items]
                 found = {name: array[taken] for name, array in arrays.items()}
             state = variant.put(state, [item.slot for item in items], found)
@@ -106,18 +105,18 @@ class ShardHost:
         if variant not in self._variants:
             arguments = self.spec.space.variants()[variant]
             self._variants[variant] = Variant(self.spec, arguments, self._data)
-        arrays = checkpoints.load(self.storage, checkpoint)[0]
+        arrays = self.storage.load(checkpoint)[0]
         return self._variants[variant].unflatten({name: x[slot] for name, x in arrays.items()})
 
     def _commit(
         self, order: Order, incarnation: int, arrays: Mapping[str, np.ndarray], places: Places
     ) -> Saved:
-        stem = f"checkpoints/{order.generation:06d}/shard-{order.shard:04d}-i{incarnation}"
-        about = {"shard": order.shard, "generation": order.generation, "variant": order.variant}
-        about |= {"batches": places} if places else {}
+        about = {"variant": order.variant} | ({"batches": places} if places else {})
         try:
             check_owner(self.storage, order.shard, incarnation)
-            return checkpoints.save(self.storage, stem, arrays, about)
+            return self.storage.save_checkpoint(
+                order.generation, order.shard, incarnation, arrays, about
+            )
         except OSError as error:
             raise StorageFailed(error.errno, error.strerror, error.filename) from error
 
@@ -129,7 +128,7 @@ class ShardHost:
             return held[1]
         if saved is None:
             raise DamagedFile(f"shard {shard}", f"no checkpoint of generation {generation}")
-        arrays, about = checkpoints.load(self.storage, saved)
+        arrays, about = self.storage.load(saved)
         state = self._variants[variant].place(arrays)
         if (host := self._variants[variant].host) is not None:
             host.know(shard, about.get("batches", []))

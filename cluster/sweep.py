@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import sys
 import time
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -22,11 +20,12 @@ from gradhpo.cluster import executors, importing, report, schedulers
 from gradhpo.cluster.controller import Controller, Layout, Rules
 from gradhpo.cluster.executors import Executor, RayExecutor, RaySettings
 from gradhpo.cluster.failures import SweepError
-from gradhpo.cluster.journal import FILE, Journal
+from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.orders import Prepared, Spec
 from gradhpo.cluster.result import Report, SweepResult
 from gradhpo.cluster.schedulers import PBT, Scheduler
 from gradhpo.cluster.space import SearchSpace
+from gradhpo.cluster.storage import Storage
 from gradhpo.errors import (
     UnreachedWarning,
     check_count,
@@ -41,7 +40,6 @@ from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.problem import Problem
 from gradhpo.timetable import EpisodeInit, starts_fresh
 
-MANIFEST, PROGRAMS, EVENTS = "manifest.json", "programs.json", "events.jsonl"
 PLACEMENTS = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 IDENTITY = (
     *("problem", "optimizer", "data", "space", "population", "steps_per_generation", "shards"),
@@ -314,6 +312,7 @@ class Sweep:
         self.events = []
         lock = FolderLock(self.storage, "storage", "sweep")
         try:
+            Storage(self.storage).clear()
             data = self._load_data()
             self._claim(data)
             return self._run(data, callback)
@@ -364,7 +363,9 @@ class Sweep:
             )
             try:
                 prepared = self._prepare(executor, notify)
-                controller = Controller(self.storage, journal, executor, self.layout, rules, notify)
+                controller = Controller(
+                    Storage(self.storage), journal, executor, self.layout, rules, notify
+                )
                 display.begin()
                 started = time.perf_counter()
 
@@ -386,7 +387,7 @@ class Sweep:
 
     def _prepare(self, executor: Executor, notify: Any) -> list[Prepared]:
         """Compile, and see that it is what an earlier run compiled."""
-        path, known = self.storage / PROGRAMS, self._known_programs()
+        path, known = Storage(self.storage).programs, self._known_programs()
         prepared = executor.prepare(dict(enumerate(self._layouts())))
         for made in prepared:
             if self.metric not in made.columns:
@@ -499,7 +500,7 @@ class Sweep:
 
     def _claim(self, data: Any) -> None:
         """Write the manifest, or see that it is this run's."""
-        mine, path = self.manifest(data), self.storage / MANIFEST
+        mine, path = self.manifest(data), Storage(self.storage).manifest
         if path.exists():
             theirs = read_manifest(self.storage)
             if theirs["streams"] != STREAMS:
@@ -535,21 +536,16 @@ class Sweep:
           SweepError: if it is a folder of something else.
         """
         try:
-            self.storage.mkdir(parents=True, exist_ok=True)
-            probe = self.storage / f".probe-{os.getpid()}"
-            probe.write_text("")
-            probe.unlink()
+            Storage(self.storage).probe()
         except OSError as error:
             raise type(error)(
                 error.errno, f"storage {str(self.storage)!r} cannot be written: {error.strerror}"
             ) from None
-        if not (self.storage / MANIFEST).exists():
-            names = [path.name for path in self.storage.iterdir()]
-            if there := [name for name in names if not name.startswith((".", "driver"))]:
-                raise SweepError(
-                    f"storage {str(self.storage)!r} is not empty and holds no sweep (it has "
-                    f"{there[0]!r}): give a folder of its own"
-                )
+        if there := Storage(self.storage).strangers():
+            raise SweepError(
+                f"storage {str(self.storage)!r} is not empty and holds no sweep (it has "
+                f"{there[0]!r}): give a folder of its own"
+            )
 
     def _layouts(self) -> list[Any]:
         """Return each variant's layout: what the storage says, or what was asked for."""
@@ -564,8 +560,8 @@ class Sweep:
         Raises:
           SweepError: if it is missing or damaged.
         """
-        path = self.storage / PROGRAMS
-        if not path.exists() and not (self.storage / FILE).exists():
+        path = Storage(self.storage).programs
+        if not path.exists() and not Storage(self.storage).journal.exists():
             return None
         try:
             return json.loads(path.read_text())
@@ -607,11 +603,7 @@ class Sweep:
             made: Prepared = facts["prepared"]
             plain = {name: getattr(made, name) for name in ("compiles", "loads", "restores")}
             plain["warnings"] = made.warnings
-        line = json.dumps({"time": round(time.time(), 3), "event": event, **plain})
-        with contextlib.suppress(OSError), open(self.storage / EVENTS, "a+b") as file:
-            # After a line that was cut short, on a new one.
-            start = b"" if not file.tell() or _last_byte(file) == b"\n" else b"\n"
-            file.write(start + line.encode() + b"\n")
+        Storage(self.storage).log({"time": round(time.time(), 3), "event": event, **plain})
 
     # --- arguments ------------------------------------------------------------------------------
 
@@ -638,7 +630,7 @@ class Sweep:
 
     def _divide(self, shards: int | None) -> Layout:
         variants = len(self.space.variants())
-        if shards is None and (self.storage / MANIFEST).exists():
+        if shards is None and Storage(self.storage).manifest.exists():
             # As it began: another number of workers must not change the numbers.
             known = read_manifest(self.storage)
             same = known.get("population") == self.population
@@ -681,14 +673,14 @@ def read_manifest(storage: Path) -> dict[str, Any]:
     Raises:
       SweepError: if there is none, or it is damaged.
     """
-    path = storage / MANIFEST
+    path = Storage(storage).manifest
     try:
         manifest = json.loads(path.read_text())
         if not isinstance(manifest, dict):
             raise ValueError("not a table")
         return OLDER | manifest
     except FileNotFoundError:
-        raise SweepError(f"there is no sweep in {str(storage)!r}: no {MANIFEST}") from None
+        raise SweepError(f"there is no sweep in {str(storage)!r}: no {path.name}") from None
     except ValueError as error:
         raise SweepError(f"{path} is damaged: {error}") from None
 
@@ -700,11 +692,6 @@ def _sys_path() -> tuple[str, ...]:
     alone = path and getattr(program, "__spec__", None) is None
     own = [str(Path(path).absolute().parent)] if alone else []
     return tuple(dict.fromkeys([str(Path.cwd()), *own]))
-
-
-def _last_byte(file: BinaryIO) -> bytes:
-    file.seek(-1, os.SEEK_END)
-    return file.read(1)
 
 
 def _importable(scheduler: Mapping[str, Any]) -> bool:

@@ -6,21 +6,19 @@ name ends in the beginning of its SHA-256, so a file is known by its name alone.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes  # comes with JAX
 import numpy as np
 
+from gradhpo.commit import commit
+
 SHOWN = 16
 """Hexadecimal digits of the checksum in a file's name."""
-UNFINISHED = ".tmp"
-"""The ending of a file that is being written; after a crash it may be left."""
 
 
 class Saved(NamedTuple):
@@ -58,19 +56,22 @@ def save(
     Raises:
       OSError: if it cannot be written, a full disk included; the temporary file is removed.
     """
-    with _temporary(storage / stem) as temporary:
-        _write(temporary, arrays, about)
-        digest = checksum(temporary)
-        final = f"{stem}-{digest[:SHOWN]}.npz"
-        os.replace(temporary, storage / final)
-    return Saved(final, digest)
+    digest = ""
+
+    def content(file: BinaryIO) -> str:
+        nonlocal digest
+        _write(file, arrays, about)
+        file.flush()
+        digest = checksum(Path(file.name))
+        return f"{Path(stem).name}-{digest[:SHOWN]}.npz"
+
+    path = commit(storage / stem, content)
+    return Saved(str(path.relative_to(storage)), digest)
 
 
 def write(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
     """Write arrays as `save` does, under this very name; a file of that name is replaced."""
-    with _temporary(path) as temporary:
-        _write(temporary, arrays, about)
-        os.replace(temporary, path)
+    commit(path, lambda file: _write(file, arrays, about))
 
 
 def load(storage: Path, saved: Saved) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -134,39 +135,15 @@ def checksum(path: Path) -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a small JSON file, whole or not at all."""
-    with _temporary(path) as temporary:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+    text = json.dumps(content, indent=2) + "\n"
+
+    def whole(file: BinaryIO) -> None:
+        file.write(text.encode())
+
+    commit(path, whole)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename in this folder last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _temporary(path: Path) -> Generator[Path]:
-    """Give a name beside a path, for what is renamed when it is whole; nothing is left of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{UNFINISHED}")
-    try:
-        yield temporary
-        sync_folder(path.parent)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-
-
-def _write(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
+def _write(file: BinaryIO, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
     stored: dict[str, np.ndarray] = {}
     dtypes: list[str] = []
     for index, array in enumerate(arrays.values()):
@@ -177,10 +154,7 @@ def _write(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any
         stored[f"a{index}"] = plain
     header = {"names": list(arrays), "dtypes": dtypes, "about": dict(about)}
     text = np.frombuffer(json.dumps(header).encode(), np.uint8)
-    with open(path, "wb") as file:
-        np.savez(file, allow_pickle=False, header=text, **stored)
-        file.flush()
-        os.fsync(file.fileno())
+    np.savez(file, allow_pickle=False, header=text, **stored)
 
 
 def _dtype(name: str) -> np.dtype[Any]:

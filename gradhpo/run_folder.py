@@ -14,6 +14,7 @@ import numpy as np
 from gradhpo import checkpoints
 from gradhpo.checkpoints import DamagedFile, Saved
 from gradhpo.checksums import checksum
+from gradhpo.commit import UNFINISHED
 from gradhpo.errors import check_count, tracing, warn_user
 from gradhpo.lock import FolderLock
 from gradhpo.problem import READ_AGAIN, Problem
@@ -93,7 +94,7 @@ class RunFolder:
           DamagedFile: if there are checkpoints, and all of them are damaged.
           ValueError: if they are of another problem or optimizer, or a run with other settings.
         """
-        for left in self.path.glob(f"*{checkpoints.UNFINISHED}"):
+        for left in self.path.glob(f"*{UNFINISHED}"):
             left.unlink()  # the folder is ours alone: whoever was writing it is dead
         found = self._newest()
         if found is None:

@@ -11,6 +11,7 @@ import pytest
 from gradhpo import checkpoints, lock
 from gradhpo.checkpoints import Saved
 from gradhpo.cluster import DamagedFile, StorageInUse, incarnations, journal
+from gradhpo.cluster.storage import Storage
 
 ARRAYS = {
     ".params['w']": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -104,7 +105,7 @@ def written(tmp_path, count):
     made = journal.Journal(tmp_path)
     for generation in range(count):
         made.append(entry(generation))
-    return tmp_path / journal.FILE
+    return made.path
 
 
 def test_a_journal_comes_back(tmp_path):
@@ -164,14 +165,14 @@ def test_incarnations_are_never_given_twice(tmp_path):
     first = incarnations.Incarnations(tmp_path)
     old = first.new()
     first.own({0: old, 1: old})
-    incarnations.check_owner(tmp_path, 0, old)
+    incarnations.check_owner(Storage(tmp_path), 0, old)
     new = incarnations.Incarnations(tmp_path).new()  # another driver
     assert new > old
     second = incarnations.Incarnations(tmp_path)
     second.own({0: new})
     with pytest.raises(incarnations.Superseded, match=f"incarnation {new}, not {old}"):
-        incarnations.check_owner(tmp_path, 0, old)
-    incarnations.check_owner(tmp_path, 1, old)
+        incarnations.check_owner(Storage(tmp_path), 0, old)
+    incarnations.check_owner(Storage(tmp_path), 1, old)
 
 
 def test_every_bit_of_a_file_without_a_checksum_in_its_name_is_guarded(tmp_path):
