@@ -56,9 +56,8 @@ class Journal:
         """The last two entries."""
         for number, (entry, line) in enumerate(_read(self.path)):
             if entry is None:
-                self.damaged.append(
-                    f"{self.path.name}: line {number + 1} is damaged ({len(line)} bytes), and not used"
-                )
+                which = f"{self.path.name}: line {number + 1}"
+                self.damaged.append(f"{which} is damaged ({len(line)} bytes), and not used")
             else:
                 self.last = [*self.last, entry][-2:]
 

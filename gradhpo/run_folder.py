@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from gradhpo import checkpoints
-from gradhpo.checkpoints import DamagedFile, Saved
+from gradhpo.checkpoints import DamagedFile
 from gradhpo.checksums import checksum
 from gradhpo.commit import UNFINISHED
 from gradhpo.errors import check_count, tracing, warn_user
@@ -153,16 +153,13 @@ class RunFolder:
 
     def _files(self) -> list[Path]:
         """Return the checkpoints, the newest first."""
-        return sorted(self.path.glob(f"{'[0-9]' * 8}-step-*.npz"), reverse=True)
+        return checkpoints.listed(self.path, f"{'[0-9]' * 8}-step-*")[::-1]
 
     def _newest(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         damaged: dict[Path, str] = {}
         for path in self._files():
-            digest = checkpoints.checksum(path)
             try:
-                if not path.stem.endswith(digest[: checkpoints.SHOWN]):
-                    raise DamagedFile(path.name, "its checksum does not match")
-                found = checkpoints.load(self.path, Saved(path.name, digest))
+                found = checkpoints.load_named(path)
             except DamagedFile as error:
                 damaged[path] = str(error)
                 continue

@@ -44,7 +44,7 @@ def assert_same(found, expected):
 
 
 def files(folder):
-    return sorted(path.name for path in folder.glob("*.npz"))
+    return sorted(path.name for path in folder.glob("*.arrays"))
 
 
 # --- a folder -----------------------------------------------------------------------------------
