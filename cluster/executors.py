@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from gradhpo.checkpoints import DamagedFile
-from gradhpo.cluster.failures import StorageFailed, Superseded, SweepError
+from gradhpo.checkpoints import DamagedFile, Saved
+from gradhpo.cluster.failures import StateGone, StorageFailed, Superseded, SweepError
 from gradhpo.cluster.incarnations import Incarnations
 from gradhpo.cluster.orders import Order, Prepared, Result, Spec
 from gradhpo.cluster.shard import ShardHost
@@ -47,8 +47,24 @@ class Executor(abc.ABC):
 
         Raises:
           DamagedFile: if a checkpoint that an order starts from is damaged.
+          StateGone: if the state that an order starts from was lost, and it names no checkpoint.
           SweepError: if it cannot be done, with a worker's own traceback.
         """
+
+    @abc.abstractmethod
+    def checkpoints(self, orders: list[Order]) -> list[Saved]:
+        """Return the checkpoints after these orders, the last that were run, when all are durable.
+
+        They are written now where an order did not say so.
+
+        Raises:
+          StateGone: if a worker was lost that held one.
+          SweepError: if they cannot be written.
+        """
+
+    def moves(self) -> bool:
+        """Whether shards would change workers if orders named the checkpoints they start from."""
+        return False
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -77,13 +93,25 @@ class LocalExecutor(Executor):
                 about = (variants[source], order.generation - 1, items[0].checkpoint)
                 taken = [item.source_slot for item in items]
                 rows[order.shard][source] = self._host.export(source, *about, taken)
-        try:
+        with _storage_failures():
             return [self._host.run(o, self._incarnation, rows[o.shard]) for o in orders]
-        except StorageFailed as error:
-            raise SweepError(f"cannot write to the storage: {error}") from error
+
+    def checkpoints(self, orders: list[Order]) -> list[Saved]:
+        """Wait here."""
+        with _storage_failures():
+            return [self._host.checkpoint(order.shard, order.generation) for order in orders]
 
     def close(self) -> None:
-        """Nothing was started."""
+        """Finish what is being written."""
+        self._host.close()
+
+
+@contextlib.contextmanager
+def _storage_failures() -> Generator[None]:
+    try:
+        yield
+    except StorageFailed as error:
+        raise SweepError(f"cannot write to the storage: {error}") from error
 
 
 @dataclasses.dataclass(eq=False)
@@ -113,13 +141,19 @@ class Job:
     """Something that some worker must do, once."""
 
     kind: str
-    """ "prepare", "export" or "run"."""
+    """ "prepare", "export", "run" or "checkpoint"."""
     variant: int
     arguments: tuple[Any, ...]
     shard: int | None = None
     sources: list[int] = dataclasses.field(default_factory=list[int])
     """Of a run: the shards whose rows are in `exported`."""
     exported: list[Any] = dataclasses.field(default_factory=list[Any])
+    generation: int = -1
+
+    @property
+    def name(self) -> tuple[Any, ...]:
+        """What it is lost as: going back and losing it again is losing the same."""
+        return self.kind, self.variant, self.shard, self.generation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,9 +223,13 @@ class RayExecutor(Executor):
     def run(self, orders: list[Order]) -> list[Result]:
         """Execute on the workers that are there now."""
         self._refresh()
-        self._balance([order.shard for order in orders])
+        # A state that is in no checkpoint stays where it is.
+        movable = all(order.start is not None or order.generation == 0 for order in orders)
+        self._balance([order.shard for order in orders], movable)
         variants = {order.shard: order.variant for order in orders}
-        runs = {o.shard: Job("run", o.variant, (o,), o.shard) for o in orders}
+        runs = {
+            o.shard: Job("run", o.variant, (o,), o.shard, generation=o.generation) for o in orders
+        }
         exports: dict[Job, Job] = {}
         for order in orders:
             for source, items in order.by_source().items():
@@ -204,6 +242,21 @@ class RayExecutor(Executor):
             exports[job].sources.append(job.shard)
             exports[job].exported.append(rows)
         return sorted((value for _, value in self._drive(list(runs.values()))), key=_shard_of)
+
+    def checkpoints(self, orders: list[Order]) -> list[Saved]:
+        """Wait for the workers that ran them."""
+        jobs = [
+            Job("checkpoint", o.variant, (o.shard, o.generation), o.shard, generation=o.generation)
+            for o in orders
+        ]
+        saved = {job.shard: value for job, value in self._drive(jobs)}
+        return [saved[order.shard] for order in orders]
+
+    def moves(self) -> bool:
+        """Whether a worker that has started since has no shard, or too few."""
+        self._refresh()
+        shards = [shard for shard, gang in self._owner.items() if gang in self._gangs]
+        return any(self._owner[s] is not gang for s, gang in self._balanced(shards).items())
 
     def close(self) -> None:
         """Kill the workers, and the cluster if it was started here."""
@@ -411,11 +464,19 @@ class RayExecutor(Executor):
 
     # --- jobs -----------------------------------------------------------------------------------
 
-    def _balance(self, shards: list[int]) -> None:
-        """Give each shard to a worker: where it was, if that is not too much for one."""
-        ready = self._ready()
-        if not ready:
+    def _balance(self, shards: list[int], movable: bool = True) -> None:
+        """Give each shard to a worker, by `_balanced`; those that cannot move stay."""
+        if not self._ready():
             return
+        there = {s: gang for s, gang in self._owner.items() if gang in self._ready()}
+        self._owner |= self._balanced(shards) | ({} if movable else there)
+        self._incarnations.own({shard: self._owner[shard].incarnation for shard in shards})
+
+    def _balanced(self, shards: list[int]) -> dict[int, Gang]:
+        """Return a worker for each shard: where it was, if that is not too much for one."""
+        ready, given = self._ready(), dict[int, Gang]()
+        if not ready:
+            return given
         most = -(-len(shards) // len(ready))
         load = {id(gang): 0 for gang in ready}
         moving: list[int] = []
@@ -423,13 +484,14 @@ class RayExecutor(Executor):
             gang = self._owner.get(shard)
             if gang is not None and load.get(id(gang), most) < most:
                 load[id(gang)] += 1
+                given[shard] = gang
             else:
                 moving.append(shard)
         for shard in moving:
             gang = min(ready, key=lambda g: load[id(g)])
             load[id(gang)] += 1
-            self._owner[shard] = gang
-        self._incarnations.own({shard: self._owner[shard].incarnation for shard in shards})
+            given[shard] = gang
+        return given
 
     def _drive(self, jobs: list[Job]) -> Iterable[tuple[Job, Any]]:
         """Do every job once; those of a lost worker are given to another. In order of finishing."""
@@ -476,7 +538,7 @@ class RayExecutor(Executor):
         gang.others.pop(ref, None)
         took = time.monotonic() - gang.progress
         gang.progress = time.monotonic()
-        self._losses.pop((job.kind, job.variant, job.shard), None)
+        self._losses.pop(job.name, None)
         if job.kind == "prepare":
             gang.variants.add(job.variant)
             self._notify("prepared", prepared=value)
@@ -535,6 +597,8 @@ class RayExecutor(Executor):
         except Exception as error:
             if isinstance(error, DamagedFile):
                 raise DamagedFile(error.file, error.reason) from None
+            if isinstance(error, StateGone):
+                raise StateGone(str(getattr(error, "cause", None) or error)) from None
             if isinstance(error, Superseded):
                 raise _Lost("belongs to an earlier incarnation") from None
             if _is_loss(error) or self._lost_meanwhile(refs[1:]):
@@ -565,7 +629,7 @@ class RayExecutor(Executor):
         where = "the step was compiled or loaded"
         if job.kind != "prepare":
             where = f"shard {job.shard} ran"
-        self._count_loss((job.kind, job.variant, job.shard), f"while {where}", reason)
+        self._count_loss(job.name, f"while {where}", reason)
         gang.flying, gang.others = {}, {}
         self._lose(gang, reason)
         orphans = [shard for shard, owner in self._owner.items() if owner is gang]

@@ -17,7 +17,7 @@ from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.orders import Order, Spec
 from gradhpo.cluster.schedulers import NEW
-from gradhpo.cluster.shard import ShardHost
+from gradhpo.cluster.shard import ShardHost, slot_of
 from gradhpo.cluster.space import LR_HYPER, Change, SearchSpace
 from gradhpo.cluster.storage import Storage
 from gradhpo.cluster.variant import Variant, build, data_key
@@ -204,8 +204,8 @@ class SweepResult:
         """
         found = self._best()
         slot, generation = found["slot"], found["generation"]
-        arrays = self._storage.load(found["checkpoint"])[0]
         local = slot % self._layout.slots
+        arrays = slot_of(*self._storage.load(found["checkpoint"]), local)
         table = self._table(generation)
         variant = self._variant_of_slot(slot)
         host = ShardHost
@@ -217,7 +217,7 @@ class SweepResult:
             lr_hyper=float(table[LR_HYPER][slot]) if LR_HYPER in table else None,
             choices=self._spec.space.variants()[variant],
             lineage=list(dict.fromkeys(turn.trial for turn in self.schedule)),
-            arrays={name: array[local] for name, array in arrays.items()},
+            arrays=arrays,
             restore=lambda: host(self._spec, self._data).restore(
                 variant, found["checkpoint"], local
             ),

@@ -58,6 +58,13 @@ class Storage:
         about = {"shard": shard, "generation": generation, **about}
         return checkpoints.save(self.path, stem, arrays, about)
 
+    def save_winner(
+        self, generation: int, shard: int, incarnation: int, arrays: Mapping[str, np.ndarray]
+    ) -> Saved:
+        """Write the best trial's state alone, after a generation without checkpoints."""
+        stem = f"{CHECKPOINTS}/{generation:06d}/winner-{shard:04d}-i{incarnation}"
+        return checkpoints.save(self.path, stem, arrays, {"alone": True})
+
     def save_table(self, generation: int, columns: Mapping[str, np.ndarray]) -> Saved:
         """Write a generation's table, with the decision that was made from it."""
         stem = f"{TABLES}/{generation:06d}"

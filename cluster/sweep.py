@@ -113,6 +113,8 @@ class Sweep:
       wait: seconds to wait for resources that the cluster does not have yet, with an autoscaler.
       placement: how Ray places the processes of a worker: "PACK", "SPREAD", "STRICT_PACK" or
         "STRICT_SPREAD".
+      checkpoint_every: generations from one checkpoint to the next: after a failure at most so many
+        are computed again, and the one that was in flight. Tables are written after every one.
       progress: False for no output; see `run`.
 
     Raises:
@@ -152,6 +154,7 @@ class Sweep:
         start_deadline: float = 600,
         wait: float = 0,
         placement: str = "PACK",
+        checkpoint_every: int = 1,
         progress: bool | None = None,
     ) -> None:
         for name, value, kind in (
@@ -170,7 +173,10 @@ class Sweep:
         self.population = check_count("population", population)
         self.generations = check_count("generations", generations)
         self.steps = check_count("steps_per_generation", steps_per_generation)
-        self.workers = check_count("workers", workers)
+        self.workers, self.checkpoint_every = (
+            check_count("workers", workers),
+            check_count("checkpoint_every", checkpoint_every),
+        )
         self.seed = check_count("seed", seed, 0)
         if self.seed >= 2**32:
             raise ValueError(f"seed must be below 2**32, got {seed}")
@@ -363,9 +369,8 @@ class Sweep:
             )
             try:
                 prepared = self._prepare(executor, notify)
-                controller = Controller(
-                    Storage(self.storage), journal, executor, self.layout, rules, notify
-                )
+                about = (self.layout, rules, notify, self.checkpoint_every)
+                controller = Controller(Storage(self.storage), journal, executor, *about)
                 display.begin()
                 started = time.perf_counter()
 
@@ -470,6 +475,7 @@ class Sweep:
             "start_deadline": self._ray.start_deadline,
             "wait": self._ray.wait,
             "placement": self._ray.placement,
+            "checkpoint_every": self.checkpoint_every,
         }
         made: dict[str, Any] = {
             "gradhpo": __version__,

@@ -59,8 +59,12 @@ class Worker:
         """See `ShardHost.run`; `exported` holds the rows from each of the shards `sources`."""
         return self._host.run(order, incarnation, dict(zip(sources, exported, strict=True)))
 
+    def checkpoint(self, shard: int, generation: int) -> Saved:
+        """See `ShardHost.checkpoint`."""
+        return self._host.checkpoint(shard, generation)
+
     def export(
-        self, shard: int, variant: int, generation: int, checkpoint: Saved, slots: list[int]
+        self, shard: int, variant: int, generation: int, checkpoint: Saved | None, slots: list[int]
     ) -> Any:
         """See `ShardHost.export`; the first of the two results only says that it went well."""
         return None, self._host.export(shard, variant, generation, checkpoint, slots)

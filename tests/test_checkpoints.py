@@ -140,10 +140,10 @@ def test_a_flipped_bit_in_a_line_is_noticed(tmp_path, share):
     assert len(again.damaged) == 1
 
 
-def test_the_last_line_can_be_dropped(tmp_path):
+def test_the_last_lines_can_be_dropped(tmp_path):
     written(tmp_path, 4)
     made = journal.Journal(tmp_path)
-    made.drop_last()
+    made.drop_after(2)
     assert made.last == [entry(1), entry(2)]
     assert journal.Journal(tmp_path).generation == 2
 
