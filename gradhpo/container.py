@@ -81,10 +81,10 @@ def read(path: Path) -> Content:
         size = file.seek(0, 2)
         file.seek(0)
         data = _aligned(size)
-        end, before = max(0, size - DIGEST), Future[None]()
+        end, before, own = max(0, size - DIGEST), Future[None](), b""
         before.set_result(None)
         for first, last in [*_spans(0, end), (end, size)]:
-            own = hashed.digest() if first == end else b""
+            own = hashed.digest() if first == end else own
             part = data[first:last].data
             if file.readinto(part) != len(part):  # pyright: ignore[reportAttributeAccessIssue]
                 raise OSError(5, "it was cut short while it was read")

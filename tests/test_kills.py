@@ -16,7 +16,7 @@ MEMORY = Path("/dev/shm")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("every", "slow", "step"),
-    [(1, 0, 1), (1, 1, 5), (3, 0, 1), (3, 1, 5)],
+    [(1, 0, 2), (1, 1, 7), (3, 0, 1), (3, 1, 7)],
     ids=["every", "in flight", "every third", "every third, in flight"],
 )
 def test_a_kill_at_any_file_operation_changes_no_bit(tmp_path, every, slow, step):

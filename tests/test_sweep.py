@@ -468,10 +468,10 @@ def driver(storage, every):
 @pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 3])
 def test_sigkill_of_the_driver_at_random_instants(tmp_path_factory, tmp_path, every):
-    """Six kills: some while it starts, some while it runs, at an instant within a generation."""
+    """Three kills: one while it starts, two while it runs, at an instant within a generation."""
     rng = np.random.default_rng(every)
     undisturbed = sweep(tmp_path_factory.mktemp("undisturbed"), generations=60).run()
-    for kill in range(6):
+    for kill in range(3):
         with driver(tmp_path, every) as process:
             lines = []
             if kill % 3:
