@@ -57,7 +57,7 @@ def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
         except errors as error:
             sys.exit(f"gradhpo: {error}")
         except KeyboardInterrupt:
-            sys.exit("gradhpo: stopped; the generation in flight is computed again on resume")
+            sys.exit("gradhpo: stopped; what is not saved yet is computed again on resume")
 
     return wrapped
 

@@ -203,7 +203,7 @@ class ShardHost:
 def slot_of(arrays: Mapping[str, np.ndarray], about: Mapping[str, Any], slot: int) -> Rows:
     """Return a slot's arrays from a checkpoint, or from the winner's that was written alone."""
     row = 0 if about.get("alone") else slot
-    return {name: array[row] for name, array in arrays.items()}
+    return {name: array[row].copy() for name, array in arrays.items()}
 
 
 class Held(NamedTuple):

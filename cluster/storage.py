@@ -21,6 +21,8 @@ from gradhpo.commit import UNFINISHED
 from gradhpo.lock import LOCK
 
 CHECKPOINTS, TABLES = "checkpoints", "tables"
+PROBE = ".probe-"
+"""How the file begins by which is seen that the folder can be written."""
 
 
 class Storage:
@@ -128,15 +130,17 @@ class Storage:
           OSError: if that cannot be done.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        probe = self.path / f".probe-{os.getpid()}"
+        probe = self.path / f"{PROBE}{os.getpid()}"
         probe.write_text("")
-        probe.unlink()
+        probe.unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Remove what a driver that was killed had not finished; for one that has the lock."""
-        for folder in (self.path, self.path / TABLES):
-            for left in folder.glob(f"*{UNFINISHED}"):
-                left.unlink(missing_ok=True)
+        unfinished = [*self.path.glob(f"*{UNFINISHED}"), *self.path.glob(f"{PROBE}*")]
+        if not (tables := self.path / TABLES).is_symlink():
+            unfinished += tables.glob(f"*{UNFINISHED}")
+        for path in unfinished:
+            path.unlink(missing_ok=True)
 
     def log(self, facts: Mapping[str, Any]) -> None:
         """Add a line to the events; what cannot be written is left out."""

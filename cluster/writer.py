@@ -6,7 +6,7 @@ states once more (on a CPU the state before the present one, which is written as
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -59,7 +59,7 @@ class Writer:
           StorageFailed: if it cannot be written, or the one before could not.
         """
         self.wait(shard)
-        check_owner(self._storage, shard, incarnation)
+        _on_storage(check_owner, self._storage, shard, incarnation)
         save = self._storage.save_checkpoint
         args = (generation, shard, incarnation, arrays, about)
         self._flying[shard] = generation, self._submit(save, *args)
@@ -68,7 +68,7 @@ class Writer:
         self, shard: int, generation: int, incarnation: int, rows: Mapping[str, np.ndarray]
     ) -> Future[Saved]:
         """Begin to write the winner's arrays alone; what is returned gives `StorageFailed` too."""
-        check_owner(self._storage, shard, incarnation)
+        _on_storage(check_owner, self._storage, shard, incarnation)
         return self._submit(self._storage.save_winner, generation, shard, incarnation, rows)
 
     def newest(self, shard: int) -> Checkpoint | None:
@@ -93,13 +93,13 @@ class Writer:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def _submit(self, save: Any, *args: Any) -> Future[Saved]:
+    def _submit(self, save: Callable[..., Saved], *args: Any) -> Future[Saved]:
         self._pool = self._pool or ThreadPoolExecutor(THREADS, "gradhpo-checkpoint")
-        return self._pool.submit(_saved, save, *args)
+        return self._pool.submit(_on_storage, save, *args)
 
 
-def _saved(save: Any, *args: Any) -> Saved:
+def _on_storage(function: Callable[..., Any], *args: Any) -> Any:
     try:
-        return save(*args)
+        return function(*args)
     except OSError as error:
         raise StorageFailed(error.errno, error.strerror, error.filename) from error
