@@ -25,7 +25,8 @@ from gradhpo.cluster import (
 from gradhpo.cluster.controller import Columns, Controller, Layout, Rules
 from gradhpo.cluster.executors import Executor
 from gradhpo.cluster.journal import Journal
-from gradhpo.cluster.orders import Order, Prepared, Result
+from gradhpo.cluster.orders import Checkpoint, Order, Prepared, Result
+from gradhpo.cluster.storage import Storage
 from gradhpo.state import METRICS
 
 SPACE = SearchSpace({"log_rate": loguniform(1e-4, 1e-1, stored="log"), "decay": uniform(0, 1)})
@@ -44,7 +45,7 @@ class Stub(Executor):
     """Workers that answer at once: random columns, and an empty file for each checkpoint."""
 
     def __init__(self, storage: Path, layout: Layout, seed: int = 0) -> None:
-        self._storage, self._layout = storage, layout
+        self._storage, self._layout, self._saved = storage, layout, dict[int, Saved]()
         rng, n = np.random.default_rng(seed), layout.population
         names = [*METRICS, *(f"hyperparams.{name}" for name in SPACE.hyperparams)]
         pool = {name: rng.random(n, np.float32) for name in names}
@@ -67,16 +68,22 @@ class Stub(Executor):
         self.seconds += time.perf_counter() - started
         return results
 
+    def checkpoints(self, orders: list[Order]) -> list[Saved]:
+        """Return those of the last generation."""
+        return [self._saved[order.shard] for order in orders]
+
     def close(self) -> None:
         """Nothing was started."""
 
     def _result(self, order: Order, folder: str) -> Result:
+        saved = self._saved.get(order.shard)
+        before = None if saved is None else Checkpoint(order.generation - 1, saved)
         part = self._layout.part((order.shard + order.generation) % self._layout.shards)
-        file = f"{folder}/shard-{order.shard:04d}-i1-0123456789abcdef.npz"
+        file = f"{folder}/shard-{order.shard:04d}-i1-0123456789abcdef.arrays"
         (self._storage / file).touch()
         columns = {name: column[part] for name, column in self._pool.items()}
-        saved = Saved(file, "0123456789abcdef" * 4)
-        return Result(order.shard, order.generation, columns, saved, 1, 0.0)
+        self._saved[order.shard] = Saved(file, "0123456789abcdef" * 4)
+        return Result(order.shard, order.generation, columns, before, 1, 0.0)
 
 
 class Phases:
@@ -121,7 +128,7 @@ def run(
                 after(facts["entry"]["generation"] + 1)
 
         rules = Rules(scheduler, SPACE, 0, "val_loss", 1)
-        made = Controller(storage, Journal(storage), stub, layout, rules, notify)
+        made = Controller(Storage(storage), Journal(storage), stub, layout, rules, notify)
         started = time.perf_counter()
         made.run(generations)
         return time.perf_counter() - started - stub.seconds, stub.seconds

@@ -16,7 +16,7 @@ import typer
 from measure import Report, cores
 
 from gradhpo.cluster import PBT, SearchSpace, Sweep, loguniform
-from gradhpo.cluster.programs import PROGRAMS
+from gradhpo.cluster.storage import Storage
 
 
 class Row(NamedTuple):
@@ -54,7 +54,7 @@ def this_sweep(workers: int, n: int, steps: int, generations: int) -> Row:
         result = sweep.run(callback=lambda generation, table: times.append(time.perf_counter()))
         assert result.report is not None
         assert result.report.workers_lost == 0
-        layout = str(json.loads((Path(folder) / PROGRAMS).read_text())[0]["batching"])
+        layout = str(json.loads(Storage(folder).programs.read_text())[0]["batching"])
     seconds = np.diff(times)
     name = f"this sweep, {workers} worker{'s' if workers > 1 else ''}"
     return Row(name, _rate(n, steps, seconds), times[0] - started, len(seconds), layout)

@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 from gradhpo import checkpoints
 from gradhpo.checkpoints import Saved
-from gradhpo.cluster import claim, manifest, programs
+from gradhpo.cluster import manifest, programs
 from gradhpo.cluster.events import Event
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.journal import Entry, Journal
+from gradhpo.cluster.storage import Storage
 from gradhpo.lock import FolderLock, StorageInUse
 
 
@@ -31,7 +32,7 @@ def check_storage(storage: Path) -> Iterator[Finding]:
     Raises:
       SweepError: if there is no sweep.
     """
-    if not storage.is_dir() or not claim.begun(storage):
+    if not storage.is_dir() or not Storage(storage).begun:
         manifest.read(storage)  # which says so
     try:
         lock = FolderLock(storage, "storage", "sweep")
@@ -46,28 +47,39 @@ def check_storage(storage: Path) -> Iterator[Finding]:
 
 
 def _repaired(storage: Path) -> Iterator[Finding]:
-    for left in claim.unfinished(storage):
-        left.unlink(missing_ok=True)
-        yield Finding(True, f"{left.relative_to(storage)}: left by a kill, removed")
+    for left in Storage(storage).clear():
+        yield Finding(True, f"{left}: left by a kill, removed")
     journal = Journal(storage)
     yield from _descriptions(storage)
     damaged = _damaged(storage, _newest(journal))
-    if not damaged:
-        yield from _verified(storage, journal)
-        return
-    generation = journal.generation
-    before = journal.last[:-1]
-    follows = generation == 0 or (before and before[0]["generation"] == generation - 1)
-    if not follows or (
-        before and _damaged(storage, [*before[0]["checkpoints"], before[0]["table"]])
-    ):
+    before = _before(journal, damaged)
+    if not damaged or before is None or _damaged(storage, before.needed):
         yield from _verified(storage, journal)
         return
     for text in damaged:
         yield Finding(True, text)
-    journal.drop_last()
-    yield Finding(True, f"generation {generation + 1} is dropped, and computed again on resuming")
+    last, first = journal.generation + 1, before.generation + 2
+    which = f"generation {last} is" if first == last else f"generations {first} to {last} are"
+    journal.drop_after(before.generation)
+    yield Finding(True, f"{which} dropped, and computed again on resuming")
     yield from _verified(storage, journal)
+
+
+class _Before(NamedTuple):
+    """A generation that a sweep can go on from; -1 for its beginning."""
+
+    generation: int
+    needed: list[Saved]
+
+
+def _before(journal: Journal, damaged: list[str]) -> _Before | None:
+    """Return what is gone back to where files are damaged that the next generation needs."""
+    durable, names = journal.durable, {text.split(" ")[0] for text in damaged}
+    if durable and not names & {saved.file for saved in _needed(durable[-1])}:
+        return _Before(durable[-1]["generation"], _needed(durable[-1]))
+    if len(durable) > 1:
+        return _Before(durable[0]["generation"], _needed(durable[0]))
+    return _Before(-1, []) if journal.last and journal.last[0]["generation"] == 0 else None
 
 
 def _descriptions(storage: Path) -> Iterator[Finding]:
@@ -86,7 +98,7 @@ def _verified(storage: Path, journal: Journal) -> Iterator[Finding]:
     for what in journal.damaged:
         yield Finding(True, what)
     newest = {saved.file for saved in _newest(journal)}
-    older = [s for entry in journal.last[:-1] for s in entry["checkpoints"]]
+    older = [s for entry in journal.durable[:-1] for s in entry["checkpoints"]]
     best = entries[-1]["best"] if entries else None
     saved = {s.file: s for s in (*_newest(journal), *older, *(e["table"] for e in entries))}
     if best is not None:
@@ -107,8 +119,11 @@ def _verified(storage: Path, journal: Journal) -> Iterator[Finding]:
 
 
 def _newest(journal: Journal) -> list[Saved]:
-    """Return what the next generation starts from."""
-    return [saved for entry in journal.last[-1:] for saved in _needed(entry)]
+    """Return what the next generation starts from: the last checkpoints, and the tables after."""
+    durable = journal.durable[-1:]
+    first = durable[0]["generation"] if durable else -1
+    later = [entry for entry in journal.last if entry["generation"] > first]
+    return [saved for entry in (*durable, *later) for saved in _needed(entry)]
 
 
 def _needed(entry: Entry) -> list[Saved]:

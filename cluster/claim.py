@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from gradhpo import checkpoints
 from gradhpo.cluster import manifest, programs
-from gradhpo.cluster.event_log import EVENTS
 from gradhpo.cluster.events import Event, Repaired
 from gradhpo.cluster.failures import SweepError
-from gradhpo.cluster.incarnations import FILE as INCARNATIONS
-from gradhpo.cluster.journal import FILE as JOURNAL
 from gradhpo.cluster.journal import Journal
-from gradhpo.cluster.manifest import IDENTITY, MANIFEST, STREAMS
-from gradhpo.cluster.programs import PROGRAMS
-from gradhpo.lock import LOCK
+from gradhpo.cluster.manifest import IDENTITY, STREAMS
+from gradhpo.cluster.storage import Storage
 
-OURS = {MANIFEST, PROGRAMS, EVENTS, INCARNATIONS, JOURNAL, LOCK}
-"""Files by which a folder is known as a sweep's, or as one that was about to be."""
 ALLOWED = {"data": ("data",), "code": ("problem", "optimizer", "lr_schedule")}
 """What may be named otherwise, by what `allow_changed` has."""
 
@@ -32,22 +24,18 @@ def open_folder(storage: Path) -> None:
       OSError: if it cannot, naming it.
       SweepError: if it holds something else.
     """
+    files = Storage(storage)
     try:
-        storage.mkdir(parents=True, exist_ok=True)
-        probe = storage / f".probe-{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
+        files.probe()
     except OSError as error:
         raise type(error)(
             error.errno, f"storage {str(storage)!r} cannot be written: {error.strerror}"
         ) from None
-    if not (storage / MANIFEST).exists() and not begun(storage):
-        names = sorted(path.name for path in storage.iterdir())
-        if there := [name for name in names if not _is_ours(name)]:
-            raise SweepError(
-                f"storage {str(storage)!r} is not empty and holds no sweep (it has "
-                f"{there[0]!r}): give a folder of its own"
-            )
+    if there := files.strangers():
+        raise SweepError(
+            f"storage {str(storage)!r} is not empty and holds no sweep (it has "
+            f"{there[0]!r}): give a folder of its own"
+        )
 
 
 def shards(storage: Path, population: int) -> int | None:
@@ -55,8 +43,8 @@ def shards(storage: Path, population: int) -> int | None:
     try:
         known = manifest.read(storage)
     except SweepError:
-        last = Journal(storage).last
-        return len(last[-1]["checkpoints"]) if last else None
+        durable = Journal(storage).durable
+        return len(durable[-1]["checkpoints"]) if durable else None
     return known["shards"] if known["population"] == population else None
 
 
@@ -77,13 +65,13 @@ def claim(
     Raises:
       SweepError: if the storage holds another run.
     """
-    path = storage / MANIFEST
-    for left in unfinished(storage):
-        left.unlink(missing_ok=True)
+    files = Storage(storage)
+    path = files.manifest
+    files.clear()
     try:
         theirs = manifest.read(storage)
     except SweepError as damaged:
-        if path.exists() or begun(storage):
+        if path.exists() or files.begun:
             _prove(storage, mine, damaged)
             tell(Repaired(f"{damaged}: it is made again"))
         manifest.write(path, mine)
@@ -94,12 +82,6 @@ def claim(
     if renamed or mine["generations"] > theirs["generations"]:
         kept = {"programs": theirs["programs"]} if "programs" in theirs else {}
         manifest.write(path, {**mine, **kept})
-
-
-def unfinished(storage: Path) -> list[Path]:
-    """Return the files that a process was writing beside the manifest when it was killed."""
-    there = sorted(storage.glob(f"*{checkpoints.UNFINISHED}"))
-    return [path for path in there if _is_unfinished(path.name)]
 
 
 def _compare(
@@ -130,7 +112,7 @@ def _compare(
 
 def _prove(storage: Path, mine: Mapping[str, Any], damaged: SweepError) -> None:
     """Raise unless what is left of a storage says that it is this run's."""
-    if not begun(storage):
+    if not Storage(storage).begun:
         return
     entries = programs.read(storage) or [{}]
     if entries[0].get("identity") != manifest.digest(mine):
@@ -138,17 +120,3 @@ def _prove(storage: Path, mine: Mapping[str, Any], damaged: SweepError) -> None:
             f"{damaged}. Only the settings with which the sweep began make it again, and "
             f"{'these are others' if entries[0].get('identity') else 'none are known'}"
         ) from None
-
-
-def begun(storage: Path) -> bool:
-    """Whether workers have compiled for a sweep here."""
-    return (storage / JOURNAL).exists() or (storage / PROGRAMS).exists()
-
-
-def _is_ours(name: str) -> bool:
-    return name.startswith(".") or name in OURS or _is_unfinished(name)
-
-
-def _is_unfinished(name: str) -> bool:
-    ending = checkpoints.UNFINISHED
-    return name.endswith(ending) and any(name.startswith(f"{file}.") for file in OURS)

@@ -63,7 +63,7 @@ def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
         except errors as error:
             sys.exit(printable(f"gradhpo: {error}", lines=True))
         except KeyboardInterrupt:
-            sys.exit("gradhpo: stopped; the generation in flight is computed again on resume")
+            sys.exit("gradhpo: stopped; what is not saved yet is computed again on resume")
 
     return wrapped
 

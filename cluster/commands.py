@@ -11,11 +11,13 @@ class Job:
     """Something that some worker must do, once."""
 
     kind: str
-    """ "start", "prepare", "export" or "run"."""
+    """ "start", "prepare", "export", "run" or "checkpoint"."""
     variant: int = -1
     shard: int = -1
     target: int = -1
     """Of an export: the shard that its rows are for."""
+    generation: int = -1
+    """Of a run or a checkpoint: going back and losing it again is losing the same."""
 
 
 START, IDLE = Job("start"), Job("idle")

@@ -1,32 +1,29 @@
 """The loop of a sweep: let every shard run a generation, gather one table, decide, write, repeat.
 
 Decisions are pure functions of the table; no JAX runs here. A generation is done when its line is
-in the journal; whatever happens before that, it is computed again and gives the same.
+in the journal, after its checkpoints and its table; whatever happens before that, it is computed
+again, from the last checkpoints, and gives the same.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
-from gradhpo import checkpoints
 from gradhpo.checkpoints import DamagedFile, Saved
+from gradhpo.cluster import columns as names
 from gradhpo.cluster import schedulers
+from gradhpo.cluster.columns import BORN, PARENT, TRIAL, Columns, decision_of
 from gradhpo.cluster.executors import Executor
-from gradhpo.cluster.failures import SweepError
+from gradhpo.cluster.failures import StateGone, SweepError
 from gradhpo.cluster.journal import Best, Entry, Journal
-from gradhpo.cluster.orders import Import, Order, Result
+from gradhpo.cluster.orders import Checkpoint, Import, Order, Result
 from gradhpo.cluster.schedulers import NEW, Decision, Scheduler, Table
 from gradhpo.cluster.space import LR_HYPER, Change, Changes, SearchSpace
-
-Columns = dict[str, np.ndarray]
-PARENT = "parent"
-"""In a table: the slot from which each trial came before this generation; its own, or `NEW`."""
+from gradhpo.cluster.storage import Storage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,22 +83,65 @@ class Plan:
     """float64."""
 
 
+@dataclasses.dataclass
+class Computed:
+    """A generation that was computed, and is not in the journal yet."""
+
+    orders: list[Order]
+    plan: Plan
+    columns: Columns
+    decision: Decision
+    best: Best | None
+    """Of all generations so far; if it is of this one, its checkpoint is to come."""
+    seconds: float
+    winner: Saved | None = None
+    """The best trial's state alone, where this generation's states are not written."""
+
+    @property
+    def save(self) -> bool:
+        """Whether its states are being written."""
+        return self.orders[0].save
+
+    @property
+    def has_best(self) -> bool:
+        """Whether the best trial is of this generation."""
+        return self.best is not None and self.best["generation"] == self.plan.generation
+
+
 class Controller:
-    """Runs generations on an executor until all are done, or it is told to stop."""
+    """Runs generations on an executor until all are done, or it is told to stop.
+
+    While a generation is computed, the states after the one before are written; it gets its line
+    in the journal when they are durable, which is seen when the next one is computed.
+
+    Args:
+      storage: of the sweep.
+      journal: of the storage.
+      executor: where shards run.
+      layout: the shards.
+      rules: what decides.
+      notify: called with what happens.
+      every: generations from one checkpoint to the next.
+    """
 
     def __init__(
         self,
-        storage: Path,
+        storage: Storage,
         journal: Journal,
         executor: Executor,
         layout: Layout,
         rules: Rules,
         notify: Callable[..., None],
+        every: int = 1,
         changes: Mapping[int, list[str]] | None = None,
     ) -> None:
         self._storage, self._journal, self._executor = storage, journal, executor
+        self._layout, self._rules, self._notify, self._every = layout, rules, notify, every
         self._changes = changes or {}  # by generation, what was allowed to be other than before
-        self._layout, self._rules, self._notify = layout, rules, notify
+        self._computed: list[Computed] = []
+        """The oldest first: at most those since the last checkpoints, and one more."""
+        self._written: dict[int, Checkpoint] = {}
+        """By shard, the newest checkpoint that a worker told of."""
         self.stop = False
         """Set to stop after the generation in flight."""
 
@@ -111,66 +151,132 @@ class Controller:
         Raises:
           SweepError: if it cannot go on.
         """
-        plan: Plan | None = None
         while self._journal.generation + 1 < generations and not self.stop:
-            started = time.perf_counter()
-            last = self._journal.last[-1] if self._journal.last else None
+            self._computed, self._written = [], {}
             try:
-                if plan is None:
-                    plan = self._resumed(last)
-                results = self._executor.run(self._orders(plan, last))
+                plan = self._resumed()
+                while plan.generation < generations and not self.stop:
+                    plan = self._generation(plan)
+                self._flush()
             except DamagedFile as error:
                 self._go_back(error)
-                plan = None
-                continue
-            columns = gather(plan, results, self._layout)
-            decision = decide(columns, plan, self._layout, self._rules)
-            entry = self._commit(plan, columns, decision, results, time.perf_counter() - started)
-            self._prune(entry)
-            self._notify("generation", entry=entry, columns=columns)
-            plan = following(plan, decision, self._rules)
+            except StateGone as error:
+                durable = self._journal.durable
+                first = durable[-1]["generation"] + 2 if durable else 1
+                self._notify("note", what=f"{error}: going on from generation {first} again")
 
-    def _resumed(self, last: Entry | None) -> Plan:
-        if last is None:
-            return first_plan(self._layout, self._rules)
-        columns = checkpoints.load(self._storage, last["table"])[0]
-        return following(plan_of(last["generation"], columns), decision_of(columns), self._rules)
+    def _resumed(self) -> Plan:
+        """Return the plan after the journal's last generation.
 
-    def _orders(self, plan: Plan, last: Entry | None) -> list[Order]:
-        saved = [None] * self._layout.shards if last is None else last["checkpoints"]
-        return orders(plan, saved, self._layout, self._rules.space)
+        Where that has no checkpoints, those after the last that has are computed again: as their
+        tables say, which stay as they are.
+        """
+        plan = first_plan(self._layout, self._rules)
+        if self._journal.durable:
+            entry = self._journal.durable[-1]
+            plan = self._after(entry["generation"], self._storage.load(entry["table"])[0])
+        tables = {entry["generation"]: entry["table"] for entry in self._journal.last}
+        while plan.generation <= self._journal.generation and not self.stop:
+            table = self._storage.load_table(plan.generation, tables.get(plan.generation))
+            results = self._executor.run(self._orders(plan, save=False))
+            self._compare(gather(plan, results, self._layout), table, plan.generation)
+            plan = self._after(plan.generation, table)
+        return plan
 
-    def _commit(
-        self,
-        plan: Plan,
-        columns: Columns,
-        decision: Decision,
-        results: list[Result],
-        seconds: float,
-    ) -> Entry:
-        try:
-            table = checkpoints.save(
-                self._storage,
-                f"tables/{plan.generation:06d}",
-                {**columns, **_decision_columns(decision)},
-                {"generation": plan.generation},
+    def _after(self, generation: int, table: Columns) -> Plan:
+        return following(plan_of(generation, table), decision_of(table), self._rules)
+
+    def _compare(self, columns: Columns, table: Columns, generation: int) -> None:
+        """Tell if a generation that was computed again differs from its table."""
+        differing = [n for n, x in columns.items() if x.tobytes() != table[n].tobytes()]
+        if differing:
+            self._notify(
+                "note",
+                what=f"generation {generation + 1}, computed again, differs from its table in "
+                f"{', '.join(differing)}: is it another kind of hardware?",
             )
+
+    def _generation(self, plan: Plan) -> Plan:
+        """Compute a generation; return the plan of the next."""
+        started = time.perf_counter()
+        due = (plan.generation + 1) % self._every == 0
+        settle = not self._start(plan) and plan.generation > 0 and self._executor.moves()
+        made = self._orders(plan, save=due or settle)
+        results = self._executor.run(made)
+        self._take_in(results)
+        columns = gather(plan, results, self._layout)
+        decision = decide(columns, plan, self._layout, self._rules)
+        best = self._best(plan, columns)
+        seconds = time.perf_counter() - started
+        self._computed.append(Computed(made, plan, columns, decision, best, seconds))
+        if settle:
+            self._flush()
+        return following(plan, decision, self._rules)
+
+    def _start(self, plan: Plan) -> list[Saved]:
+        """Return the checkpoints that a plan starts from; none where they are not durable."""
+        durable = self._journal.durable
+        there = durable and durable[-1]["generation"] == plan.generation - 1
+        return durable[-1]["checkpoints"] if there else []
+
+    def _orders(self, plan: Plan, save: bool) -> list[Order]:
+        start = self._start(plan) or [None] * self._layout.shards
+        made = orders(plan, start, self._layout, self._rules.space, save)
+        before = self._computed[-1] if self._computed else None
+        if before is not None and before.best and before.has_best and not before.save:
+            shard, slot = divmod(before.best["slot"], self._layout.slots)
+            made[shard] = dataclasses.replace(made[shard], winner=slot)
+        return made
+
+    def _take_in(self, results: list[Result]) -> None:
+        """See what has become durable, and commit the generations that are whole."""
+        for result in results:
+            if result.checkpoint is not None:
+                self._written[result.shard] = result.checkpoint
+            if result.winner is not None:
+                self._computed[-1].winner = result.winner
+        while self._computed:
+            oldest = self._computed[0]
+            there = [self._written.get(shard) for shard in range(self._layout.shards)]
+            saved = [c.saved for c in there if c and c.generation == oldest.plan.generation]
+            if oldest.save and len(saved) < self._layout.shards:
+                return
+            self._commit(self._computed.pop(0), saved if oldest.save else [])
+
+    def _flush(self) -> None:
+        """Make the last generation durable, and commit all up to it."""
+        while self._computed:
+            oldest = self._computed[0]
+            needed = oldest.save or len(self._computed) == 1
+            saved = self._executor.checkpoints(oldest.orders) if needed else []
+            self._commit(self._computed.pop(0), saved)
+
+    def _commit(self, done: Computed, saved: list[Saved]) -> None:
+        """Write a generation's table, and then its line: its states are durable."""
+        generation = done.plan.generation
+        try:
+            content = {**done.columns, **names.of_decision(done.decision)}
             entry: Entry = {
-                "generation": plan.generation,
-                "table": table,
-                "checkpoints": [result.checkpoint for result in results],
-                "best": self._best(plan, columns, results),
-                "seconds": round(seconds, 6),
+                "generation": generation,
+                "table": self._storage.save_table(generation, content),
+                "checkpoints": saved,
+                "best": self._saved_best(done, saved),
+                "seconds": round(done.seconds, 6),
             }
-            if what := self._changes.get(plan.generation):
+            if what := self._changes.get(generation):
                 entry["changes"] = what
             self._journal.append(entry)
         except OSError as error:
-            raise SweepError(f"cannot write to the storage {self._storage}: {error}") from error
-        return entry
+            where = f"cannot write to the storage {self._storage.path}"
+            raise SweepError(f"{where}: {error}") from error
+        self._prune()
+        self._notify("generation", entry=entry, columns=done.columns)
 
-    def _best(self, plan: Plan, columns: Columns, results: list[Result]) -> Best | None:
-        before = self._journal.last[-1]["best"] if self._journal.last else None
+    def _best(self, plan: Plan, columns: Columns) -> Best | None:
+        """Return the best trial so far; one of this generation without its checkpoint."""
+        entries = self._journal.last
+        before = entries[-1]["best"] if entries else None
+        before = self._computed[-1].best if self._computed else before
         score = columns[self._rules.metric] * self._rules.sign
         if not np.isfinite(score).any():
             return before
@@ -182,39 +288,49 @@ class Controller:
             "trial": int(plan.trial[slot]),
             "slot": slot,
             "generation": plan.generation,
-            "checkpoint": results[slot // self._layout.slots].checkpoint,
+            "checkpoint": Saved("", ""),
         }
 
-    def _prune(self, entry: Entry) -> None:
+    def _saved_best(self, done: Computed, saved: list[Saved]) -> Best | None:
+        if done.best is None or not done.has_best:
+            return self._journal.last[-1]["best"] if self._journal.last else None
+        checkpoint = saved[done.best["slot"] // self._layout.slots] if saved else done.winner
+        assert checkpoint is not None
+        return {**done.best, "checkpoint": checkpoint}
+
+    def _prune(self) -> None:
         """Remove checkpoints but for those of two generations, and the best trial's."""
-        keep = {saved.file for e in self._journal.last for saved in e["checkpoints"]}
-        keep |= {e["best"]["checkpoint"].file for e in self._journal.last if e["best"]}
-        oldest = entry["generation"] - 1
-        for folder in sorted((self._storage / "checkpoints").iterdir()):
-            if folder.name.isdecimal() and int(folder.name) < oldest:
-                for path in folder.iterdir():
-                    if str(path.relative_to(self._storage)) not in keep:
-                        path.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # the best trial's is still there
-                    folder.rmdir()
+        if len(self._journal.durable) > 1:
+            keep = {saved.file for e in self._journal.last for saved in e["checkpoints"]}
+            keep |= {e["best"]["checkpoint"].file for e in self._journal.last if e["best"]}
+            self._storage.prune(self._journal.durable[0]["generation"], keep)
 
     def _go_back(self, error: DamagedFile) -> None:
-        """Give up the last generation, one of whose files is damaged, for the one before."""
+        """Give up the generations that a damaged file belongs to, for the checkpoints before."""
         if not self._journal.last:
-            raise SweepError(f"storage {str(self._storage)!r}: {error}") from error
-        generation = self._journal.generation
-        before = self._journal.last[0] if len(self._journal.last) > 1 else None
-        if generation > 0:
-            needed = [] if before is None else [*before["checkpoints"], before["table"]]
-            missing = [s.file for s in needed if not (self._storage / s.file).exists()]
-            if missing or before is None or before["generation"] != generation - 1:
+            raise SweepError(f"storage {str(self._storage.path)!r}: {error}") from error
+        durable = self._journal.durable
+        newest = durable[-1] if durable else None
+        own = [saved.file for saved in _needed(newest)]
+        if newest and newest["generation"] < self._journal.generation and error.file not in own:
+            before = newest  # a table after it is damaged, from which no state is read
+        else:
+            before = durable[0] if len(durable) > 1 else None
+            missing = [saved.file for saved in _needed(before) if not self._storage.has(saved)]
+            if missing or (before is None and self._journal.last[0]["generation"] > 0):
                 raise SweepError(
                     f"{error}. The generation before it is not whole either"
                     f"{f' ({missing[0]})' if missing else ''}. To compute the sweep again from its "
-                    f"beginning, move {self._storage} away"
+                    f"beginning, move {self._storage.path} away"
                 ) from error
-        self._notify("damaged", what=str(error), generation=generation)
-        self._journal.drop_last()
+        generation = -1 if before is None else before["generation"]
+        self._notify("damaged", what=str(error), generation=generation + 1)
+        self._journal.drop_after(generation)
+
+
+def _needed(entry: Entry | None) -> list[Saved]:
+    """Return the files that a generation is gone on from."""
+    return [] if entry is None else [*entry["checkpoints"], entry["table"]]
 
 
 def first_plan(layout: Layout, rules: Rules) -> Plan:
@@ -268,13 +384,13 @@ def gather(plan: Plan, results: list[Result], layout: Layout) -> Columns:
     """
     assert [result.shard for result in results] == list(range(layout.shards))
     table: Columns = {
-        "trial": plan.trial,
-        "born": plan.born,
+        TRIAL: plan.trial,
+        BORN: plan.born,
         PARENT: plan.parents,
         **({} if plan.lr_hyper is None else {LR_HYPER: plan.lr_hyper}),
     }
-    names = {name: column.dtype for result in results for name, column in result.columns.items()}
-    for name, dtype in names.items():
+    dtypes = {name: column.dtype for result in results for name, column in result.columns.items()}
+    for name, dtype in dtypes.items():
         missing = np.full(layout.slots, np.nan if dtype.kind == "f" else 0, dtype)
         table[name] = np.concatenate([result.columns.get(name, missing) for result in results])
     return table
@@ -309,7 +425,11 @@ def decide(columns: Columns, plan: Plan, layout: Layout, rules: Rules) -> Decisi
 
 
 def orders(
-    plan: Plan, saved: Sequence[Saved | None], layout: Layout, space: SearchSpace
+    plan: Plan,
+    saved: Sequence[Saved | None],
+    layout: Layout,
+    space: SearchSpace,
+    save: bool = True,
 ) -> list[Order]:
     """Return each shard's part of a plan."""
     made: list[Order] = []
@@ -323,9 +443,7 @@ def orders(
         sources = (part.tolist() for part in np.divmod(parents[outside], layout.slots))
         imports: list[Import] = []
         for slot, source, source_slot in zip(outside.tolist(), *sources, strict=True):
-            checkpoint = saved[source]
-            assert checkpoint is not None
-            imports.append(Import(slot, source, source_slot, checkpoint))
+            imports.append(Import(slot, source, source_slot, saved[source]))
         made.append(
             Order(
                 shard=shard,
@@ -342,6 +460,7 @@ def orders(
                 },
                 start=saved[shard],
                 imports=tuple(imports),
+                save=save,
             )
         )
     return made
@@ -349,27 +468,8 @@ def orders(
 
 def plan_of(generation: int, columns: Columns) -> Plan:
     """Return the plan that a table came from, but for the changes that it began with."""
-    trial, born, parents = columns["trial"], columns["born"], columns[PARENT]
+    trial, born, parents = columns[TRIAL], columns[BORN], columns[PARENT]
     return Plan(generation, trial, born, parents, {}, columns.get(LR_HYPER))
-
-
-def decision_of(columns: Columns) -> Decision:
-    """Return the decision that was saved with a table."""
-    names = {name.split("|")[1] for name in columns if name.startswith("change|")}
-    changes = {
-        name: Change(*(columns[f"change|{name}|{field}"] for field in Change._fields))
-        for name in names
-    }
-    return Decision(columns["next_parent"], changes)
-
-
-def _decision_columns(decision: Decision) -> Columns:
-    changes = {
-        f"change|{name}|{field}": getattr(change, field)
-        for name, change in decision.changes.items()
-        for field in Change._fields
-    }
-    return {"next_parent": decision.parents, **changes}
 
 
 def _table(columns: Columns, part: slice, generation: int, rules: Rules) -> Table:
@@ -380,18 +480,14 @@ def _table(columns: Columns, part: slice, generation: int, rules: Rules) -> Tabl
         copied.setflags(write=False)
         return copied
 
-    settings = {
-        name: column(name if name == LR_HYPER else f"hyperparams.{name}")
-        for name in rules.space.settings()
-    }
-    own = {"trial", "born", PARENT, LR_HYPER}
+    settings = {name: column(names.setting(name)) for name in rules.space.settings()}
     return Table(
         generation=generation,
         score=columns[rules.metric][part] * rules.sign,
-        trial=column("trial"),
-        age=generation - columns["born"][part] + 1,
+        trial=column(TRIAL),
+        age=generation - columns[BORN][part] + 1,
         values=settings,
-        metrics={name: column(name) for name in columns if name not in own},
+        metrics={name: column(name) for name in names.measured(columns)},
     )
 
 

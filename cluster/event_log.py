@@ -5,37 +5,31 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import time
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from gradhpo.cluster.events import Event, GenerationDone
-
-EVENTS = "events.jsonl"
+from gradhpo.cluster.storage import Storage
 
 
 class EventLog:
     """An observer that adds a line of JSON for each event but the generations, in the journal."""
 
     def __init__(self, storage: Path) -> None:
-        self._path = storage / EVENTS
+        self._storage = Storage(storage)
 
     def observe(self, event: Event) -> None:
         """Add its line; a disk that is full loses the line, and nothing else."""
         if isinstance(event, GenerationDone):
             return
         about = {"time": round(time.time(), 3), "event": event.name, **dataclasses.asdict(event)}
-        line = json.dumps(about, default=str)
-        with contextlib.suppress(OSError), open(self._path, "a+b") as file:
-            # After a line that was cut short, on a new one.
-            start = b"" if not file.tell() or _last_byte(file) == b"\n" else b"\n"
-            file.write(start + line.encode() + b"\n")
+        self._storage.log(about)
 
 
 def read(storage: Path) -> list[dict[str, Any]]:
     """Return the logged events, each a table with "time" and "event"; damaged lines left out."""
-    path, made = storage / EVENTS, list[dict[str, Any]]()
+    path, made = Storage(storage).events, list[dict[str, Any]]()
     if not path.exists():
         return made
     for line in path.read_text(errors="replace").splitlines():
@@ -43,8 +37,3 @@ def read(storage: Path) -> list[dict[str, Any]]:
             facts = json.loads(line)
             made.append({"time": float(facts["time"]), "event": str(facts["event"]), **facts})
     return made
-
-
-def _last_byte(file: BinaryIO) -> bytes:
-    file.seek(-1, os.SEEK_END)
-    return file.read(1)

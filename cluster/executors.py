@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gradhpo.checkpoints import Saved
 from gradhpo.cluster import local_processes
 from gradhpo.cluster.commands import (
     Again,
@@ -43,6 +44,7 @@ WHAT = {
     "prepare": "failed to compile the sweep's step",
     "export": "failed to hand over trials",
     "run": "failed to run a generation",
+    "checkpoint": "failed to write a checkpoint",
 }
 
 
@@ -59,8 +61,24 @@ class Executor(abc.ABC):
 
         Raises:
           DamagedFile: if a checkpoint that an order starts from is damaged.
+          StateGone: if the state that an order starts from was lost, and it names no checkpoint.
           SweepError: if it cannot be done, with a worker's own traceback.
         """
+
+    @abc.abstractmethod
+    def checkpoints(self, orders: list[Order]) -> list[Saved]:
+        """Return the checkpoints after these orders, the last that were run, when all are durable.
+
+        They are written now where an order did not say so.
+
+        Raises:
+          StateGone: if a worker was lost that held one.
+          SweepError: if they cannot be written.
+        """
+
+    def moves(self) -> bool:
+        """Whether shards would change workers if orders named the checkpoints they start from."""
+        return False
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -115,20 +133,33 @@ class FleetExecutor(Executor):
     def run(self, orders: list[Order]) -> list[Result]:
         """Execute on the workers that are there now."""
         variants = {order.shard: order.variant for order in orders}
-        self._runs = {Job("run", o.variant, o.shard): _Run(o) for o in orders}
+        self._runs = {_job("run", order): _Run(order) for order in orders}
+        runs = {job.shard: run for job, run in self._runs.items()}
+        # A state that is in no checkpoint stays where it is.
+        movable = all(order.start is not None or order.generation == 0 for order in orders)
         self._exports = {}
         for order in orders:
             for source, items in order.by_source().items():
                 about = (source, variants[source], order.generation - 1, items[0].checkpoint)
                 taken = [item.source_slot for item in items]
                 self._exports[Job("export", variants[source], source, order.shard)] = *about, taken
-        for job, rows in self._drive(self._exports).items():
-            run = self._runs[Job("run", variants[job.target], job.target)]
-            run.sources.append(job.shard)
-            run.rows.append(rows)
-        done = self._drive(self._runs)
+        for job, rows in self._drive(self._exports, balance=movable).items():
+            runs[job.target].sources.append(job.shard)
+            runs[job.target].rows.append(rows)
+        done = self._drive(self._runs, balance=movable)
         self._runs, self._exports = {}, {}
         return [done[job] for job in sorted(done, key=lambda job: job.shard)]
+
+    def checkpoints(self, orders: list[Order]) -> list[Saved]:
+        """Wait for the workers that ran them."""
+        done = self._drive([_job("checkpoint", order) for order in orders], balance=False)
+        return [done[_job("checkpoint", order)] for order in orders]
+
+    def moves(self) -> bool:
+        """Whether a worker that has started since has no shard, or too few."""
+        for command in self._fleet.step(time.monotonic(), *self._processes.poll(0), *self._room()):
+            self._carry_out(command, {})
+        return self._fleet.uneven
 
     def close(self) -> None:
         """End all workers."""
@@ -144,11 +175,11 @@ class FleetExecutor(Executor):
 
     # --- the loop -------------------------------------------------------------------------------
 
-    def _drive(self, jobs: Iterable[Job]) -> dict[Job, Any]:
+    def _drive(self, jobs: Iterable[Job], balance: bool = True) -> dict[Job, Any]:
         """Have every job done once; return what each gave."""
         self._sent, done = {}, dict[Job, Any]()
         timeout = min(0.5, self._fleet.longest_look / 2)
-        commands = self._fleet.ask(time.monotonic(), jobs, *self._room())
+        commands = self._fleet.ask(time.monotonic(), jobs, *self._room(), balance=balance)
         while True:
             for command in commands:
                 self._carry_out(command, done)
@@ -198,6 +229,8 @@ class FleetExecutor(Executor):
             return job.variant, self._layouts[job.variant], self._blobs.get(job.variant)
         if job.kind == "export":
             return self._exports[job]
+        if job.kind == "checkpoint":
+            return job.shard, job.generation
         run = self._runs[job]
         return run.order, worker, run.sources, *run.rows
 
@@ -250,6 +283,10 @@ class FleetExecutor(Executor):
         if isinstance(error, SweepError):
             raise SweepError(f"{error}\n{where}")
         raise error
+
+
+def _job(kind: str, order: Order) -> Job:
+    return Job(kind, order.variant, order.shard, generation=order.generation)
 
 
 def check(kind: str, settings: ProcessSettings, sent: Mapping[str, Any]) -> None:

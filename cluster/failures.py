@@ -17,6 +17,10 @@ class StorageFailed(OSError):  # noqa: N818
     """A checkpoint cannot be written: a full disk, say."""
 
 
+class StateGone(RuntimeError):  # noqa: N818
+    """Nobody holds a shard's state any more that is in no checkpoint: it is computed again."""
+
+
 class Superseded(RuntimeError):  # noqa: N818
     """This worker's shard belongs to a later incarnation; what it computed is not used."""
 

@@ -127,15 +127,31 @@ class Fleet:
         """The workers that are there."""
         return [number for number, worker in self._workers.items() if worker.ready]
 
-    def ask(self, now: float, jobs: Iterable[Job], *events: Event) -> list[Command]:
-        """Take jobs on; what was asked for before and is not done is nobody's any more."""
+    @property
+    def uneven(self) -> bool:
+        """Whether a shard would change workers if all were balanced now."""
+        held = [shard for shard, number in self._owner.items() if number in self.ready]
+        made = self._balanced(held, self.ready) if held else {}
+        return any(made[shard] != self._owner[shard] for shard in held)
+
+    def ask(
+        self, now: float, jobs: Iterable[Job], *events: Event, balance: bool = True
+    ) -> list[Command]:
+        """Take jobs on; what was asked for before and is not done is nobody's any more.
+
+        Args:
+          now: seconds, on any clock that only goes on.
+          jobs: to be done once, each.
+          events: what happened since.
+          balance: whether a shard may leave a worker that is there.
+        """
         self._look(now)
         for worker in self._workers.values():
             for call in worker.calls.values():
                 call.wanted = call.job.kind in ("start", "prepare")
         self._waiting = list(jobs)
         self._asked = set(self._waiting)
-        self._unbalanced = True
+        self._unbalanced = balance
         return self._after(events)
 
     def step(self, now: float, *events: Event) -> list[Command]:
@@ -341,12 +357,17 @@ class Fleet:
         if not needed:
             return
         shards = range(self._shards) if self._unbalanced else dict.fromkeys(needed)
-        most = -(-self._shards // len(ready)) if self._unbalanced else self._shards
-        owner = balanced(self._owner, shards, ready, most)
+        if self._unbalanced:
+            owner = self._balanced(shards, ready)
+        else:
+            owner = balanced(self._owner, shards, ready, self._shards)
         changed = [(s, n) for s, n in owner.items() if self._owner.get(s) != n]
         self._unbalanced, self._owner = False, owner
         if changed:
             self._out.append(Own(tuple(changed)))
+
+    def _balanced(self, shards: Iterable[int], ready: list[int]) -> dict[int, int]:
+        return balanced(self._owner, shards, ready, -(-self._shards // len(ready)))
 
     def _send(self, number: int, job: Job) -> None:
         worker, call = self._workers[number], next(self._calls)

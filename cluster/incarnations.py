@@ -14,8 +14,8 @@ from typing import Any
 
 from gradhpo.checkpoints import write_json
 from gradhpo.cluster.failures import Superseded
+from gradhpo.cluster.storage import Storage
 
-FILE = "incarnations.json"
 RESERVE = 1000
 """Numbers that a driver reserves at a time; what it does not use is never used."""
 
@@ -24,7 +24,7 @@ class Incarnations:
     """The driver's side: hands out numbers, and says whose a shard is."""
 
     def __init__(self, storage: Path) -> None:
-        self._path = storage / FILE
+        self._path = Storage(storage).incarnations
         content: dict[str, Any] = {"reserved": 0, "owners": {}}
         if self._path.exists():
             try:
@@ -53,13 +53,13 @@ class Incarnations:
         write_json(self._path, {"reserved": self._reserved, "owners": self._owners})
 
 
-def check_owner(storage: Path, shard: int, incarnation: int) -> None:
+def check_owner(storage: Storage, shard: int, incarnation: int) -> None:
     """Raise unless this incarnation owns the shard: the worker's side, before it commits.
 
     Raises:
       Superseded: if another one owns it.
     """
-    owners = json.loads((storage / FILE).read_text())["owners"]
+    owners = json.loads(storage.incarnations.read_text())["owners"]
     if owners.get(str(shard)) != incarnation:
         raise Superseded(
             f"shard {shard} belongs to incarnation {owners.get(str(shard))}, not {incarnation}"

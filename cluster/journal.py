@@ -12,11 +12,11 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, BinaryIO, NotRequired, TypedDict
 
-from gradhpo.checkpoints import Saved, sync_folder
-
-FILE = "journal.jsonl"
+from gradhpo.checkpoints import Saved
+from gradhpo.cluster.storage import Storage
+from gradhpo.commit import commit, sync_folder
 
 
 class Best(TypedDict):
@@ -36,7 +36,7 @@ class Entry(TypedDict):
     table: Saved
     """The gathered table, with the decision that was made from it."""
     checkpoints: list[Saved]
-    """One for each shard."""
+    """One for each shard; none where the generation was not to be written (`checkpoint_every`)."""
     best: Best | None
     """None where every trial has diverged."""
     seconds: float
@@ -52,17 +52,21 @@ class Journal:
     """
 
     def __init__(self, storage: Path) -> None:
-        self.path = storage / FILE
+        self.path = Storage(storage).journal
         self.damaged: list[str] = []
         self.last: list[Entry] = []
-        """The last two entries."""
+        """The last entries, from the last but one that has checkpoints on."""
         for number, (entry, line) in enumerate(_read(self.path)):
             if entry is None:
-                self.damaged.append(
-                    f"{FILE}: line {number + 1} is damaged ({len(line)} bytes), and not used"
-                )
+                which = f"{self.path.name}: line {number + 1}"
+                self.damaged.append(f"{which} is damaged ({len(line)} bytes), and not used")
             else:
-                self.last = [*self.last, entry][-2:]
+                self.last = _recent([*self.last, entry])
+
+    @property
+    def durable(self) -> list[Entry]:
+        """Those of the last entries that have checkpoints: two, or fewer at the beginning."""
+        return [entry for entry in self.last if entry["checkpoints"]]
 
     @property
     def generation(self) -> int:
@@ -95,23 +99,27 @@ class Journal:
             os.close(descriptor)
         if new:
             sync_folder(self.path.parent)
-        self.last = [*self.last, entry][-2:]
+        self.last = _recent([*self.last, entry])
 
-    def drop_last(self) -> None:
-        """Forget the last generation, because its files are damaged; it is computed again."""
-        kept = [line for entry, line in _read(self.path) if entry is not None][:-1]
-        temporary = self.path.with_name(FILE + ".tmp")
-        with open(temporary, "wb") as file:
-            file.write(b"".join(line + b"\n" for line in kept))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
-        sync_folder(self.path.parent)
-        self.last = [entry for entry, _ in _read(self.path) if entry is not None][-2:]
+    def drop_after(self, generation: int) -> None:
+        """Forget the generations after this one, which are computed again."""
+        whole = [(entry, line) for entry, line in _read(self.path) if entry is not None]
+        kept = [line for entry, line in whole if entry["generation"] <= generation]
+
+        def content(file: BinaryIO) -> None:
+            file.writelines(line + b"\n" for line in kept)
+
+        commit(self.path, content)
+        self.last = _recent([entry for entry, _ in whole if entry["generation"] <= generation])
 
     def entries(self) -> Iterator[Entry]:
         """Read all undamaged lines, from the first."""
         return (entry for entry, _ in _read(self.path) if entry is not None)
+
+
+def _recent(entries: list[Entry]) -> list[Entry]:
+    durable = [index for index, entry in enumerate(entries) if entry["checkpoints"]]
+    return entries[durable[-2] :] if len(durable) > 1 else entries
 
 
 def encode(entry: Entry) -> bytes:

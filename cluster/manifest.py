@@ -18,9 +18,9 @@ from gradhpo.cluster import importing
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.settings import Identity, Place
 from gradhpo.cluster.space import SearchSpace
+from gradhpo.cluster.storage import Storage
 from gradhpo.state import PyTree
 
-MANIFEST = "manifest.json"
 IDENTITY = (
     *(field.name for field in dataclasses.fields(Identity) if field.name != "batching"),
     "x64",
@@ -68,7 +68,7 @@ def read(storage: Path) -> dict[str, Any]:
     Raises:
       SweepError: if there is none, or it is damaged.
     """
-    path = storage / MANIFEST
+    path = Storage(storage).manifest
     try:
         manifest = json.loads(path.read_text())
         if not isinstance(manifest, dict):
@@ -78,7 +78,7 @@ def read(storage: Path) -> dict[str, Any]:
             raise ValueError(f"it has no {missing[0]!r}")
         return made
     except FileNotFoundError:
-        raise SweepError(f"there is no sweep in {str(storage)!r}: no {MANIFEST}") from None
+        raise SweepError(f"there is no sweep in {str(storage)!r}: no {path.name}") from None
     except ValueError as error:
         raise SweepError(f"{path} is damaged: {error}") from None
 

@@ -47,8 +47,8 @@ class Import(NamedTuple):
     slot: int
     source_shard: int
     source_slot: int
-    checkpoint: Saved
-    """Of the source shard, should its worker be gone."""
+    checkpoint: Saved | None
+    """Of the source shard, should its worker be gone; None where it is not known to be durable."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +68,13 @@ class Order:
     changes: dict[str, Any]
     """By name, `Change` of hyperparameters, `(slots,)` each."""
     start: Saved | None
-    """The shard's checkpoint of the generation before; None for the first."""
+    """The shard's checkpoint of the generation before; None where it is not known to be durable,
+    and for the first generation."""
     imports: tuple[Import, ...] = ()
+    save: bool = True
+    """Whether the state after the generation is to be written; that goes on after the result."""
+    winner: int | None = None
+    """A slot that had the best trial before this generation: to be written, alone."""
 
     def by_source(self) -> dict[int, list[Import]]:
         """Return the imports by the shard that they come from."""
@@ -79,6 +84,13 @@ class Order:
         return grouped
 
 
+class Checkpoint(NamedTuple):
+    """A shard's state after a generation, durable."""
+
+    generation: int
+    saved: Saved
+
+
 class Result(NamedTuple):
     """What a shard gives back."""
 
@@ -86,9 +98,13 @@ class Result(NamedTuple):
     generation: int
     columns: dict[str, np.ndarray]
     """Metrics and settings by name, each `(slots,)`."""
-    checkpoint: Saved
+    checkpoint: Checkpoint | None
+    """The newest of the shard that this worker knows to be durable, of an earlier generation as a
+    rule."""
     incarnation: int
     seconds: float
+    winner: Saved | None = None
+    """What was written of the order's `winner`."""
 
 
 class Prepared(NamedTuple):

@@ -9,10 +9,8 @@ from typing import Any, Protocol
 
 from gradhpo.cluster.commands import Answered, Event, Failed
 from gradhpo.cluster.fleet import Limits
+from gradhpo.cluster.storage import Storage
 from gradhpo.cluster.worker import Answer
-
-LOGS = "logs"
-"""The folder of a storage with what workers print."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +70,7 @@ class Processes(Protocol):
 def log_file(storage: str, worker: int, rank: int = 0, processes: int = 1) -> Path:
     """Return the log file of a process of a worker."""
     which = f"-{rank}" if processes > 1 else ""
-    return Path(storage) / LOGS / f"worker-{worker}{which}.log"
+    return Storage(storage).logs / f"worker-{worker}{which}.log"
 
 
 def event_of(worker: int, call: int, rank: int, answer: Answer) -> Event:

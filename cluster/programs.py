@@ -10,10 +10,9 @@ from typing import Any
 from gradhpo.cluster import manifest
 from gradhpo.cluster.events import Changed, Event, Note, Repaired
 from gradhpo.cluster.failures import SweepError
-from gradhpo.cluster.journal import FILE
 from gradhpo.cluster.orders import Prepared
+from gradhpo.cluster.storage import Storage
 
-PROGRAMS = "programs.json"
 CHANGES = ("data", "code")
 """What `allow_changed` takes."""
 Entry = dict[str, Any]
@@ -26,8 +25,8 @@ def read(storage: Path) -> list[Entry] | None:
     Raises:
       SweepError: if it is missing or damaged.
     """
-    path = storage / PROGRAMS
-    if not path.exists() and not (storage / FILE).exists():
+    path = Storage(storage).programs
+    if not Storage(storage).begun:
         return None
     try:
         entries = json.loads(path.read_text())
@@ -53,8 +52,9 @@ def recovered(storage: Path, tell: Callable[[Event], None]) -> list[Entry] | Non
         known = manifest.read(storage)
         copied, batching = known.get("programs"), known["batching"]
         if copied is not None:
-            manifest.write(storage / PROGRAMS, copied)
-            tell(Repaired(f"{damaged}: it is made again from {manifest.MANIFEST}"))
+            files = Storage(storage)
+            manifest.write(files.programs, copied)
+            tell(Repaired(f"{damaged}: it is made again from {files.manifest.name}"))
             return copied
         if batching == "auto":  # it was measured once, and may come out otherwise
             raise SweepError(f"{damaged}: without it the sweep cannot go on as it began") from None
@@ -99,10 +99,10 @@ def keep(
     for name in sorted(changed):
         tell(Changed(name, generation))
     if made != known:
-        manifest.write(storage / PROGRAMS, made)
+        manifest.write(Storage(storage).programs, made)
     written = manifest.read(storage)
     if written.get("programs") != made:
-        manifest.write(storage / manifest.MANIFEST, written | {"programs": made})
+        manifest.write(Storage(storage).manifest, written | {"programs": made})
     return made
 
 

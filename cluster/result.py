@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from gradhpo import checkpoints
-from gradhpo.checkpoints import DamagedFile, Saved
+from gradhpo.checkpoints import DamagedFile
+from gradhpo.cluster import columns as names
 from gradhpo.cluster import importing, manifest, programs, settings
-from gradhpo.cluster.controller import (
-    PARENT,
-    Columns,
-    Layout,
-    Plan,
-    Rules,
-    decision_of,
-    first_plan,
-    following,
-    plan_of,
-)
+from gradhpo.cluster.columns import PARENT, TRIAL, Columns, decision_of
+from gradhpo.cluster.controller import Layout, Plan, Rules, first_plan, following, plan_of
 from gradhpo.cluster.division import divide
 from gradhpo.cluster.events import Event, Prepared, WorkerLost
 from gradhpo.cluster.failures import SweepError
@@ -31,8 +23,9 @@ from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.orders import Order, Spec
 from gradhpo.cluster.schedulers import NEW, RandomSearch
 from gradhpo.cluster.settings import Identity
-from gradhpo.cluster.shard import ShardHost
+from gradhpo.cluster.shard import ShardHost, slot_of
 from gradhpo.cluster.space import LR_HYPER, Change, SearchSpace
+from gradhpo.cluster.storage import Storage
 from gradhpo.cluster.variant import Variant, build, data_key
 from gradhpo.state import BilevelState, PyTree
 
@@ -162,7 +155,7 @@ class SweepResult:
         load_data: Callable[[], Any] = lambda: None,
         report: Report | None = None,
     ) -> None:
-        self._storage, self._spec, self._layout = storage, spec, layout
+        self._storage, self._spec, self._layout = Storage(storage), spec, layout
         self._metric, self._sign, self._load_data = metric, sign, load_data
         self.report = report
         self._entries = list(Journal(storage).entries())
@@ -213,8 +206,8 @@ class SweepResult:
         """
         tables = [self._table(g) for g in range(self.generations)]
         n = self._layout.population
-        names = [name for name in tables[0] if name != "next_parent" and "|" not in name]
-        whole = {name: np.concatenate([table[name] for table in tables]) for name in names}
+        first = names.shown(tables[0])
+        whole = {name: np.concatenate([table[name] for table in tables]) for name in first}
         variants = [self._layout.variant_of(shard) for shard in range(self._layout.shards)]
         return {
             "generation": np.repeat(np.arange(len(tables)), n),
@@ -236,8 +229,7 @@ class SweepResult:
     @functools.cached_property
     def final(self) -> Columns:
         """The table of the last generation."""
-        table = self._table(self.generations - 1)
-        return {k: v for k, v in table.items() if k != "next_parent" and "|" not in k}
+        return names.shown(self._table(self.generations - 1))
 
     @property
     def changes(self) -> list[Allowed]:
@@ -257,7 +249,7 @@ class SweepResult:
             parents = table[PARENT]
             copied = (parents != NEW) & (parents != np.arange(len(parents)))
             made += [
-                Copy(generation, int(table["trial"][s]), int(before["trial"][parents[s]]))
+                Copy(generation, int(table[TRIAL][s]), int(before[TRIAL][parents[s]]))
                 for s in np.flatnonzero(copied)
             ]
         return made
@@ -272,8 +264,9 @@ class SweepResult:
         """
         found = self._best()
         slot, generation = found["slot"], found["generation"]
-        arrays = self._load(found["checkpoint"])
         local = slot % self._layout.slots
+        with self._named():
+            arrays = slot_of(*self._storage.load(found["checkpoint"]), local)
         variant = self._variant_of_slot(slot)
         rates = self._plan(generation).lr_hyper
         host = ShardHost
@@ -285,7 +278,7 @@ class SweepResult:
             lr_hyper=None if rates is None else float(rates[slot]),
             choices=self._spec.space.variants()[variant],
             lineage=self._lineage(slot, generation),
-            arrays={name: array[local] for name, array in arrays.items()},
+            arrays=arrays,
             restore=lambda: host(self._spec, self._load_data()).restore(
                 variant, found["checkpoint"], local
             ),
@@ -405,12 +398,7 @@ class SweepResult:
             table = self._table(found["generation"])
         except DamagedFile:
             return {self._metric: found["score"] * self._sign}
-        own = {"trial", "born", PARENT, LR_HYPER, "next_parent"}
-        return {
-            name: float(column[found["slot"]])
-            for name, column in table.items()
-            if name not in own and "|" not in name
-        }
+        return {name: float(table[name][found["slot"]]) for name in names.measured(table)}
 
     def _lineage(self, slot: int, generation: int) -> list[int]:
         """Return the trials that a slot's comes from; two damaged tables in a row cut it short."""
@@ -441,23 +429,20 @@ class SweepResult:
 
     def _table(self, generation: int) -> Columns:
         """Return a generation's table; where its line is damaged, by what its name proves."""
-        saved = self._saved.get(generation)
-        if saved is None:
-            saved = checkpoints.find(self._storage, f"tables/{generation:06d}")
-        if saved is None:
-            named = self._storage / f"tables/{generation:06d}"
-            raise DamagedFile(str(named), "is missing, and its line is damaged")
-        return self._load(saved)
+        with self._named():
+            return self._storage.load_table(generation, self._saved.get(generation))
 
-    def _load(self, saved: Saved) -> Columns:
+    @contextlib.contextmanager
+    def _named(self) -> Generator[None]:
+        """Let an error about a file say in which storage."""
         try:
-            return checkpoints.load(self._storage, saved)[0]
+            yield
         except DamagedFile as error:
-            raise DamagedFile(str(self._storage / error.file), error.reason) from None
+            raise DamagedFile(str(self._storage.path / error.file), error.reason) from None
 
     @functools.cached_property
     def _layouts(self) -> list[Any]:
-        entries = programs.read(self._storage)
+        entries = programs.read(self._storage.path)
         if entries is None:
             return [self._spec.batching] * self._layout.variants
         return [entry["batching"] for entry in entries]

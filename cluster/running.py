@@ -24,6 +24,7 @@ from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.orders import Spec
 from gradhpo.cluster.result import Report
 from gradhpo.cluster.settings import Identity, Place
+from gradhpo.cluster.storage import Storage
 from gradhpo.errors import UnreachedWarning, warn_user
 from gradhpo.interrupts import deferred
 
@@ -113,5 +114,5 @@ class Run:
         identity = self._identity
         about = (identity.scheduler, identity.space, identity.seed)
         rules = Rules(*about, identity.metric, identity.sign)
-        what = (self._storage, self._journal, executor, self._layout, rules)
-        return Controller(*what, self._telling.notify, changes)
+        what = (Storage(self._storage), self._journal, executor, self._layout, rules)
+        return Controller(*what, self._telling.notify, self._place.checkpoint_every, changes)

@@ -149,11 +149,12 @@ class Place:
     heartbeat: float = 60
     wait: float = 0
     placement: str = "PACK"
+    checkpoint_every: int = 1
     progress: bool | None = dataclasses.field(default=None, metadata=_LOCAL)
 
     def __post_init__(self) -> None:
         _set(self, "storage", folder_of(self.storage))
-        for name in ("generations", "workers", "processes"):
+        for name in ("generations", "workers", "processes", "checkpoint_every"):
             _set(self, name, check_count(name, getattr(self, name)))
         for name, accepted in (("executor", EXECUTORS), ("placement", PLACEMENTS)):
             if (value := getattr(self, name)) not in accepted:

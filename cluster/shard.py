@@ -1,4 +1,4 @@
-"""The shards that a worker holds: their states, generation by generation, and their checkpoints.
+"""The shards that a worker holds: their states, generation by generation.
 
 Nothing here knows of Ray: every executor's workers hold a `ShardHost`.
 """
@@ -11,21 +11,20 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Generator, Mapping
-from pathlib import Path
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from gradhpo import checkpoints
-from gradhpo.checkpoints import DamagedFile, Saved
+from gradhpo.checkpoints import Saved
 from gradhpo.cluster import importing
-from gradhpo.cluster.failures import StorageFailed
-from gradhpo.cluster.incarnations import check_owner
-from gradhpo.cluster.orders import Order, Prepared, Result, Spec
+from gradhpo.cluster.failures import StateGone
+from gradhpo.cluster.orders import Import, Order, Prepared, Result, Spec
+from gradhpo.cluster.storage import Storage
 from gradhpo.cluster.variant import Arrays, Rows, Variant
+from gradhpo.cluster.writer import Writer
 from gradhpo.errors import UnreachedWarning
-from gradhpo.host import Places
 from gradhpo.parallel import compilations
 from gradhpo.parallel.mesh import to_host
 from gradhpo.state import BilevelState, PyTree
@@ -38,9 +37,12 @@ class ShardHost:
         importing.extend_path(spec.sys_path)
         if spec.x64 != jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
             jax.config.update("jax_enable_x64", spec.x64)
-        self.spec, self.storage, self._data = spec, Path(spec.storage), data
+        self.spec, self.storage, self._data = spec, Storage(spec.storage), data
         self._variants: dict[int, Variant] = {}
-        self._states: collections.OrderedDict[int, tuple[int, Arrays]] = collections.OrderedDict()
+        self._states: collections.OrderedDict[int, Held] = collections.OrderedDict()
+        self._writer = Writer(self.storage)
+        self._begun: dict[int, int] = {}
+        """By shard, the generation whose state was written last, or is being written."""
         compilations.watch()
         self._before = compilations.of_this_process()
 
@@ -56,7 +58,7 @@ class ShardHost:
         return prepared._replace(variant=variant, unreached=tuple(unreached))
 
     def run(self, order: Order, incarnation: int, rows: Mapping[int, Rows] | None = None) -> Result:
-        """Execute an order, and commit its checkpoint.
+        """Execute an order, and begin to write its checkpoint if it says so.
 
         Args:
           order: the generation.
@@ -66,32 +68,61 @@ class ShardHost:
 
         Raises:
           DamagedFile: if a checkpoint is damaged.
+          StateGone: if the state that it starts from is neither here nor in a checkpoint.
           Superseded: if the shard belongs to another incarnation.
-          StorageFailed: if the checkpoint cannot be written.
+          StorageFailed: if a checkpoint cannot be written, or one before could not.
         """
         started, variant = time.perf_counter(), self._variants[order.variant]
         state = self._state(order.shard, order.variant, order.generation - 1, order.start)
+        winner = self._start_winner(order, incarnation, state)
         if (order.parents != np.arange(len(order.parents))).any():
             state = variant.select(state, order.parents)
         for source, items in order.by_source().items():
             found = (rows or {}).get(source)
             if found is None:
-                arrays = checkpoints.load(self.storage, items[0].checkpoint)[0]
-                taken = [item.source_slot for item in items]
-                found = {name: array[taken] for name, array in arrays.items()}
+                found = self._read_rows(order.generation - 1, items)
             state = variant.put(state, [item.slot for item in items], found)
         state, columns = variant.turn(state, order)
-        arrays = {name: to_host(leaf) for name, leaf in state.items()}
-        saved = Saved("", "")
-        if jax.process_index() == 0:
-            places = [] if variant.host is None else variant.host.places(order.shard)
-            saved = self._commit(order, incarnation, arrays, places)
-        self._keep(order.shard, order.generation, state)
-        seconds = time.perf_counter() - started
-        return Result(order.shard, order.generation, columns, saved, incarnation, seconds)
+        self._hold(order.shard, Held(order.generation, order.variant, incarnation, state))
+        newest = self._writer.newest(order.shard)
+        if order.save:
+            newest = self._writer.wait(order.shard)
+            self._write(order.shard)
+        return Result(
+            order.shard,
+            order.generation,
+            columns,
+            newest,
+            incarnation,
+            time.perf_counter() - started,
+            None if winner is None else winner.result(),
+        )
+
+    def checkpoint(self, shard: int, generation: int) -> Saved:
+        """Return a shard's checkpoint of the generation that it ran last, when it is durable.
+
+        Raises:
+          StateGone: if the state is not here.
+          StorageFailed, Superseded: as for `run`.
+        """
+        if self._begun.get(shard) != generation:
+            held = self._states.get(shard)
+            if held is None or held.generation != generation:
+                raise StateGone(f"shard {shard}: nobody holds generation {generation}")
+            self._write(shard)
+        newest = self._writer.wait(shard)
+        if newest is None:
+            return Saved("", "")  # the first process of a gang has it
+        if newest.generation != generation:
+            raise StateGone(f"shard {shard}: generation {generation} could not be written")
+        return newest.saved
+
+    def close(self) -> None:
+        """Finish what is being written."""
+        self._writer.close()
 
     def export(
-        self, shard: int, variant: int, generation: int, checkpoint: Saved, slots: list[int]
+        self, shard: int, variant: int, generation: int, checkpoint: Saved | None, slots: list[int]
     ) -> Rows:
         """Return the arrays of some slots, stacked, as they were after a generation."""
         state = self._state(shard, variant, generation, checkpoint)
@@ -106,42 +137,83 @@ class ShardHost:
         if variant not in self._variants:
             arguments = self.spec.space.variants()[variant]
             self._variants[variant] = Variant(self.spec, arguments, self._data)
-        arrays = checkpoints.load(self.storage, checkpoint)[0]
-        return self._variants[variant].unflatten({name: x[slot] for name, x in arrays.items()})
-
-    def _commit(
-        self, order: Order, incarnation: int, arrays: Mapping[str, np.ndarray], places: Places
-    ) -> Saved:
-        stem = f"checkpoints/{order.generation:06d}/shard-{order.shard:04d}-i{incarnation}"
-        about = {"shard": order.shard, "generation": order.generation, "variant": order.variant}
-        about |= {"batches": places} if places else {}
-        try:
-            check_owner(self.storage, order.shard, incarnation)
-            return checkpoints.save(self.storage, stem, arrays, about)
-        except OSError as error:
-            named = error.filename or str(self.storage / stem)
-            raise StorageFailed(error.errno, error.strerror, named) from error
+        arrays = slot_of(*self.storage.load(checkpoint), slot)
+        return self._variants[variant].unflatten(arrays)
 
     def _state(self, shard: int, variant: int, generation: int, saved: Saved | None) -> Arrays:
         if generation < 0:
             return self._variants[variant].zeros()
         held = self._states.get(shard)
-        if held is not None and held[0] == generation:
-            return held[1]
+        if held is not None and held.generation == generation:
+            return held.state
+        newest = self._writer.wait(shard)
+        if newest is not None and newest.generation == generation:
+            saved = newest.saved  # it did not fit any more
         if saved is None:
-            raise DamagedFile(f"shard {shard}", f"no checkpoint of generation {generation}")
-        arrays, about = checkpoints.load(self.storage, saved)
+            raise StateGone(f"shard {shard}: nobody holds generation {generation}")
+        arrays, about = self.storage.load(saved)
         state = self._variants[variant].place(arrays)
         if (host := self._variants[variant].host) is not None:
             host.know(shard, about.get("batches", []))
-        self._keep(shard, generation, state)
+        self._hold(shard, Held(generation, variant, None, state))
         return state
 
-    def _keep(self, shard: int, generation: int, state: Arrays) -> None:
-        self._states[shard] = generation, state
+    def _read_rows(self, generation: int, items: list[Import]) -> Rows:
+        checkpoint = items[0].checkpoint
+        if checkpoint is None:
+            raise StateGone(f"shard {items[0].source_shard}: generation {generation} is not there")
+        arrays = self.storage.load(checkpoint)[0]
+        taken = [item.source_slot for item in items]
+        return {name: array[taken] for name, array in arrays.items()}
+
+    def _hold(self, shard: int, held: Held) -> None:
+        """Keep a state, and not more than there is room for: the oldest goes to its checkpoint."""
+        self._states[shard] = held
         self._states.move_to_end(shard)
-        while len(self._states) > self.spec.states:
-            self._states.popitem(last=False)
+        # In a gang, of which one process writes, the others could not read it again.
+        while len(self._states) > self.spec.states and jax.process_count() == 1:
+            oldest, old = next(iter(self._states.items()))
+            if old.incarnation is not None and self._begun.get(oldest) != old.generation:
+                self._write(oldest)
+            self._writer.wait(oldest)
+            del self._states[oldest]
+
+    def _write(self, shard: int) -> None:
+        """Begin to write a shard's state."""
+        held = self._states[shard]
+        assert held.incarnation is not None
+        self._begun[shard] = held.generation
+        arrays = {name: to_host(leaf) for name, leaf in held.state.items()}
+        if jax.process_index() == 0:
+            host = self._variants[held.variant].host
+            places = [] if host is None else host.places(shard)
+            about = {"variant": held.variant} | ({"batches": places} if places else {})
+            self._writer.start(shard, held.generation, held.incarnation, arrays, about)
+
+    def _start_winner(self, order: Order, incarnation: int, state: Arrays) -> Future[Saved] | None:
+        if order.winner is None:
+            return None
+        rows = self._variants[order.variant].take(state, [order.winner])
+        if jax.process_index() != 0:
+            return None
+        about = (order.shard, order.generation - 1, incarnation)
+        return self._writer.start_winner(*about, rows)
+
+
+def slot_of(arrays: Mapping[str, np.ndarray], about: Mapping[str, Any], slot: int) -> Rows:
+    """Return a slot's arrays from a checkpoint, or from the winner's that was written alone."""
+    row = 0 if about.get("alone") else slot
+    return {name: array[row].copy() for name, array in arrays.items()}
+
+
+class Held(NamedTuple):
+    """A shard's state, after a generation."""
+
+    generation: int
+    variant: int
+    incarnation: int | None
+    """Of the worker that computed it; None for one that was read from its checkpoint."""
+    state: Arrays
 
 
 @contextlib.contextmanager

@@ -89,6 +89,8 @@ class Sweep:
       wait: seconds to wait for resources that the cluster does not have yet, with an autoscaler.
       placement: how Ray places the processes of a worker: "PACK", "SPREAD", "STRICT_PACK" or
         "STRICT_SPREAD".
+      checkpoint_every: generations from one checkpoint to the next: after a failure at most so many
+        are computed again, and the one that was in flight. Tables are written after every one.
       progress: False for no output; see `run`.
 
     Raises:
@@ -129,6 +131,7 @@ class Sweep:
         heartbeat: float = 60,
         wait: float = 0,
         placement: str = "PACK",
+        checkpoint_every: int = 1,
         progress: bool | None = None,
     ) -> None:
         self.identity = Identity(
@@ -143,7 +146,7 @@ class Sweep:
             generations=generations, workers=workers, resources=resources, processes=processes,
             executor=executor, address=address, env=env, runtime_env=runtime_env,
             deadline=deadline, start_deadline=start_deadline, heartbeat=heartbeat, wait=wait,
-            placement=placement, progress=progress,
+            placement=placement, checkpoint_every=checkpoint_every, progress=progress,
         )  # fmt: skip
         settings.check_together(self.identity, self.place)
         known = claim.shards(self.storage, self.identity.population)

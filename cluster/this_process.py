@@ -51,5 +51,6 @@ class ThisProcess:
         return "it runs in this process"
 
     def close(self) -> None:
-        """Forget the host, and the arrays that it holds."""
+        """Finish what is being written, and forget the arrays."""
+        self._worker.close()
         self._worker = Worker()

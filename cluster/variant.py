@@ -13,26 +13,21 @@ import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from gradhpo.checksums import of_arrays
+from gradhpo.cluster import columns as names
 from gradhpo.cluster import importing
+from gradhpo.cluster.columns import DIVERGED, RESERVED
 from gradhpo.cluster.host_turns import HostTurns
 from gradhpo.cluster.orders import Order, Prepared, Spec
-from gradhpo.cluster.space import LR_HYPER
 from gradhpo.errors import check_hashable
 from gradhpo.host import check_once
 from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.parallel import Population, compiled, data_parallel, make_mesh
 from gradhpo.parallel.mesh import to_host
 from gradhpo.problem import Problem
-from gradhpo.state import METRICS, BilevelState, PyTree, is_key
+from gradhpo.state import BilevelState, PyTree, is_key
 from gradhpo.task import step_metrics
 from gradhpo.trial import Rates
 
-DIVERGED = "diverged_at"
-RESERVED = (
-    *(*METRICS, DIVERGED, "generation", "slot", "variant", "trial", "born", "parent"),
-    *(LR_HYPER, "next_parent"),
-)
-"""Names of a table's own columns."""
 Arrays = dict[str, Any]
 """Arrays of a state by path, `.params['w']`, each with a leading slot axis."""
 Rows = dict[str, np.ndarray]
@@ -150,7 +145,7 @@ class Variant:
             state, columns = self.host.run(order.shard, order.fresh, state, *args)
         columns = {name: np.array(to_host(column)) for name, column in columns.items()}
         for name, column in columns.items():
-            if name != DIVERGED and not name.startswith("hyperparams."):
+            if name != DIVERGED and not name.startswith(names.HYPERPARAMS):
                 column[columns[DIVERGED] > 0] = np.nan
         return state, columns
 
@@ -239,9 +234,8 @@ class Variant:
         """Return the columns that come from the state after a generation."""
         columns: Arrays = {}
         for name, value in self.population.trace_measure(whole, data).items():
-            taken = name in (*RESERVED, *step_metrics(whole.metadata))
-            taken |= name.startswith("hyperparams.") or "|" in name
-            if value.ndim != 1 or taken:
+            free = names.is_free(name) and name not in step_metrics(whole.metadata)
+            if value.ndim != 1 or not free:
                 got = f"{name!r} of shape {value.shape[1:]}"
                 raise ValueError(
                     "in a sweep Problem.metrics must return scalars, under names without | other "
@@ -249,7 +243,7 @@ class Variant:
                 )
             columns[name] = value.astype(float)
         for name, leaf in self._leaves(whole.hyperparams).items():
-            columns[f"hyperparams.{name}"] = leaf.reshape(leaf.shape[0], -1).mean(1)
+            columns[names.setting(name)] = leaf.reshape(leaf.shape[0], -1).mean(1)
         columns[DIVERGED] = whole.metadata[DIVERGED]
         return columns
 

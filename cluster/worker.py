@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gradhpo.checkpoints import DamagedFile
-from gradhpo.cluster.failures import StorageFailed, Superseded, WorkerFailed
+from gradhpo.checkpoints import DamagedFile, Saved
+from gradhpo.cluster.failures import StateGone, StorageFailed, Superseded, WorkerFailed
 
 PASSED_ON = ("XLA_FLAGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION")
 """Settings of JAX that change numbers, handed from the driver to workers."""
@@ -84,9 +84,18 @@ class Worker:
         """See `ShardHost.run`; `exported` holds the rows from each of the shards `sources`."""
         return self._host.run(order, incarnation, dict(zip(sources, exported, strict=True)))
 
+    def checkpoint(self, shard: int, generation: int) -> Saved:
+        """See `ShardHost.checkpoint`."""
+        return self._host.checkpoint(shard, generation)
+
     def export(self, *arguments: Any) -> Any:
         """See `ShardHost.export`."""
         return self._host.export(*arguments)
+
+    def close(self) -> None:
+        """Finish what is being written."""
+        if self._host is not None:
+            self._host.close()
 
     def compiles(self) -> int:
         """Return how many programs XLA compiled in this process since it was started."""
@@ -95,7 +104,7 @@ class Worker:
 
 def readable(error: Exception) -> Exception:
     """Return an error that any process can read: a user's own type may be unknown to others."""
-    if type(error) in (DamagedFile, Superseded, StorageFailed):
+    if type(error) in (DamagedFile, StateGone, Superseded, StorageFailed):
         return error
     return WorkerFailed.of(error)
 

@@ -1,26 +1,29 @@
 """Arrays on disk that can be trusted: written whole or not at all, and checked when they are read.
 
-A file is a NumPy `.npz` of plain numbers beside a JSON text; nothing in it is ever unpickled. Its
-name ends in the beginning of its SHA-256, so a file is known by its name alone.
+A file holds plain numbers beside a JSON text (see `container`); nothing in it is ever unpickled.
+Its name ends in the beginning of its SHA-256, so a file is known by its name alone. The `.npz` of
+older versions are read too.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import io
 import json
-import os
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes  # comes with JAX
 import numpy as np
 
+from gradhpo import container
+from gradhpo.commit import commit
+
+ENDING, OLD = ".arrays", ".npz"
+"""Of files: those that are written, and those of older versions."""
 SHOWN = 16
 """Hexadecimal digits of the checksum in a file's name."""
-UNFINISHED = ".tmp"
-"""The ending of a file that is being written; after a crash it may be left."""
 
 
 class Saved(NamedTuple):
@@ -47,7 +50,7 @@ def save(
 ) -> Saved:
     """Write arrays so that after a crash the file is there whole, or not at all.
 
-    Written to a temporary name, fsync'd, and renamed to `{stem}-{checksum}.npz`.
+    Its name is `{stem}-{checksum}.arrays`.
 
     Args:
       storage: the folder of a sweep or a run.
@@ -58,19 +61,24 @@ def save(
     Raises:
       OSError: if it cannot be written, a full disk included; the temporary file is removed.
     """
-    with _temporary(storage / stem) as temporary:
-        _write(temporary, arrays, about)
-        digest = checksum(temporary)
-        final = f"{stem}-{digest[:SHOWN]}.npz"
-        os.replace(temporary, storage / final)
-    return Saved(final, digest)
+    digest = ""
+
+    def content(file: BinaryIO) -> str:
+        nonlocal digest
+        digest = container.write(file, arrays, about)
+        return f"{Path(stem).name}-{digest[:SHOWN]}{ENDING}"
+
+    path = commit(storage / stem, content)
+    return Saved(str(path.relative_to(storage)), digest)
 
 
 def write(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
     """Write arrays as `save` does, under this very name; a file of that name is replaced."""
-    with _temporary(path) as temporary:
-        _write(temporary, arrays, about)
-        os.replace(temporary, path)
+
+    def content(file: BinaryIO) -> None:
+        container.write(file, arrays, about)
+
+    commit(path, content)
 
 
 def load(storage: Path, saved: Saved) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -79,51 +87,39 @@ def load(storage: Path, saved: Saved) -> tuple[dict[str, np.ndarray], dict[str, 
     Raises:
       DamagedFile: if the file is missing, or its checksum is not the one it was written with.
     """
-    path = storage / saved.file
-    try:
-        digest = checksum(path)
-    except OSError as error:
-        raise DamagedFile(saved.file, f"cannot be read ({error.strerror})") from None
-    if digest != saved.sha256:
-        raise DamagedFile(saved.file, "its checksum does not match; it was cut short or changed")
-    return read(path, saved.file)
+    return _load(storage / saved.file, saved.file, saved.sha256)
 
 
-def read(path: Path, name: str | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Return the arrays of a file and what was remembered with them.
+def load_named(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return the same of a file that `save` wrote, by the checksum in its own name.
 
-    Its name is not asked for a checksum; those inside of it are compared.
+    Raises:
+      DamagedFile: if the file is missing, or not what its name says.
+    """
+    return _load(path, path.name, path.stem.rpartition("-")[2])
 
-    Args:
-      path: the file.
-      name: how an error names it.
+
+def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return the same of a file whose name is not asked for a checksum; it has one inside of it.
 
     Raises:
       DamagedFile: if it is missing, cut short or changed, or another kind of file.
     """
-    arrays: dict[str, np.ndarray] = {}
-    try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            header = json.loads(file["header"].tobytes())
-            for index, (key, dtype) in enumerate(
-                zip(header["names"], header["dtypes"], strict=True)
-            ):
-                array = file[f"a{index}"]
-                arrays[key] = array if array.dtype.name == dtype else array.view(_dtype(dtype))
-            return arrays, header["about"]
-    except OSError as error:
-        raise DamagedFile(name or str(path), f"cannot be read ({error.strerror})") from None
-    except Exception as error:  # NumPy and zipfile raise all kinds at bytes that were changed
-        raise DamagedFile(name or str(path), f"is not a whole file of gradhpo: {error}") from None
+    return _load(path, str(path))
 
 
 def find(storage: Path, stem: str) -> Saved | None:
     """Return the undamaged file that was saved under `stem`; None where there is none."""
-    for path in sorted((storage / stem).parent.glob(f"{(storage / stem).name}-*.npz")):
+    for path in listed((storage / stem).parent, f"{Path(stem).name}-*"):
         digest = checksum(path)
         if path.stem.endswith(digest[:SHOWN]):
             return Saved(str(path.relative_to(storage)), digest)
     return None
+
+
+def listed(folder: Path, pattern: str) -> list[Path]:
+    """Return files that `save` wrote, by the pattern of their names without an ending."""
+    return sorted(path for ending in (ENDING, OLD) for path in folder.glob(pattern + ending))
 
 
 def checksum(path: Path) -> str:
@@ -134,53 +130,36 @@ def checksum(path: Path) -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a small JSON file, whole or not at all."""
-    with _temporary(path) as temporary:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+    text = json.dumps(content, indent=2) + "\n"
+
+    def whole(file: BinaryIO) -> None:
+        file.write(text.encode())
+
+    commit(path, whole)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename in this folder last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _load(path: Path, name: str, sha256: str = "") -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _temporary(path: Path) -> Generator[Path]:
-    """Give a name beside a path, for what is renamed when it is whole; nothing is left of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{UNFINISHED}")
+        content = container.read(path)
+    except OSError as error:
+        raise DamagedFile(name, f"cannot be read ({error.strerror})") from None
+    if not content.sha256.startswith(sha256):
+        raise DamagedFile(name, "its checksum does not match; it was cut short or changed")
     try:
-        yield temporary
-        sync_folder(path.parent)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+        return container.unpack(content) if container.is_container(content) else _unzip(content)
+    except Exception as error:  # NumPy and zipfile raise all kinds at bytes that were changed
+        raise DamagedFile(name, f"is not a whole file of gradhpo: {error}") from None
 
 
-def _write(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
-    stored: dict[str, np.ndarray] = {}
-    dtypes: list[str] = []
-    for index, array in enumerate(arrays.values()):
-        plain = np.asarray(array)
-        dtypes.append(plain.dtype.name)
-        if plain.dtype.kind == "V" or plain.dtype.name not in np.sctypeDict:
-            plain = plain.view(f"u{plain.dtype.itemsize}")
-        stored[f"a{index}"] = plain
-    header = {"names": list(arrays), "dtypes": dtypes, "about": dict(about)}
-    text = np.frombuffer(json.dumps(header).encode(), np.uint8)
-    with open(path, "wb") as file:
-        np.savez(file, allow_pickle=False, header=text, **stored)
-        file.flush()
-        os.fsync(file.fileno())
+def _unzip(content: container.Content) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return the same of a file that an older gradhpo wrote: an `.npz` of NumPy's."""
+    arrays: dict[str, np.ndarray] = {}
+    with np.load(io.BytesIO(content.data.data), allow_pickle=False) as file:
+        header = json.loads(file["header"].tobytes())
+        for index, (key, dtype) in enumerate(zip(header["names"], header["dtypes"], strict=True)):
+            array = file[f"a{index}"]
+            arrays[key] = array if array.dtype.name == dtype else array.view(_dtype(dtype))
+        return arrays, header["about"]
 
 
 def _dtype(name: str) -> np.dtype[Any]:

@@ -12,8 +12,9 @@ import jax
 import numpy as np
 
 from gradhpo import checkpoints
-from gradhpo.checkpoints import DamagedFile, Saved
+from gradhpo.checkpoints import DamagedFile
 from gradhpo.checksums import checksum
+from gradhpo.commit import UNFINISHED
 from gradhpo.errors import check_count, tracing, warn_user
 from gradhpo.lock import FolderLock
 from gradhpo.problem import READ_AGAIN, Problem
@@ -93,7 +94,7 @@ class RunFolder:
           DamagedFile: if there are checkpoints, and all of them are damaged.
           ValueError: if they are of another problem or optimizer, or a run with other settings.
         """
-        for left in self.path.glob(f"*{checkpoints.UNFINISHED}"):
+        for left in self.path.glob(f"*{UNFINISHED}"):
             left.unlink()  # the folder is ours alone: whoever was writing it is dead
         found = self._newest()
         if found is None:
@@ -152,16 +153,13 @@ class RunFolder:
 
     def _files(self) -> list[Path]:
         """Return the checkpoints, the newest first."""
-        return sorted(self.path.glob(f"{'[0-9]' * 8}-step-*.npz"), reverse=True)
+        return checkpoints.listed(self.path, f"{'[0-9]' * 8}-step-*")[::-1]
 
     def _newest(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         damaged: dict[Path, str] = {}
         for path in self._files():
-            digest = checkpoints.checksum(path)
             try:
-                if not path.stem.endswith(digest[: checkpoints.SHOWN]):
-                    raise DamagedFile(path.name, "its checksum does not match")
-                found = checkpoints.load(self.path, Saved(path.name, digest))
+                found = checkpoints.load_named(path)
             except DamagedFile as error:
                 damaged[path] = str(error)
                 continue

@@ -99,7 +99,8 @@ class Solution:
         """Write the solution to a file, whole or not at all; nothing in it is pickled.
 
         Args:
-          path: the file, an `.npz` of NumPy's whatever its name; one of that name is replaced.
+          path: the file, of the kind that `container` describes whatever its name; one of that name
+            is replaced.
 
         Raises:
           OSError: if it cannot be written, a full disk included.

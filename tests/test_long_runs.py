@@ -18,6 +18,7 @@ import pytest
 
 import gradhpo
 from gradhpo import DamagedFile, Problem, Stop, StorageInUse, checkpoints, solve
+from gradhpo.commit import UNFINISHED
 from gradhpo.solution import packed
 from tests import long_program
 from tests.long_program import KINDS, STEPS
@@ -43,7 +44,7 @@ def assert_same(found, expected):
 
 
 def files(folder):
-    return sorted(path.name for path in folder.glob("*.npz"))
+    return sorted(path.name for path in folder.glob("*.arrays"))
 
 
 # --- a folder -----------------------------------------------------------------------------------
@@ -176,7 +177,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
 
 def test_what_a_killed_process_was_writing_is_removed(tmp_path):
     solve(PROBLEM, OPTIMIZER, 4, KEY, checkpoint=tmp_path)
-    (tmp_path / f"00000002-step-5.1{checkpoints.UNFINISHED}").write_bytes(b"half")
+    (tmp_path / f"00000002-step-5.1{UNFINISHED}").write_bytes(b"half")
     solve(PROBLEM, OPTIMIZER, 4, KEY, checkpoint=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2  # a checkpoint and the lock
 
@@ -401,9 +402,9 @@ def test_sigkill_while_a_checkpoint_is_written(tmp_path, function, count, undist
     """Before a file is on the disk, before it has its name, and before an older one is removed."""
     killed = start_program("device", tmp_path, function, count)
     assert not finished(killed)
-    left = [path for path in tmp_path.iterdir() if path.suffix == checkpoints.UNFINISHED]
+    left = [path for path in tmp_path.iterdir() if path.suffix == UNFINISHED]
     assert bool(left) == (function != "unlink")
     assert finished(start_program("device", tmp_path))
     assert_result(tmp_path, undisturbed("device"))
     assert len(files(tmp_path)) == 2
-    assert not list(tmp_path.glob(f"*{checkpoints.UNFINISHED}"))
+    assert not list(tmp_path.glob(f"*{UNFINISHED}"))

@@ -46,7 +46,7 @@ def test_the_page_on_long_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made = run("long-runs.md")
     assert made["whole"].steps == made["changed"].steps == 300
-    assert {path.suffix for path in (tmp_path / "runs/decay").iterdir()} == {".npz", ".lock"}
+    assert {path.suffix for path in (tmp_path / "runs/decay").iterdir()} == {".arrays", ".lock"}
     assert 10 < made["solution"].steps < 300
 
 

@@ -1,0 +1,82 @@
+"""The columns of a sweep's table: their names, which are its own, and a decision among them.
+
+A table has an entry for each slot. What it is made of: the trials (`TRIAL`, `BORN`, `PARENT`, and
+`LR_HYPER` where it is searched), the metrics of the last step and the problem's own, a column
+`hyperparams.…` for each hyperparameter, and the decision that was made from it, which is not shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from gradhpo.cluster.schedulers import Decision
+from gradhpo.cluster.space import LR_HYPER, Change
+from gradhpo.state import METRICS
+
+Columns = dict[str, np.ndarray]
+
+TRIAL = "trial"
+"""The number of the trial in each slot."""
+BORN = "born"
+"""The generation in which that trial began."""
+PARENT = "parent"
+"""From which slot it came before this generation: its own, or `schedulers.NEW`."""
+DIVERGED = "diverged_at"
+"""The step at which it diverged; 0 if it did not."""
+HYPERPARAMS = "hyperparams."
+"""How the columns of hyperparameters begin."""
+NEXT_PARENT = "next_parent"
+"""Of the decision: from which slot each slot comes next."""
+CHANGE = "change"
+SEPARATOR = "|"
+"""In the columns of a decision's changes: `change|NAME|FIELD`."""
+
+OF_TRIALS = (TRIAL, BORN, PARENT, LR_HYPER)
+"""What a plan says of the trials before a generation; everything else is measured after it."""
+RESERVED = (
+    *(*METRICS, DIVERGED, "generation", "slot", "variant", TRIAL, BORN, PARENT),
+    *(LR_HYPER, NEXT_PARENT),
+)
+"""Names that a problem's own metrics cannot have."""
+
+
+def is_free(name: str) -> bool:
+    """Whether a problem's metric may have this name."""
+    return name not in RESERVED and not name.startswith(HYPERPARAMS) and SEPARATOR not in name
+
+
+def setting(name: str) -> str:
+    """Return the column of a searched setting."""
+    return name if name == LR_HYPER else HYPERPARAMS + name
+
+
+def shown(table: Mapping[str, np.ndarray]) -> Columns:
+    """Return a table without its decision."""
+    return {n: x for n, x in table.items() if n != NEXT_PARENT and SEPARATOR not in n}
+
+
+def measured(table: Mapping[str, np.ndarray]) -> list[str]:
+    """Return the names of what was measured after the generation."""
+    return [name for name in shown(table) if name not in OF_TRIALS]
+
+
+def of_decision(decision: Decision) -> Columns:
+    """Return a decision as columns."""
+    changes = {
+        SEPARATOR.join((CHANGE, name, field)): getattr(change, field)
+        for name, change in decision.changes.items()
+        for field in Change._fields
+    }
+    return {NEXT_PARENT: decision.parents, **changes}
+
+
+def decision_of(table: Mapping[str, np.ndarray]) -> Decision:
+    """Return the decision that was saved with a table."""
+    parts = [name.split(SEPARATOR) for name in table if name.startswith(CHANGE + SEPARATOR)]
+    changes = {
+        name: Change(*(table[SEPARATOR.join((CHANGE, name, field))] for field in Change._fields))
+        for name in {name for _, name, _ in parts}
+    }
+    return Decision(table[NEXT_PARENT], changes)

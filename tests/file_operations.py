@@ -1,0 +1,158 @@
+"""Kill a small sweep at every file operation, and go on: run by `test_kills` as a program.
+
+Each life of a sweep is a fork of this process, which never starts JAX's backend. The compiled step
+is replaced by a few lines of NumPy; everything that lasts is the real thing.
+"""
+
+import builtins
+import hashlib
+import itertools
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from gradhpo.cluster import shard
+from gradhpo.cluster.orders import Prepared
+from tests.sweeps import sweep
+
+OPERATIONS = ("open", "fsync", "replace", "unlink", "mkdir", "rmdir", "write", "ftruncate")
+SIZE = 4000
+"""Numbers of a trial's state: 16 kB."""
+
+
+class Variant:
+    """A step that is a few lines of NumPy."""
+
+    host = None
+
+    def __init__(self, spec, arguments, data):
+        del arguments, data
+        self.slots = spec.slots
+
+    def prepare(self, blobs):
+        del blobs
+        names = ["val_loss", "hyperparams.log_rate"]
+        return Prepared(-1, "map", {"computation": "numpy"}, None, 1, 0, 0, 0, 0, [], names)
+
+    def zeros(self):
+        return {".params": np.zeros((self.slots, SIZE), np.float32), ".rate": np.zeros(self.slots)}
+
+    def place(self, arrays):
+        return dict(arrays)
+
+    def select(self, state, parents):
+        return {name: x[parents] for name, x in state.items()}
+
+    def take(self, state, slots):
+        return {name: x[slots] for name, x in state.items()}
+
+    def put(self, state, slots, rows):
+        moved = {name: x.copy() for name, x in state.items()}
+        for name, x in moved.items():
+            x[slots] = rows[name]
+        return moved
+
+    def turn(self, state, order):
+        params, rate = (x.copy() for x in state.values())
+        for slot, trial in enumerate(order.trials):
+            if order.fresh[slot]:
+                params[slot], rate[slot] = np.random.default_rng(trial).normal(size=SIZE), -3
+        if "log_rate" in order.changes:
+            mask, multiply, add = order.changes["log_rate"]
+            rate = np.where(mask, rate * multiply + add, rate)
+        params -= (0.1 * np.exp(rate)[:, None] * np.sign(params)).astype(np.float32)
+        columns = {"val_loss": np.abs(params).mean(1), "hyperparams.log_rate": rate}
+        return {".params": params, ".rate": rate}, columns
+
+
+def run(folder, every):
+    """Run the sweep to its end; return what it found, as a digest."""
+    changes = {"population": 6, "shards": 2, "generations": 5, "checkpoint_every": every}
+    result = sweep(folder, **changes).run()
+    digest = hashlib.sha256(str(result.best.lineage).encode())
+    for name, array in [*result.table.items(), *result.best.arrays.items()]:
+        digest.update(name.encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+def killed_at(number):
+    """Let SIGKILL come at the file operation of this number: before it, or in the middle."""
+    calls = itertools.count(1)
+
+    def dangerous(function):
+        def call(*args, **kwargs):
+            if next(calls) == number:
+                if function.__name__ == "write":
+                    function(args[0], args[1][: len(args[1]) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in OPERATIONS:
+        setattr(os, name, dangerous(getattr(os, name)))
+    builtins.open = dangerous(builtins.open)
+
+
+def slow_disk():
+    """Let files reach the disk late: the next generation is computed meanwhile."""
+    fsync = os.fsync
+
+    def slow(descriptor):
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.004)
+        fsync(descriptor)
+
+    os.fsync = slow
+
+
+def life(folder, every, slow, number=None):
+    """Run the sweep in a process of its own; return whether it came to its end."""
+    child = os.fork()
+    if child == 0:
+        try:
+            if slow:
+                slow_disk()
+            if number is not None:
+                killed_at(number)
+            found = run(folder / "run", every)
+            Path(folder / "found").write_text(found)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL), f"killed at {number}: {status}"
+    return status == 0
+
+
+def main(folder, every, slow, step):
+    """Kill at each `step`-th operation, and again while it goes on."""
+    jax.process_index, jax.process_count = lambda: 0, lambda: 1  # they would start a backend
+    shard.Variant = Variant
+    folder = Path(folder)
+    assert life(folder, every, slow)
+    expected, kills = (folder / "found").read_text(), 0
+    for number in itertools.count(1, step):
+        shutil.rmtree(folder / "run", ignore_errors=True)
+        if life(folder, every, slow, number):
+            break
+        kills += 1
+        kills += not life(folder, every, slow, 1 + 7 * number % 60)
+        (folder / "found").unlink(missing_ok=True)
+        assert life(folder, every, slow)
+        found = (folder / "found").read_text()
+        assert found == expected, f"another result after a kill at {number}"
+    print(kills)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(int, sys.argv[2:]))

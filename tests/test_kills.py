@@ -1,0 +1,35 @@
+"""SIGKILL at every file operation of a sweep: what goes on ends equal to the bit."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MEMORY = Path("/dev/shm")
+"""A file system without a disk, where there is one: SIGKILL needs none, and fsync costs nothing."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("every", "slow", "step"),
+    [(1, 0, 2), (1, 1, 7), (3, 0, 1), (3, 1, 7)],
+    ids=["every", "in flight", "every third", "every third, in flight"],
+)
+def test_a_kill_at_any_file_operation_changes_no_bit(tmp_path, every, slow, step):
+    """And a second one while it goes on."""
+    place = MEMORY if os.access(MEMORY, os.W_OK) else tmp_path
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.file_operations", folder, *map(str, (every, slow, step))],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout) > 100 / step
