@@ -127,7 +127,7 @@ def row(weights: int, generations: int, place: Path) -> list[str]:
     return [
         f"{weights:,}", f"{size / 1e6:.0f}", str(files),
         f"{plain['generation']:.2f}", f"{saving['generation']:.2f}", f"{share:.1%}",
-        f"{saving['end'] - saving['generation']:.2f}",
+        f"{saving['end']:.2f}",
         f"{written:.0f}", f"{dd:.0f}", f"{written / dd:.0%}", f"{read:.0f}",
         f"{saving['peak']:.2f}", f"{plain['peak']:.2f}",
     ]  # fmt: skip
