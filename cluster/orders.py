@@ -113,3 +113,5 @@ class Prepared(NamedTuple):
     columns: list[str]
     unreached: tuple[str, ...] = ()
     """What was told of hyperparameters that get no hypergradient."""
+    seconds: tuple[tuple[str, float], ...] = ()
+    """Where the time went: the problem, layouts, data, tracing, compiling, loading."""

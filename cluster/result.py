@@ -101,6 +101,17 @@ class Report:
     """Of the generations that this run computed."""
     generations: int
     """That this run computed."""
+    startup: dict[str, float]
+    """Where the seconds of `startup_seconds` went."""
+    loading_seconds: float
+    """The longest that another worker took to get the programs, within the first generations."""
+
+    def start(self) -> str:
+        """Return where the time of the start went, in words."""
+        parts = [f"{name} {seconds:.1f} s" for name, seconds in self.startup.items() if seconds]
+        if self.loading_seconds:
+            parts.append(f"and in other workers {self.loading_seconds:.1f} s to load")
+        return ", ".join(parts)
 
 
 class SweepResult:

@@ -27,6 +27,7 @@ from gradhpo.cluster.orders import Prepared, Spec
 from gradhpo.cluster.result import Report, SweepResult
 from gradhpo.cluster.schedulers import PBT, Scheduler
 from gradhpo.cluster.space import SearchSpace
+from gradhpo.cluster.timings import Timings
 from gradhpo.errors import (
     UnreachedWarning,
     check_count,
@@ -359,11 +360,14 @@ class Sweep:
             if done >= self.generations:
                 return self._result(data, None)
             display.say(f"{self.storage}: starting, and compiling the step")
-            executor = executors.open_executor(
-                self.executor, spec, data, self.layout.shards, self._ray, notify
-            )
+            timings = Timings()
+            with timings("executor"):
+                executor = executors.open_executor(
+                    self.executor, spec, data, self.layout.shards, self._ray, notify
+                )
             try:
-                prepared = self._prepare(executor, notify)
+                with timings("workers"):
+                    prepared = self._prepare(executor, notify)
                 controller = Controller(self.storage, journal, executor, self.layout, rules, notify)
                 display.begin()
                 started = time.perf_counter()
@@ -378,7 +382,9 @@ class Sweep:
                 compiles = executor.xla_compiles() if isinstance(executor, RayExecutor) else []
             finally:
                 executor.close()
-            made = self._report(prepared, compiles, started - began, seconds, len(computed))
+            made = self._report(
+                prepared, compiles, started - began, seconds, len(computed), timings
+            )
             if controller.stop and journal.generation + 1 < self.generations:
                 left = self.generations - journal.generation - 1
                 display.say(f"Stopped, {left} generations before the end. {self.how_to_resume()}")
@@ -424,7 +430,12 @@ class Sweep:
         startup: float,
         seconds: float,
         generations: int,
+        timings: Timings,
     ) -> Report:
+        # Variants are prepared side by side: the one that took longest is what was waited for.
+        slowest = max((dict(p.seconds) for p in prepared), key=_total)
+        start = dict(timings.seconds)
+        start["workers"] = max(0.0, start["workers"] - _total(slowest))
         every = [facts["prepared"] for event, facts in self.events if event == "prepared"]
         every = every or prepared
         return Report(
@@ -438,6 +449,8 @@ class Sweep:
             startup_seconds=startup,
             seconds=seconds,
             generations=generations,
+            startup={**start, **slowest},
+            loading_seconds=max((_total(dict(p.seconds)) for p in every if p.loads), default=0.0),
         )
 
     def _result(self, data: Any, made: Report | None) -> SweepResult:
@@ -758,6 +771,10 @@ def _check_resources(resources: Mapping[str, float] | None) -> dict[str, float]:
         if name in ("CPU", "GPU"):
             raise ValueError(f"resources: write num_{name.lower()}s, got {name!r}")
     return given
+
+
+def _total(seconds: Mapping[str, float]) -> float:
+    return sum(seconds.values())
 
 
 def _seconds(name: str, value: Any) -> float:
