@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -30,9 +31,11 @@ class Row(NamedTuple):
     generations: float
     """Measured, of all trials."""
     layout: str = "–"
+    parts: str = ""
+    """Where the start went, as the sweep says."""
 
 
-def this_sweep(workers: int, n: int, steps: int, generations: int) -> Row:
+def this_sweep(workers: int, n: int, steps: int, generations: int, again: bool = False) -> Row:
     """Measure a sweep through Ray, in two shards however many workers hold them."""
     times: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -56,8 +59,9 @@ def this_sweep(workers: int, n: int, steps: int, generations: int) -> Row:
         assert result.report.workers_lost == 0
         layout = str(json.loads(Storage(folder).programs.read_text())[0]["batching"])
     seconds = np.diff(times)
-    name = f"this sweep, {workers} worker{'s' if workers > 1 else ''}"
-    return Row(name, _rate(n, steps, seconds), times[0] - started, len(seconds), layout)
+    name = f"this sweep, {workers} worker{'s' if workers > 1 else ''}{', again' * again}"
+    start, parts = times[0] - started, result.report.start()
+    return Row(name, _rate(n, steps, seconds), start, len(seconds), layout, parts)
 
 
 def by_hand(processes: int, n: int, steps: int, generations: int) -> Row:
@@ -79,6 +83,7 @@ def ray_tune(best: bool, n: int, steps: int, generations: int, budget: float) ->
 def _rows(n: int, steps: int, generations: int, budget: float) -> Iterator[Row]:
     for measure in (
         lambda: this_sweep(cores(), n, steps, generations),
+        lambda: this_sweep(cores(), n, steps, generations, again=True),
         lambda: by_hand(cores(), n, steps, generations),
         lambda: by_hand(1, n, steps, generations),
         lambda: this_sweep(1, n, steps, generations),
@@ -103,14 +108,17 @@ def main(
 ) -> None:
     """Measure population-based training of MLPs with One-Step in four ways."""
     counts = [int(text) for text in populations.split(",")]
-    # Before the report, which starts JAX here: a sweep's driver does without.
-    rows = {n: list(_rows(n, steps, generations, budget)) for n in counts}
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["GRADHPO_CACHE"] = cache  # the first sweep of a size finds nothing in it
+        # Before the report, which starts JAX here: a sweep's driver does without.
+        rows = {n: list(_rows(n, steps, generations, budget)) for n in counts}
     options = f"--populations {populations} --steps {steps} --generations {generations}"
     report = Report("Sweeps", f"python benchmarks/sweep.py {options} --budget {budget:g}")
     report.say(
         f"Population-based training of MLPs of two hidden layers of {trials.WIDTH}, batches of 64, "
         f"λ of 257 numbers, One-Step, {steps} steps in a generation, all on {cores()} cores. Rates "
-        "are of the median generation; start-up is what comes before, and the first generation. "
+        "are of the median generation; start-up is what comes before, Ray's own start too, and the "
+        "first generation. A sweep that starts again finds its layout in the user's cache. "
         f"Ray Tune gets {budget:g} s (or {generations} generations): its rate is that of all "
         "results after the first one, and counts the starts of its other trials, which it runs "
         f"{cores()} at a time, one an actor. By hand nothing is written to disk, and processes do "
@@ -131,6 +139,14 @@ def main(
             for row in rows[n]
         ]
         report.table(f"{n} trials", columns, lines)
+        tune = next(row.startup for row in rows[n] if row.name == "Ray Tune, its best")
+        starts = [
+            [row.name, f"{row.startup:.1f}", f"{row.startup / tune:.2f}×", row.parts]
+            for row in rows[n]
+            if row.parts
+        ]
+        columns = ["", "to the first generation, s", "Ray Tune's", "of these"]
+        report.table(f"Starts of {n} trials", columns, starts)
     report.write(output)
 
 

@@ -102,6 +102,7 @@ def measure(
       generations: after which a trial ends.
       budget: seconds after which all end.
     """
+    started = time.perf_counter()  # as a sweep's start counts its Ray too
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1" if best else "0"
     env = {"PJRT_NPROC": "1", "JAX_PLATFORMS": "cpu"}
     ray.init(
@@ -132,7 +133,6 @@ def measure(
                 stop={"training_iteration": generations},
             ),
         )  # fmt: skip
-        started = time.perf_counter()
         tuner.fit()
     ray.shutdown()
     if len(times.at) < 2:

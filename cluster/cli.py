@@ -191,6 +191,7 @@ def _run(made: Sweep, plot: Path | None, allowed: list[str] | None) -> None:
             f"{report.startup_seconds:.1f} s to start; the step was compiled {report.compiles} "
             f"times and loaded {report.loads} times{cached}; {report.workers_lost} workers lost"
         )
+        print("  to start: " + report.start())
     _draw(result, plot)
     if result.generations < made.generations:
         sys.exit(STOPPED)

@@ -106,6 +106,8 @@ class Prepared(Event):
     small_compiles: int
     calibration_compiles: int
     warnings: Sequence[str]
+    seconds: Sequence[tuple[str, float]] = ()
+    """Where the time went: the problem, layouts, data, tracing, compiling, loading."""
     name: ClassVar[str] = "prepared"
 
     @classmethod

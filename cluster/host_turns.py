@@ -15,6 +15,10 @@ from gradhpo.parallel.mesh import to_host
 from gradhpo.state import BilevelState, PyTree
 
 Arrays = dict[str, Any]
+STATE = 0
+"""The argument of a program whose buffers it takes over, where it returns the state after."""
+DONATING = ("begin", "calibrate", "calibrate apart", "put", "turn", "turn apart")
+"""Programs that do: a state lives once, beside what a step needs."""
 STEP, DIVERGED = ".metadata['trial_step']", ".metadata['diverged_at']"
 
 
@@ -60,22 +64,22 @@ class HostTurns:
         self._feeds: dict[int, HostFeed] = {}
         self._calibrates = self._population.optimizer.calibration_period > 0
 
-    def parts(self, example: tuple[Any, ...]) -> list[tuple[str, Any, tuple[Any, ...]]]:
-        """Return the programs beside that of the steps: names, functions, arguments."""
+    def parts(self, example: tuple[Any, ...]) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+        """Return the programs beside that of the steps: by name, functions and arguments."""
         state, per_slot, rates, seed, data = example
         n, own = self._population.slots, self._population.own_batches
         none = np.zeros(n, bool)
         feed = self._feed(0)
         first = self._first_pairs(feed, np.zeros((n, 1), np.uint32), none)
-        made: list[tuple[str, Any, tuple[Any, ...]]] = [
-            ("seeds", self._seeds, (per_slot["trials"], seed)),
-            ("begin", self._begin, (state, per_slot, seed, data, first)),
-            ("end", self._end, (state, data)),
-        ]
+        made: dict[str, tuple[Any, tuple[Any, ...]]] = {
+            "seeds": (self._seeds, (per_slot["trials"], seed)),
+            "begin": (self._begin, (state, per_slot, seed, data, first)),
+            "end": (self._end, (state, data)),
+        }
         if self._calibrates:
             args = (state, per_slot["trials"], rates, seed, data)
             whole = (*args, feed.example_calibration(n if own else None), self._place(none))
-            made.append(("calibrate", self._calibrate(own), whole))
+            made["calibrate"] = (self._calibrate(own), whole)
         return made
 
     def turn(self, example: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
@@ -144,7 +148,7 @@ class HostTurns:
         programs = self._variant.programs
         if name not in programs:
             layout = str(self._population.batching)
-            programs[name] = compiled.compile(function, *args, layout=layout)
+            programs[name] = compiled.compile(function, *args, layout=layout, donate=STATE)
         return programs[name].run(function, *args)
 
     # --- what is traced -------------------------------------------------------------------------

@@ -131,3 +131,5 @@ class Prepared(NamedTuple):
     """What was told of hyperparameters that get no hypergradient."""
     data: str = ""
     """SHA-256 of the arrays of `Problem.data`, from the worker that compiled."""
+    seconds: tuple[tuple[str, float], ...] = ()
+    """Where the time went: the problem, layouts, data, tracing, compiling, loading."""

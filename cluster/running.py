@@ -25,6 +25,7 @@ from gradhpo.cluster.orders import Spec
 from gradhpo.cluster.result import Report
 from gradhpo.cluster.settings import Identity, Place
 from gradhpo.cluster.storage import Storage
+from gradhpo.cluster.timings import Timings
 from gradhpo.errors import UnreachedWarning, warn_user
 from gradhpo.interrupts import deferred
 
@@ -45,6 +46,7 @@ class Run:
         self._spec, self._telling, self._began = spec, telling, began
         self._storage = place.storage
         self._journal = Journal(place.storage)
+        self._timings = Timings()
 
     def go(
         self, data: Any, allowed: Collection[str], how_to_resume: Callable[[], str]
@@ -58,16 +60,18 @@ class Run:
         if done >= total:
             return None
         tell(Starting())
-        executor = executors.open_executor(
-            self._place.executor,
-            self._spec,
-            data,
-            self._layout.shards,
-            self._place.for_processes(self._layout.shards),
-            self._telling.notify,
-        )
+        with self._timings("executor"):
+            executor = executors.open_executor(
+                self._place.executor,
+                self._spec,
+                data,
+                self._layout.shards,
+                self._place.for_processes(self._layout.shards),
+                self._telling.notify,
+            )
         try:
-            changes = programs.allowed_changes(self._prepare(executor, allowed))
+            with self._timings("workers"):
+                changes = programs.allowed_changes(self._prepare(executor, allowed))
             controller = self._controller(executor, changes)
             tell(Running(done))
             started = time.perf_counter()
@@ -86,6 +90,7 @@ class Run:
         tell(Stopped(done, total - done, how_to_resume()) if done < total else Finished(done))
         return Report.of(
             self._telling.kept,
+            timings=self._timings.seconds,
             worker_compiles=compiles,
             startup_seconds=started - self._began,
             seconds=seconds,

@@ -75,6 +75,8 @@ class ShardHost:
         started, variant = time.perf_counter(), self._variants[order.variant]
         state = self._state(order.shard, order.variant, order.generation - 1, order.start)
         winner = self._start_winner(order, incarnation, state)
+        # The programs take its buffers over: an order that comes again starts from the checkpoint.
+        self._states.pop(order.shard, None)
         if (order.parents != np.arange(len(order.parents))).any():
             state = variant.select(state, order.parents)
         for source, items in order.by_source().items():

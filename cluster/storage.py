@@ -128,7 +128,7 @@ class Storage:
         if self.manifest.exists() or self.begun:
             return []
         names = [path.name for path in self.path.iterdir()]
-        return [name for name in sorted(names) if not _is_ours(name)]
+        return [name for name in sorted(names) if not self._is_ours(name)]
 
     def probe(self) -> None:
         """Make the folder, and write to it.
@@ -147,7 +147,8 @@ class Storage:
         Returns:
           Which files.
         """
-        unfinished = [*self.path.glob(f"*{UNFINISHED}"), *self.path.glob(f"{PROBE}*")]
+        there = [*self.path.glob(f"*{UNFINISHED}"), *self.path.glob(f"{PROBE}*")]
+        unfinished = [path for path in there if self._is_ours(path.name)]
         if not (tables := self.path / TABLES).is_symlink():
             unfinished += tables.glob(f"*{UNFINISHED}")
         for path in unfinished:
@@ -164,7 +165,9 @@ class Storage:
             cut = size > 0 and file.read(1) != b"\n"  # a line that was cut short
             file.write(b"\n" + line if cut else line)
 
-
-def _is_ours(name: str) -> bool:
-    """Whether a file can be there before the manifest is."""
-    return name.startswith(".") or name == LOCK or name.endswith(UNFINISHED)
+    def _is_ours(self, name: str) -> bool:
+        """Whether a file can be there before the manifest is."""
+        files = (self.manifest, self.programs, self.events, self.journal, self.incarnations)
+        names = [path.name for path in files]
+        begun = name.endswith(UNFINISHED) and any(name.startswith(f"{n}.") for n in names)
+        return begun or name.startswith(".") or name in (*names, LOCK, self.logs.name)

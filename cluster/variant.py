@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,8 +18,9 @@ from gradhpo.checksums import of_arrays
 from gradhpo.cluster import columns as names
 from gradhpo.cluster import importing
 from gradhpo.cluster.columns import DIVERGED, RESERVED
-from gradhpo.cluster.host_turns import HostTurns
+from gradhpo.cluster.host_turns import DONATING, STATE, HostTurns
 from gradhpo.cluster.orders import Order, Prepared, Spec
+from gradhpo.cluster.timings import Timings
 from gradhpo.errors import check_hashable
 from gradhpo.host import check_once
 from gradhpo.optimizer import BilevelOptimizer
@@ -32,8 +35,6 @@ Arrays = dict[str, Any]
 """Arrays of a state by path, `.params['w']`, each with a leading slot axis."""
 Rows = dict[str, np.ndarray]
 """The same of some slots, on the host."""
-MOVED_AT_ONCE = 8
-"""Slots that one call of a program copies out of a state, or into it."""
 
 
 class Variant:
@@ -41,7 +42,9 @@ class Variant:
 
     def __init__(self, spec: Spec, arguments: Mapping[str, Any], data: PyTree) -> None:
         self.spec, self.settings = spec, spec.space.hyperparams
-        problem, optimizer = build(spec, arguments, data)
+        self._timings = Timings()
+        with self._timings("problem"):
+            problem, optimizer = build(spec, arguments, data)
         check_once(problem.batches)
         mesh = None if spec.mesh is None else make_mesh(**spec.mesh)
         if spec.mesh is not None and spec.mesh.get("data", 1) > 1:
@@ -67,47 +70,22 @@ class Variant:
 
     def prepare(self, blobs: Mapping[str, bytes] | None) -> Prepared:
         """Compile the programs, or load them from what another worker compiled."""
-        spec, calibration = self.spec, 0
-        rates = self.population.rates(1.0 if self._takes_rate else None)
-        if self.population.batching == "auto":
-            before = compiled.counts().compiles
-            state = self.population.init(jax.random.key(spec.seed))
-            self.population.resolve(state, rates.lr_hyper)
-            calibration = compiled.counts().compiles - before
-        layout = str(self.population.batching)
-        notes: list[str] = []
-
-        def get(name: str, function: Any, *args: Any) -> Any:
-            if blobs is None or name not in blobs:
-                return compiled.compile(function, *args, layout=layout)
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always", compiled.CompileWarning)
-                program = compiled.load(blobs[name], function, *args, layout=layout)
-            notes.extend(str(w.message) for w in caught)
-            return program
-
+        timed, notes = self._timings, list[str]()
         start = compiled.counts()
-        self.programs["data"] = get("data", self._make_data, np.uint32(spec.seed))
-        data = self.programs["data"].run(self._make_data, np.uint32(spec.seed))
-        # Before it is placed: the same bytes in every layout.
-        identity = of_arrays(data) if blobs is None else ""
-        self.data = self.population.place_shared(data)
-        state, some = self.zeros(), self._padded([], 0)
-        parts: list[tuple[str, Any, tuple[Any, ...]]] = [
-            ("take", _take, (state, some)),
-            ("put", self._put, (state, some, self._zero_rows())),
-            ("select", self._select, (state, np.zeros(spec.slots, np.int32))),
-        ]
-        if self.host is None:
-            turn, args = self._turn, self._example(state, rates)
-        else:
-            parts += self.host.parts(self._example(state, rates))
-            turn, args = self.host.turn(self._example(state, rates))
-        for part in parts:
-            self.programs[part[0]] = get(part[0], part[1], *part[2])
-        small = compiled.counts()
-        self.programs["turn"] = get("turn", turn, *args)
-        end = compiled.counts()
+        with timed("layouts"):
+            self.population.resolve(lr_hyper=1.0 if self._takes_rate else None)
+        calibrated = compiled.counts().since(start)
+        with timed("data"), _noted(notes):
+            identity = self._place_data(blobs)
+        made_data = compiled.counts().since(start).since(calibrated)
+        with timed("tracing"):
+            lowered = {name: self._lower(name, *what) for name, what in self._parts().items()}
+        counts = {"data": made_data}
+        with timed("loading" if blobs else "compiling"), _noted(notes):
+            jobs = [self._job(program, name, blobs) for name, program in lowered.items()]
+            for name, (program, done) in zip(lowered, compiled.together(jobs), strict=True):
+                self.programs[name], counts[name] = program, done
+        turn = counts.pop("turn")
         shared = None
         if blobs is None and jax.process_count() == 1:
             shared = {n: p.serialize() for n, p in self.programs.items() if p.shareable}
@@ -119,18 +97,62 @@ class Variant:
             batching=self.population.batching,
             key=dataclasses.asdict(self.programs["turn"].key),
             blobs=shared,
-            compiles=end.compiles - small.compiles,
-            loads=end.loads - small.loads,
-            restores=end.restores - small.restores,
-            small_compiles=small.compiles - start.compiles,
-            calibration_compiles=calibration,
+            compiles=turn.compiles,
+            loads=turn.loads,
+            restores=turn.restores,
+            small_compiles=sum(made.compiles for made in counts.values()),
+            calibration_compiles=calibrated.compiles,
             warnings=notes,
             columns=sorted(self._column_names()),
             data=identity,
+            seconds=tuple(timed.seconds.items()),
         )
 
+    def _place_data(self, blobs: Mapping[str, bytes] | None) -> str:
+        """Make what all trials share, which the other programs are traced with.
+
+        Returns:
+          A checksum of it, where a program is compiled.
+        """
+        seed = np.uint32(self.spec.seed)
+        lowered = self._lower("data", self._make_data, (seed,))
+        self.programs["data"] = self._job(lowered, "data", blobs)()
+        data = self.programs["data"].run(self._make_data, seed)
+        # Before it is placed: the same bytes in every layout.
+        identity = of_arrays(data) if blobs is None else ""
+        self.data = self.population.place_shared(data)
+        return identity
+
+    def _parts(self) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+        """Return the programs but for the data's: by name, functions and arguments."""
+        state, some = self.zeros(), _one(0)
+        example = self._example(state, self.population.rates(1.0 if self._takes_rate else None))
+        parts: dict[str, tuple[Any, tuple[Any, ...]]] = {
+            # The longest to compile comes first.
+            "turn": (self._turn, example) if self.host is None else self.host.turn(example),
+            "take": (_take, (state, some)),
+            "put": (self._put, (state, some, self._zero_row())),
+            "select": (self._select, (state, np.zeros(self.spec.slots, np.int32))),
+        }
+        return parts if self.host is None else {**parts, **self.host.parts(example)}
+
+    def _lower(self, name: str, function: Any, args: tuple[Any, ...]) -> compiled.Lowered:
+        donate = STATE if name in DONATING else ()
+        return compiled.lower(function, *args, layout=str(self.population.batching), donate=donate)
+
+    def _job(
+        self, lowered: compiled.Lowered, name: str, blobs: Mapping[str, bytes] | None
+    ) -> Callable[[], compiled.Compiled]:
+        """Return what loads a program, if there are bytes of it, or compiles it."""
+        if blobs is None or name not in blobs:
+            return lowered.compile
+        return functools.partial(lowered.load, blobs[name])
+
     def turn(self, state: Arrays, order: Order) -> tuple[Arrays, dict[str, np.ndarray]]:
-        """Take one generation: new trials, changed settings, and the steps."""
+        """Take one generation: new trials, changed settings, and the steps.
+
+        The state's buffers become the new one's, and the state is gone.
+        """
         place = self.population.place
         per_slot = {
             "trials": order.trials,
@@ -151,22 +173,14 @@ class Variant:
 
     def take(self, state: Arrays, slots: Sequence[int]) -> Rows:
         """Return the arrays of some slots, stacked in their order."""
-        parts: list[Rows] = []
-        for some in self._batches(slots):
-            taken = self.programs["take"].run(_take, state, self._padded(some, 0))
-            parts.append({name: to_host(leaf)[: len(some)] for name, leaf in taken.items()})
-        return {name: np.concatenate([part[name] for part in parts]) for name in state}
+        parts = [self.programs["take"].run(_take, state, _one(slot)) for slot in slots]
+        return {n: np.concatenate([to_host(part[n]) for part in parts]) for n in state}
 
     def put(self, state: Arrays, slots: Sequence[int], rows: Rows) -> Arrays:
-        """Return the state with the arrays of some slots replaced by stacked ones."""
-        done = 0
-        for some in self._batches(slots):
-            padded = self._zero_rows()
-            for name, leaf in padded.items():
-                leaf[: len(some)] = rows[name][done : done + len(some)]
-            beyond = self.spec.slots  # an index that is dropped
-            state = self.programs["put"].run(self._put, state, self._padded(some, beyond), padded)
-            done += len(some)
+        """Return the state with the arrays of some slots replaced by stacked ones, in its place."""
+        for i, slot in enumerate(slots):
+            row = {name: rows[name][i : i + 1] for name in state}
+            state = self.programs["put"].run(self._put, state, _one(slot), row)
         return state
 
     def select(self, state: Arrays, parents: np.ndarray) -> Arrays:
@@ -218,17 +232,10 @@ class Variant:
     def begun(
         self, state: Arrays, per_slot: Arrays, keys: jax.Array, data: PyTree, pairs: PyTree = None
     ) -> BilevelState:
-        """Return the state with new trials started and settings changed; see `trace_init`."""
-        whole, fresh, changes = self.unpacked(state), per_slot["fresh"], per_slot["changes"]
-        whole = whole.update(hyperparams=self._changed(whole.hyperparams, changes))
-
-        def start(whole: BilevelState) -> BilevelState:
-            # What was drawn comes first: an optimizer's state may be made from λ.
-            drawn = self._changed(self.population.trace_hyperparams(keys), changes)
-            first = self.population.trace_init(keys, {"hyperparams": drawn}, data, pairs)
-            return _where(fresh, first, whole)
-
-        return jax.lax.cond(jnp.any(fresh), start, lambda same: same, whole)
+        """Return the state with new trials started and settings changed; see `trace_begin`."""
+        fresh, changes = per_slot["fresh"], per_slot["changes"]
+        about = (self.unpacked(state), keys, data, fresh)
+        return self.population.trace_begin(*about, self._changed, changes, pairs)
 
     def measured(self, whole: BilevelState, data: PyTree) -> Arrays:
         """Return the columns that come from the state after a generation."""
@@ -248,8 +255,7 @@ class Variant:
         return columns
 
     def _put(self, state: Arrays, slots: jax.Array, rows: Arrays) -> Arrays:
-        moved = {n: x.at[slots].set(rows[n], mode="drop") for n, x in state.items()}
-        return self._where_slots_lie(moved)
+        return self._where_slots_lie({n: x.at[slots].set(rows[n]) for n, x in state.items()})
 
     def _select(self, state: Arrays, parents: jax.Array) -> Arrays:
         return self._where_slots_lie({name: leaf[parents] for name, leaf in state.items()})
@@ -260,12 +266,13 @@ class Variant:
         return state if sharding is None else jax.lax.with_sharding_constraint(state, sharding)
 
     def _changed(self, hyperparams: PyTree, changes: Arrays) -> PyTree:
+        """Return a slot's hyperparameters after the scheduler's changes."""
         leaves, structure = tree_flatten_with_path(hyperparams)
 
         def changed(name: str, leaf: jax.Array) -> jax.Array:
             if name not in changes:
                 return leaf
-            mask, multiply, add = (x.reshape(-1, *[1] * (leaf.ndim - 1)) for x in changes[name])
+            mask, multiply, add = changes[name]
             low, high = self.settings[name].bounds
             moved = leaf * multiply.astype(leaf.dtype) + add.astype(leaf.dtype)
             return jnp.where(mask, jnp.clip(moved, low, high), leaf)
@@ -306,22 +313,8 @@ class Variant:
     def _shapes(self) -> Arrays:
         return jax.eval_shape(self._pack, self._template)
 
-    def _zero_rows(self) -> Rows:
-        return {
-            n: np.zeros((self._at_once, *s.shape[1:]), s.dtype) for n, s in self._shapes().items()
-        }
-
-    @property
-    def _at_once(self) -> int:
-        return min(MOVED_AT_ONCE, self.spec.slots)
-
-    def _batches(self, slots: Sequence[int]) -> list[Sequence[int]]:
-        return [slots[i : i + self._at_once] for i in range(0, len(slots), self._at_once)]
-
-    def _padded(self, slots: Sequence[int], padding: int) -> np.ndarray:
-        padded = np.full(self._at_once, padding, np.int32)
-        padded[: len(slots)] = slots
-        return padded
+    def _zero_row(self) -> Rows:
+        return {n: np.zeros((1, *s.shape[1:]), s.dtype) for n, s in self._shapes().items()}
 
     def _example(self, state: Arrays, rates: Any) -> tuple[Any, ...]:
         n, place = self.spec.slots, self.population.place
@@ -403,6 +396,21 @@ def dotted(path: Any) -> str:
     return keystr(path, simple=True, separator=".")
 
 
+@contextlib.contextmanager
+def _noted(notes: list[str]) -> Generator[None]:
+    """Collect what is said of bytes that could not be used."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", compiled.CompileWarning)
+        yield
+    for warning in caught:
+        if issubclass(warning.category, compiled.CompileWarning):
+            notes.append(str(warning.message))
+        else:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+
+
 def _as_float32(change: Any, order: Order) -> Any:
     n = len(order.trials)
     if change is None:
@@ -417,11 +425,9 @@ def _names(structure: Any, index: int | None = None) -> list[str]:
     return list(made if index is None else made[index])
 
 
-def _where(mask: jax.Array, new: PyTree, old: PyTree) -> PyTree:
-    def choose(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b)
-
-    return jax.tree.map(choose, new, old)
+def _one(slot: int) -> np.ndarray:
+    """Return what `take` and `put` move: one slot, so that there is one program for any number."""
+    return np.array([slot], np.int32)
 
 
 def _take(state: Arrays, slots: jax.Array) -> Arrays:

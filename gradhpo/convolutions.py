@@ -42,7 +42,7 @@ def grouped(closed: ClosedJaxpr) -> bool:
     """Whether a program has a convolution of several groups: `vmap` over kernels makes such."""
     return any(
         eqn.params["feature_group_count"] > 1 or eqn.params["batch_group_count"] > 1
-        for eqn in _equations(closed.jaxpr)
+        for eqn in equations(closed.jaxpr)
         if eqn.primitive in (_general_p, _marked_p)
     )
 
@@ -82,12 +82,13 @@ def _is_body(value: Any) -> bool:
     return isinstance(value, Jaxpr | ClosedJaxpr)
 
 
-def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
+def equations(jaxpr: Jaxpr) -> Iterator[Any]:
+    """Yield all equations of a program, those in loops, branches and calls too."""
     for eqn in jaxpr.eqns:
         yield eqn
         for body in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_body):
             if _is_body(body):
-                yield from _equations(body.jaxpr if isinstance(body, ClosedJaxpr) else body)
+                yield from equations(body.jaxpr if isinstance(body, ClosedJaxpr) else body)
 
 
 def _as_given(lhs: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:

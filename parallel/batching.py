@@ -8,11 +8,13 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from gradhpo.parallel.compiled import Compiled
 from gradhpo.parallel.mesh import axis_size
+from gradhpo.state import PyTree
 
 Batching: TypeAlias = "str | int"
 """`"vmap"`, `"map"`, a chunk size, and each after `"shard/"`; `"shard"` is `"shard/vmap"`."""
@@ -20,6 +22,12 @@ Batching: TypeAlias = "str | int"
 ACCEPTED = '"auto", "vmap", "map", a chunk size, "shard", or "shard/" before one of these'
 CHUNKS = (4, 16, 64)
 """The chunk sizes that "auto" tries."""
+AT_HAND = (2**19, 2**25)
+"""Bytes of the slots that a CPU computes at once, in the layouts that are worth a measurement.
+
+With less, it is the many small operations that take the time, with more the memory. In
+benchmarks/population.md the fastest layout of every model lies in between, or is the nearest.
+"""
 ROUNDS = 8
 ROUND_SECONDS = 0.03
 
@@ -39,6 +47,11 @@ class Layout:
         """What a user passes as `batching` to get this layout."""
         return f"shard/{self.within}" if self.sharded else self.within
 
+    def at_once(self, slots: int) -> int:
+        """Return how many of a population's slots one device computes at once."""
+        own = slots // self.shards
+        return own if self.within == "vmap" else 1 if self.within == "map" else int(self.within)
+
     def over_slots(self, one: Callable[..., Any], slots: int) -> Callable[..., Any]:
         """Return a function of stacked arguments that calls `one` for each slot."""
         chunk = slots if self.within == "vmap" else 1 if self.within == "map" else int(self.within)
@@ -47,6 +60,50 @@ class Layout:
         if self.within == "map":
             return lambda *stacked: jax.lax.map(lambda slot: one(*slot), stacked)
         return lambda *stacked: jax.lax.map(lambda slot: one(*slot), stacked, batch_size=chunk)
+
+    def advance_slots(self, one: Callable[..., Any], slots: int) -> Callable[..., Any]:
+        """Return a function of a stacked state and more that calls `one` for each slot.
+
+        `one(state, *more) -> (state, rows)`. The new states take the places of the old ones, slot
+        by slot: a `map` would hold both populations, old and new.
+        """
+        chunk = min(self.at_once(slots * self.shards), slots)
+        if chunk == slots:
+            return self.over_slots(one, slots)
+        many = one if self.within == "map" else jax.vmap(one)
+
+        def advance(start: Any, carry: Any, more: Any, size: int) -> Any:
+            """Advance the slots from `start`; one slot goes without its axis."""
+            state, rows = carry
+            alone = self.within == "map"
+            new, row = many(*_part((state, *more), start, size, alone))
+            return _with_part(state, new, start, alone), _with_part(rows, row, start, alone)
+
+        def whole(state: PyTree, *more: PyTree) -> tuple[PyTree, PyTree]:
+            shapes = jax.eval_shape(jax.vmap(one), state, *more)[1]
+            carry = state, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            carry = jax.lax.fori_loop(
+                0, slots // chunk, lambda i, carry: advance(i * chunk, carry, more, chunk), carry
+            )
+            done = slots // chunk * chunk
+            return carry if done == slots else advance(done, carry, more, slots - done)
+
+        return whole
+
+
+def _part(tree: PyTree, start: Any, size: int, alone: bool) -> PyTree:
+    def part(x: jax.Array) -> jax.Array:
+        taken = jax.lax.dynamic_slice_in_dim(x, start, size)
+        return taken[0] if alone else taken
+
+    return jax.tree.map(part, tree)
+
+
+def _with_part(tree: PyTree, new: PyTree, start: Any, alone: bool) -> PyTree:
+    def update(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(x, y[None] if alone else y, start, 0)
+
+    return jax.tree.map(update, tree, new)
 
 
 def parse(batching: Any, slots: int, mesh: Mesh | None) -> Layout | None:
@@ -89,6 +146,26 @@ def candidates(slots: int, mesh: Mesh | None) -> list[Layout]:
     shards = shards_of(slots, mesh) if sharded and mesh is not None else 1
     within: list[str | int] = ["map", *(c for c in CHUNKS if c < slots // shards), "vmap"]
     return [Layout(w, shards, sharded) for w in within]
+
+
+def worth_measuring(found: list[Layout], slots: int, slot_bytes: float) -> list[Layout]:
+    """Return those of the layouts that may be the fastest on a CPU, by a model of the step.
+
+    Args:
+      found: layouts, those that need more memory last.
+      slots: of all shards.
+      slot_bytes: that a step of one slot works on; see `working_set`.
+    """
+
+    def bytes_of(layout: Layout) -> float:
+        return slot_bytes * layout.at_once(slots)
+
+    least, most = AT_HAND
+    kept = [layout for layout in found if least <= bytes_of(layout) <= most]
+    if kept:
+        return kept
+    below = [layout for layout in found if bytes_of(layout) < least]
+    return [below[-1] if below else found[0]]
 
 
 def fastest(programs: dict[Layout, Compiled], *args: Any) -> Layout:

@@ -13,9 +13,10 @@ import os
 import platform
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,6 +28,8 @@ from gradhpo.parallel import compilations
 from gradhpo.state import PyTree
 
 MAGIC = b"gradhpo executable 2\n"
+MOST_AT_ONCE = 4
+"""Programs that are compiled side by side, each of which takes memory meanwhile."""
 
 
 class CompileWarning(UserWarning):
@@ -80,6 +83,16 @@ class Counts:
     restores: int = 0
     """Programs that JAX's persistent compilation cache gave."""
 
+    def since(self, before: Counts) -> Counts:
+        """Return what was done after another count."""
+        old, new = dataclasses.asdict(before), dataclasses.asdict(self)
+        return Counts(**{name: n - old[name] for name, n in new.items()})
+
+    def plus(self, **more: int) -> Counts:
+        """Return the counts with some increased."""
+        old = dataclasses.asdict(self)
+        return Counts(**{name: n + more.get(name, 0) for name, n in old.items()})
+
 
 class Compiled:
     """A program for one step key. Call it with arguments of the shapes that it was made for."""
@@ -125,7 +138,7 @@ class Compiled:
         try:
             return self.executable(*args)
         except Exception:
-            if not (config.jax_debug_nans or config.jax_debug_infs):
+            if not _debugging() or _gone(args):
                 raise
             return jax.jit(function)(*args)  # looks for the operation, and names it
 
@@ -161,19 +174,66 @@ class Compiled:
         return held - memory.alias_size_in_bytes
 
 
-def compile(function: Callable[..., Any], *args: PyTree, layout: str = "") -> Compiled:
+class Lowered(NamedTuple):
+    """A program that is traced and not compiled yet, with its step key."""
+
+    program: Any
+    key: StepKey
+    devices: list[Any]
+
+    def compile(self) -> Compiled:
+        """Compile it, unless this process has it already."""
+        return _find_or_compile(self.program, self.key, self.devices)
+
+    def load(self, blob: bytes) -> Compiled:
+        """Take it from `blob`; see the function `load`."""
+        if (known := _find(self.key, self.devices, self.program)) is not None:
+            return known
+        reason, payload = _open(blob, self.key)
+        if _calls_python(self.program):
+            reason = "a program that calls back into Python cannot be loaded"
+        if reason is None:
+            try:
+                executable = _deserialize(payload, self.program, self.devices)
+                compiled = Compiled(self.key, executable, payload)
+            except Exception as error:
+                reason = f"XLA could not load it: {type(error).__name__}: {error}"
+                if isinstance(error, KeyError):
+                    reason += " (it was compiled for devices of other numbers)"
+            else:
+                _count(loads=1)
+                return _keep(compiled, self.devices, self.program)
+        _count(refusals=1)
+        text = f"{reason}; the program is compiled here"
+        warnings.warn(text, CompileWarning, stacklevel=3)
+        return self.compile()
+
+
+def compile(
+    function: Callable[..., Any],
+    *args: PyTree,
+    layout: str = "",
+    donate: int | tuple[int, ...] = (),
+) -> Compiled:
     """Compile a function for arguments like these, unless this process has the program already.
 
     Args:
       function: traceable; jitted here.
       *args: arrays, or `jax.ShapeDtypeStruct`s with their shardings.
       layout: a name that becomes part of the step key.
+      donate: which arguments' buffers become the result's; a call ends their life. With
+        `jax_debug_nans` none do, since what failed is then run again.
     """
-    lowered, key = _lower(function, args, layout)
-    return _find_or_compile(lowered, key, devices_of(args))
+    return lower(function, *args, layout=layout, donate=donate).compile()
 
 
-def load(blob: bytes, function: Callable[..., Any], *args: PyTree, layout: str = "") -> Compiled:
+def load(
+    blob: bytes,
+    function: Callable[..., Any],
+    *args: PyTree,
+    layout: str = "",
+    donate: int | tuple[int, ...] = (),
+) -> Compiled:
     """Return the program in `blob`, from `Compiled.serialize`, for the given function.
 
     The function is traced and lowered here, not compiled, and its step key must be the blob's.
@@ -188,27 +248,57 @@ def load(blob: bytes, function: Callable[..., Any], *args: PyTree, layout: str =
       function: as for `compile`.
       *args: as for `compile`.
       layout: as for `compile`.
+      donate: as for `compile`; part of the computation that the step key names.
     """
-    lowered, key = _lower(function, args, layout)
+    return lower(function, *args, layout=layout, donate=donate).load(blob)
+
+
+def lower(
+    function: Callable[..., Any],
+    *args: PyTree,
+    layout: str = "",
+    donate: int | tuple[int, ...] = (),
+) -> Lowered:
+    """Trace and lower a function; the arguments are those of `compile`."""
+    given = () if _debugging() else donate
+    with jax.disable_jit(False):  # or loops would be traced step by step
+        lowered = jit(function, donate_argnums=given).lower(*args)
+    leaves = jax.tree_util.tree_flatten_with_path(args)[0]
     devices = devices_of(args)
-    if (known := _find(key, devices, lowered)) is not None:
-        return known
-    reason, payload = _open(blob, key)
-    if _calls_python(lowered):
-        reason = "a program that calls back into Python cannot be loaded"
-    if reason is None:
-        try:
-            compiled = Compiled(key, _deserialize(payload, lowered, devices), payload)
-        except Exception as error:
-            reason = f"XLA could not load it: {type(error).__name__}: {error}"
-            if isinstance(error, KeyError):
-                reason += " (it was compiled for devices of other numbers)"
-        else:
-            _count(loads=1)
-            return _keep(compiled, devices, lowered)
-    _count(refusals=1)
-    warnings.warn(f"{reason}; the program is compiled here", CompileWarning, stacklevel=2)
-    return _find_or_compile(lowered, key, devices)
+    kind = devices[0]
+    flags = [f"XLA_FLAGS={os.environ.get('XLA_FLAGS', '')}"]
+    for name in ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion"):
+        flags.append(f"{name}={getattr(jax.config, name)}")
+    key = StepKey(
+        computation=hashlib.sha256(lowered.as_text().encode()).hexdigest(),
+        shapes=tuple(f"{jax.tree_util.keystr(path)} {_shape(leaf)}" for path, leaf in leaves),
+        layout=layout,
+        jax=jax.__version__,
+        jaxlib=version("jaxlib"),
+        device_kind=f"{kind.platform} {kind.device_kind}",
+        devices=len(devices),
+        processor=_processor() if kind.platform == "cpu" else "",
+        flags=tuple(flags),
+    )
+    return Lowered(lowered, key, devices)
+
+
+def together(jobs: Iterable[Callable[[], Compiled]]) -> list[tuple[Compiled, Counts]]:
+    """Compile or load side by side, which XLA does outside of Python's lock.
+
+    Args:
+      jobs: such as `Lowered.compile`; tracing, which needs the lock, is done.
+
+    Returns:
+      In the order of the jobs each program, and what it took to get it.
+    """
+
+    def one(job: Callable[[], Compiled]) -> tuple[Compiled, Counts]:
+        before = _of_this_thread()
+        return job(), _of_this_thread().since(before)
+
+    with ThreadPoolExecutor(min(MOST_AT_ONCE, os.cpu_count() or 1)) as pool:
+        return list(pool.map(one, jobs))
 
 
 def counts() -> Counts:
@@ -227,31 +317,7 @@ _LOCK = threading.Lock()
 _PROGRAMS: dict[tuple[Any, ...], Compiled] = {}
 """By step key and `_where`: a program stays on its devices."""
 _COUNTS = [Counts()]
-
-
-def _lower(
-    function: Callable[..., Any], args: tuple[PyTree, ...], layout: str
-) -> tuple[Any, StepKey]:
-    with jax.disable_jit(False):  # or loops would be traced step by step
-        lowered = jit(function).lower(*args)
-    leaves = jax.tree_util.tree_flatten_with_path(args)[0]
-    devices = devices_of(args)
-    kind = devices[0]
-    flags = [f"XLA_FLAGS={os.environ.get('XLA_FLAGS', '')}"]
-    for name in ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion"):
-        flags.append(f"{name}={getattr(jax.config, name)}")
-    key = StepKey(
-        computation=hashlib.sha256(lowered.as_text().encode()).hexdigest(),
-        shapes=tuple(f"{jax.tree_util.keystr(path)} {_shape(leaf)}" for path, leaf in leaves),
-        layout=layout,
-        jax=jax.__version__,
-        jaxlib=version("jaxlib"),
-        device_kind=f"{kind.platform} {kind.device_kind}",
-        devices=len(devices),
-        processor=_processor() if kind.platform == "cpu" else "",
-        flags=tuple(flags),
-    )
-    return lowered, key
+_OF_THREAD = threading.local()
 
 
 def _find_or_compile(lowered: Any, key: StepKey, devices: list[Any]) -> Compiled:
@@ -267,6 +333,17 @@ def _find_or_compile(lowered: Any, key: StepKey, devices: list[Any]) -> Compiled
     whole = made.compiled > 0
     compiled = Compiled(key, executable, calls_python=calls_python, whole=whole)
     return compiled if calls_python else _keep(compiled, devices, lowered)
+
+
+def _debugging() -> bool:
+    config: Any = jax.config
+    return config.jax_debug_nans or config.jax_debug_infs
+
+
+def _gone(args: tuple[PyTree, ...]) -> bool:
+    """Whether the program took the buffers of an argument."""
+    leaves = [leaf for leaf in jax.tree.leaves(args) if isinstance(leaf, jax.Array)]
+    return any(leaf.is_deleted() for leaf in leaves)
 
 
 def _calls_python(lowered: Any) -> bool:
@@ -297,8 +374,12 @@ def _where(devices: list[Any], lowered: Any) -> tuple[Any, ...]:
 
 def _count(**more: int) -> None:
     with _LOCK:
-        old = dataclasses.asdict(_COUNTS[0])
-        _COUNTS[0] = Counts(**{name: n + more.get(name, 0) for name, n in old.items()})
+        _COUNTS[0] = _COUNTS[0].plus(**more)
+    _OF_THREAD.counts = _of_this_thread().plus(**more)
+
+
+def _of_this_thread() -> Counts:
+    return getattr(_OF_THREAD, "counts", Counts())
 
 
 def _open(blob: bytes, key: StepKey) -> tuple[str | None, bytes]:

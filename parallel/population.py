@@ -19,7 +19,7 @@ from gradhpo.feed import HostFeed, Segment
 from gradhpo.host import Source
 from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.parallel import batching as layouts
-from gradhpo.parallel import chunks, compiled, fit
+from gradhpo.parallel import chunks, compiled, fit, layout_cache, working_set
 from gradhpo.parallel.batching import Batching, Layout
 from gradhpo.parallel.compiled import Compiled
 from gradhpo.parallel.data import DataParallel
@@ -52,8 +52,9 @@ class Population:
       mesh: from `make_mesh`; slots are divided over its axis "trial".
       batching: "vmap": all slots at once; "map": one after another; an integer: so many at once;
         "shard": divided over the mesh, all of a device at once; "shard/map", "shard/16": divided,
-        then so. "auto" measures these on a few steps and takes the fastest ("map" at once where
-        the trials convolve with kernels of their own on a CPU); afterwards the attribute
+        then so. "auto" measures on a few steps those that a model of the step leaves over, and
+        takes the fastest ("map" at once where the trials convolve with kernels of their own on a
+        CPU), or what an earlier process found (see `layout_cache`); afterwards the attribute
         `batching` names it, and a run that must give the same bits passes that.
       data_key: a key from which `problem.data` makes the data shared by all slots; an array of
         `slots` keys makes data for each slot.
@@ -230,12 +231,27 @@ class Population:
         parents = jax.device_put(parents.astype(np.int32), self._replicated())
         return self._call("select", _gather, self.place(state), parents)
 
-    def resolve(self, state: BilevelState, lr_hyper: Any = None) -> Batching:
-        """Return the layout, measured now where `batching` is "auto" and nothing has run yet."""
+    def resolve(self, state: BilevelState | None = None, lr_hyper: Any = None) -> Batching:
+        """Return the layout, found now where `batching` is "auto" and nothing has run yet.
+
+        Args:
+          state: what to measure on; by default a first state, made if there is need to measure.
+          lr_hyper: as in `run`.
+        """
         if self._layout is None:
-            keys = jax.random.split(jax.random.key(0), self.slots)
-            schedule, args = self._arguments(state, keys, lr_hyper)
-            self._layout = self._calibrated(schedule, *self._whole(args))
+
+            def arguments(state: BilevelState) -> tuple[Any, ...]:
+                keys = jax.random.split(jax.random.key(0), self.slots)
+                return self._whole(self._arguments(state, keys, lr_hyper)[1])
+
+            schedule, rate = schedule_and_rate(lr_hyper)
+            if state is None:
+                shapes = self._argument_shapes(self.slots, self.rates(rate))
+                self._layout = self._calibrated(
+                    schedule, *shapes, measured=lambda: arguments(self.init(jax.random.key(0)))
+                )
+            else:
+                self._layout = self._calibrated(schedule, *arguments(state))
         return self.batching
 
     def compile(self, state: BilevelState, steps: int, lr_hyper: Any = None) -> Compiled:
@@ -278,26 +294,73 @@ class Population:
         `given` may hold `params` and `hyperparams`; `pairs` are of `first_pairs`, where the
         optimizer remembers a batch of the host.
         """
-
-        def one(key: jax.Array, given: dict[str, Any], data: PyTree, pair: PyTree) -> BilevelState:
-            flags = {"trial_step": jnp.int32(0), "diverged_at": jnp.int32(0)}
-            return self._trial.start(key, data, given, pair).update(metadata=flags)
-
         data_axis = 0 if self._per_slot_data else None
         pairs_axis = 0 if pairs is not None and self.own_batches else None
-        if pairs is None and self._source is not None:
-            # Its shapes tell what metrics the losses return; nothing else is made of it.
-            with jax.ensure_compile_time_eval():  # the user's reader may compute with JAX
-                pairs = self._source.form.on_device(self._source.form.pair, jnp.asarray)
         axes = (0, 0, data_axis, pairs_axis)
-        first = jax.vmap(one, in_axes=axes)(keys, given, data, pairs)
+        first = jax.vmap(self._start, in_axes=axes)(keys, given, data, self._some_pair(pairs))
         sharding = self.sharding
         return first if sharding is None else jax.lax.with_sharding_constraint(first, sharding)
 
-    def trace_hyperparams(self, keys: jax.Array) -> PyTree:
-        """Return every slot's first hyperparameters, as `Problem.init` makes them."""
-        made = jax.vmap(lambda key: self.problem.first(key).hyperparams)(keys)
-        return jax.tree.map(as_array, made)
+    def trace_begin(
+        self,
+        state: BilevelState,
+        keys: jax.Array,
+        data: PyTree,
+        fresh: jax.Array,
+        change: Callable[[PyTree, Any], PyTree],
+        changes: Any,
+        pairs: PyTree = None,
+    ) -> BilevelState:
+        """Return the state with new trials in some slots, in the places of those before.
+
+        Args:
+          state: of all slots.
+          keys: one a slot.
+          data: from `trace_data`.
+          fresh: boolean, `(slots,)`: where a trial starts.
+          change: `(hyperparameters, changes)` of a slot to its hyperparameters, of new trials too:
+            an optimizer's state may be made from them.
+          changes: with a leading slot axis.
+          pairs: as in `trace_init`.
+        """
+
+        def one(
+            state: BilevelState,
+            key: jax.Array,
+            rates: Any,
+            data: PyTree,
+            fresh: jax.Array,
+            changes: Any,
+            pair: PyTree,
+        ) -> tuple[BilevelState, dict[str, Any]]:
+            del rates
+            pair = self._some_pair(pair)
+
+            def start(state: BilevelState) -> BilevelState:
+                del state
+                drawn = jax.tree.map(as_array, self.problem.first(key).hyperparams)
+                return self._start(key, {"hyperparams": change(drawn, changes)}, data, pair)
+
+            state = state.update(hyperparams=change(state.hyperparams, changes))
+            return jax.lax.cond(fresh, start, lambda same: same, state), {}
+
+        layout = dataclasses.replace(self._layout or Layout("map"), within="map")
+        begin = self._advance(one, layout, True, True, pairs is not None and self.own_batches)
+        return begin(state, keys, None, data, fresh, changes, pairs)[0]
+
+    def _start(
+        self, key: jax.Array, given: dict[str, Any], data: PyTree, pair: PyTree
+    ) -> BilevelState:
+        """Return a slot's first state."""
+        flags = {"trial_step": jnp.int32(0), "diverged_at": jnp.int32(0)}
+        return self._trial.start(key, data, given, pair).update(metadata=flags)
+
+    def _some_pair(self, pairs: PyTree) -> PyTree:
+        """Return the pairs; where none are needed, one whose shapes tell the losses' metrics."""
+        if pairs is not None or self._source is None:
+            return pairs
+        with jax.ensure_compile_time_eval():  # the user's reader may compute with JAX
+            return self._source.form.on_device(self._source.form.pair, jnp.asarray)
 
     def trace_run(
         self, steps: int, schedule: Callable[[Any], Any] | None = None
@@ -356,7 +419,7 @@ class Population:
         if self._layout is None:
             raise ValueError('batching is "auto": call resolve first')
         trial = dataclasses.replace(self._trial, schedule=schedule)
-        return self._over(chunks.chunk(trial), self._layout, apart, False)
+        return self._advance(chunks.chunk(trial), self._layout, apart, False)
 
     def trace_chunk_calibration(self, apart: bool) -> Callable[..., Any]:
         """Return the function of a calibration on host data; see `chunks.calibration`."""
@@ -373,7 +436,7 @@ class Population:
 
             return jax.lax.scan(body, state, length=steps)
 
-        slots = self._over(one, layout)
+        slots = self._advance(one, layout)
 
         def generation(*args: Any) -> Any:
             state, rows = slots(*args)
@@ -387,6 +450,13 @@ class Population:
         State, keys and rates have an axis of slots; `more` says of arguments after the data whether
         they have one.
         """
+        return self._divided(layout.over_slots, one, *more)
+
+    def _advance(self, one: Callable[..., Any], layout: Layout, *more: bool) -> Callable[..., Any]:
+        """Return the same of a function that returns a slot's next state, and its rows."""
+        return self._divided(layout.advance_slots, one, *more)
+
+    def _divided(self, over: Any, one: Callable[..., Any], *more: bool) -> Callable[..., Any]:
         axes = (True, True, True, self._per_slot_data, *more)
 
         def slots(*args: Any) -> Any:
@@ -396,7 +466,7 @@ class Population:
                 return one(*(next(mine) if axis else shared for shared, axis in given))
 
             stacked = [arg for arg, axis in zip(args, axes, strict=True) if axis]
-            return layout.over_slots(each, args[0].step.shape[0])(*stacked)
+            return over(each, args[0].step.shape[0])(*stacked)
 
         if self.mesh is None:
             return slots
@@ -483,43 +553,63 @@ class Population:
         if self._feed is None:
             return self._generation(steps, schedule, layout)
         trial = dataclasses.replace(self._trial, schedule=schedule)
-        return self._over(chunks.chunk(trial), layout, self.own_batches, False)
+        return self._advance(chunks.chunk(trial), layout, self.own_batches, False)
 
     def _whole(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return all arguments of `_function`."""
         return args if self._feed is None else (*args, *self.chunk_arguments(CALIBRATION_STEPS))
 
-    def _calibrated(self, schedule: Any, *args: Any) -> Layout:
-        """Return the fastest layout, measured once for a step key in this process."""
+    def _calibrated(
+        self, schedule: Any, *args: Any, measured: Callable[[], tuple[Any, ...]] | None = None
+    ) -> Layout:
+        """Return the fastest layout: known, or measured now and remembered.
+
+        Args:
+          schedule: of the step size of λ.
+          *args: of `_function`; shapes are enough.
+          measured: what makes arrays to measure on, where they are not given.
+        """
         found = self._candidates(self.slots, schedule, *args)
         if len(found) == 1:
             return found[0]
-        limit = fit.memory_limit(self.mesh)
-        programs: dict[Layout, Compiled] = {}
+        first = self._lowered(schedule, found[0], *args)
+        known = _FASTEST.get(first.key) or layout_cache.recall(first.key)
         for layout in found:
-            program = self._generation_program(CALIBRATION_STEPS, schedule, layout, *args)
-            known = _FASTEST.get(program.key) if not programs else None
-            if known is not None:
-                return known
-            if layout.within == "map" or program.bytes_needed() <= limit:
-                programs[layout] = program
-        first = next(iter(programs.values())).key
+            if str(layout.name) == known:
+                return layout
+        lowered = [first, *(self._lowered(schedule, layout, *args) for layout in found[1:])]
+        made = compiled.together(program.compile for program in lowered)
+        programs = {x: program for x, (program, _) in zip(found, made, strict=True)}
+        limit = fit.memory_limit(self.mesh)
+        fitting = {x: program for x, program in programs.items() if program.bytes_needed() <= limit}
         with jax.disable_jit(False):
-            _FASTEST[first] = layouts.fastest(programs, *args)
-        return _FASTEST[first]
+            arrays = args if measured is None else measured()
+            best = layouts.fastest(fitting or {found[0]: programs[found[0]]}, *arrays)
+        _FASTEST[first.key] = str(best.name)
+        layout_cache.remember(first.key, str(best.name))
+        return best
+
+    def _lowered(self, schedule: Any, layout: Layout, *args: Any) -> compiled.Lowered:
+        function = self._function(CALIBRATION_STEPS, schedule, layout)
+        return compiled.lower(function, *args, layout=str(layout.name))
 
     def _candidates(self, slots: int, schedule: Any, *args: Any) -> list[Layout]:
         """Return the layouts that "auto" chooses from, the one that needs the most memory last.
 
-        `vmap` over the kernels of trials groups their convolutions, and a CPU takes groups one
-        after another: then only "map" is left.
+        A model of the step leaves out what cannot be the fastest on a CPU. `vmap` over the kernels
+        of trials groups their convolutions, which a CPU takes one after another: then only "map" is
+        left.
         """
         found = layouts.candidates(slots, self.mesh)
-        if compiled.devices_of(args)[0].platform == "cpu" and len(found) > 1:
-            function = self._function(CALIBRATION_STEPS, schedule, found[-1])
-            program = jax.make_jaxpr(function)(*args)
-            found = found[:1] if convolutions.grouped(program) else found
-        return found
+        if compiled.devices_of(args)[0].platform != "cpu" or len(found) == 1:
+            return found
+        function = self._function(CALIBRATION_STEPS, schedule, found[-1])
+        program = jax.make_jaxpr(function)(*args)
+        if convolutions.grouped(program):
+            return found[:1]
+        own = slots // found[-1].shards
+        slot_bytes = working_set.slot_bytes(program, args[0], slots, own)
+        return layouts.worth_measuring(found, slots, slot_bytes)
 
     def _arguments(
         self, state: BilevelState, keys: Any, lr_hyper: Any, check_rate: bool = True
@@ -553,11 +643,22 @@ class Population:
         if self._per_slot_data:
             raise ValueError('slots="fit" needs one data_key, shared by all slots')
         self._layout = layout or layouts.candidates(slots, self.mesh)[-1]
-        data = jax.eval_shape(self.trace_data, self._data_key)
-        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), slots))
-        pairs = self.first_pair_shapes(slots)
-        state = jax.eval_shape(self.trace_init, keys, {}, data, pairs)
         rates = self._rates(1.0 if self.optimizer.outer_optimizer is None else None, slots)
+        args = self._argument_shapes(slots, rates)
+        ahead = 0
+        if self._feed is not None:
+            # The next stack is sent while the present one is in use.
+            lanes = slots if self.own_batches else None
+            parts = 1 if lanes is None else self._layout.shards
+            capacity = self._feed.capacity(lanes)
+            ahead = capacity * self._feed.source.form.nbytes * (lanes or 1) // parts
+        layout = layout or self._candidates(slots, None, *args)[-1]
+        function = self._function(steps, None, layout)
+        program = compiled.compile(function, *args, layout=str(layout.name))
+        return program.bytes_needed() + ahead
+
+    def _argument_shapes(self, slots: int, rates: Rates) -> tuple[Any, ...]:
+        """Return all arguments of `_function` as shapes, where they will lie."""
 
         def placed(tree: PyTree, sharding: Any) -> PyTree:
             def place(x: Any) -> jax.ShapeDtypeStruct:
@@ -565,21 +666,17 @@ class Population:
 
             return jax.tree.map(place, tree)
 
-        args = (*placed((state, keys, rates), self.sharding), placed(data, self._replicated()))
-        ahead = 0
-        if self._feed is not None:
-            lanes = [slots] if self.own_batches else []
-            capacity = self._feed.capacity(slots if lanes else None)
-            host = self._feed.source.form.shapes(*lanes, capacity)
-            lies = self.sharding if lanes else self._replicated()
-            args = (*args, placed(host, lies), placed(np.int32(0), self._replicated()))
-            # The next stack is sent while the present one is in use.
-            parts = self._layout.shards if lanes else 1
-            ahead = capacity * self._feed.source.form.nbytes * (slots if lanes else 1) // parts
-        layout = layout or self._candidates(slots, None, *args)[-1]
-        function = self._function(steps, None, layout)
-        program = compiled.compile(function, *args, layout=str(layout.name))
-        return program.bytes_needed() + ahead
+        data = jax.eval_shape(self.trace_data, self._data_key)
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), slots))
+        state = jax.eval_shape(self.trace_init, keys, {}, data, self.first_pair_shapes(slots))
+        data_lies = self.sharding if self._per_slot_data else self._replicated()
+        args = (*placed((state, keys, rates), self.sharding), placed(data, data_lies))
+        if self._feed is None:
+            return args
+        lanes = [slots] if self.own_batches else []
+        host = self._feed.source.form.shapes(*lanes, self._feed.capacity(slots if lanes else None))
+        lies = self.sharding if lanes else self._replicated()
+        return (*args, placed(host, lies), placed(np.int32(0), self._replicated()))
 
     # --- placement ------------------------------------------------------------------------------
 
@@ -608,7 +705,8 @@ class Population:
         return put(tree, self._replicated())
 
 
-_FASTEST: dict[compiled.StepKey, Layout] = {}
+_FASTEST: dict[compiled.StepKey, str] = {}
+"""The names of the layouts that were measured in this process."""
 
 
 def ages(state: BilevelState) -> tuple[np.ndarray, np.ndarray]:

@@ -23,6 +23,9 @@ if os.environ.get("QUICK_COMPILE"):
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path += [str(EXAMPLES), str(EXAMPLES / "papers")]
 
+# What one run of the tests measured must not decide what another one tests.
+os.environ["GRADHPO_CACHE"] = "off"
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 

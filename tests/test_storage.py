@@ -48,7 +48,9 @@ def test_with_fewer_checkpoints_the_same_is_computed_again(tmp_path, reference, 
     made = sweep(tmp_path, checkpoint_every=3)
     assert_same_tables(made.run(), reference)
     assert written(tmp_path) == [2, 5, GENERATIONS - 1]
-    assert not [e for e in made.events if isinstance(e, events.Note)]  # what was computed again gave its tables
+    assert not [
+        e for e in made.events if isinstance(e, events.Note)
+    ]  # what was computed again gave its tables
     there = {path.parent.name for path in (tmp_path / "checkpoints").glob("*/shard*")}
     assert there <= {"000005", "000006", f"{GENERATIONS - 1:06d}"}
 

@@ -100,6 +100,10 @@ def test_the_report_counts_one_compile(reference):
     report = reference.report
     assert (report.compiles, report.loads, report.workers_lost) == (1, 0, 0)
     assert report.generations == GENERATIONS
+    assert sum(report.startup.values()) <= report.startup_seconds
+    names = ["executor", "workers", "problem", "layouts", "data", "tracing", "compiling"]
+    assert list(report.startup) == names
+    assert f"compiling {report.startup['compiling']:.1f} s" in report.start()
 
 
 def test_who_copied_whom_is_known(reference):
@@ -297,7 +301,15 @@ def test_a_scheduler_of_ones_own(tmp_path):
 
 @pytest.mark.slow
 def test_auto_batching_is_measured_once_and_kept(tmp_path):
-    changes = {"batching": "auto", "generations": 2, "population": 8, "shards": 1}
+    changes = {
+        "problem": "tests.wide_problems:problem",
+        "optimizer": "tests.wide_problems:optimizer",
+        "space": SearchSpace({"log_decay": loguniform(1e-4, 1, stored="log")}),
+        "batching": "auto",
+        "generations": 2,
+        "population": 8,
+        "shards": 1,
+    }
     result = sweep(tmp_path, **changes).run()
     assert result.report.calibration_compiles > 1
     kept = json.loads((tmp_path / "programs.json").read_text())[0]["batching"]

@@ -1,0 +1,89 @@
+"""What `batching="auto"` chooses from, how it finds out, and that it remembers."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from gradhpo.parallel import Population, batching, compiled, layout_cache, population, working_set
+from tests import wide_problems
+
+SLOTS = 8
+
+
+def resolved():
+    """The layout of a population in what is, to it, another process; and what that compiled."""
+    population._FASTEST.clear()
+    compiled.clear()
+    before = compiled.counts()
+    trials = Population(wide_problems.problem(), wide_problems.optimizer(), SLOTS)
+    return trials.resolve(), compiled.counts().since(before).compiles
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A folder for the cache, for this test."""
+    monkeypatch.setenv("GRADHPO_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.slow
+def test_a_layout_is_remembered_and_a_damaged_entry_ignored(cache):
+    first, compiles = resolved()
+    assert compiles > 2  # two layouts, and the first state to measure on
+    assert resolved() == (first, 0)
+    (entry,) = cache.rglob("*.json")
+    entry.write_bytes(b'{"batching": "no such"}')
+    assert resolved()[1] > 2
+    entry.write_text('{"batching": "4"}')  # whatever it says is taken, where it is a candidate
+    assert resolved() == (4, 0)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b'{"batching": 3}', b"[]", b"\xff"])
+def test_what_is_no_entry_says_nothing(cache, damage):
+    key = compiled.lower(lambda x: x, jnp.zeros(2)).key
+    layout_cache.remember(key, "shard/16")
+    assert layout_cache.recall(key) == "shard/16"
+    (entry,) = cache.rglob("*.json")
+    entry.write_bytes(damage)
+    assert layout_cache.recall(key) is None
+
+
+def test_where_the_cache_lies(monkeypatch, tmp_path):
+    monkeypatch.setenv("GRADHPO_CACHE", "off")
+    assert layout_cache.folder() is None
+    monkeypatch.delenv("GRADHPO_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert layout_cache.folder() == tmp_path / "gradhpo"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert layout_cache.folder() == tmp_path / ".cache/gradhpo"
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GRADHPO_CACHE", str(tmp_path / "file"))
+    key = compiled.lower(lambda x: x, jnp.zeros(2)).key
+    layout_cache.remember(key, "map")
+    assert layout_cache.recall(key) is None
+
+
+@pytest.mark.parametrize(
+    ("slots", "slot_bytes", "expected"),
+    [
+        (8, 5e3, ["vmap"]),
+        (64, 1.2e5, [16, "vmap"]),
+        (512, 1.2e5, [16, 64]),
+        (64, 1.1e6, ["map", 4, 16]),
+        (512, 2.2e4, [64, "vmap"]),
+        (8, 1e9, ["map"]),
+    ],
+)
+def test_only_layouts_that_may_be_the_fastest_are_measured(slots, slot_bytes, expected):
+    found = batching.worth_measuring(batching.candidates(slots, None), slots, slot_bytes)
+    assert [layout.within for layout in found] == expected
+
+
+def test_a_step_works_on_its_state_and_its_largest_array():
+    state = jnp.zeros((3, 10))
+    program = jax.make_jaxpr(jax.vmap(lambda w: (w, jnp.outer(w, w).sum())))(state)
+    assert working_set.slot_bytes(program, state, 3, 3) == 40 + 400
