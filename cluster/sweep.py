@@ -158,6 +158,14 @@ class Sweep:
         self.events: list[Event] = []
         """What happened in `run`, but for generations: workers lost, programs prepared, …"""
 
+    def __getattr__(self, name: str) -> Any:
+        """Say where a setting is that was an attribute of its own up to version 0.2."""
+        asked = {"steps": "steps_per_generation"}.get(name, name)
+        for part, kind in (("identity", Identity), ("place", Place)):
+            if asked in {field.name for field in dataclasses.fields(kind)}:
+                raise AttributeError(f"Sweep.{name} is Sweep.{part}.{asked} since version 0.3")
+        raise AttributeError(f"'Sweep' object has no attribute {name!r}")
+
     @property
     def storage(self) -> Path:
         """The folder of all that lasts."""

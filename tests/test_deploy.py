@@ -120,7 +120,7 @@ def sweep_settings():
 
 def test_the_sweep_is_one():
     made = Sweep.from_toml(DEPLOY / "sweep.toml", storage="unused", executor="local")
-    assert made.layout.shards == made.workers == 8
+    assert made.layout.shards == made.place.workers == 8
 
 
 def test_all_run_the_same_command():

@@ -144,3 +144,12 @@ def test_the_observer_of_the_page(tmp_path):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["generation"] for row in rows] == [1, 2]
     assert rows[0]["best"] >= rows[1]["best"]
+
+
+def test_a_setting_that_was_an_attribute_is_refused_by_name(tmp_path):
+    made = sweep(tmp_path, generations=1)
+    with pytest.raises(AttributeError, match=r"Sweep.steps is Sweep.identity.steps_per_gen"):
+        _ = made.steps
+    with pytest.raises(AttributeError, match=r"Sweep.workers is Sweep.place.workers"):
+        _ = made.workers
+    assert not hasattr(made, "nothing")
