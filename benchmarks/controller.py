@@ -83,7 +83,9 @@ class Stub(Executor):
         (self._storage / file).touch()
         columns = {name: column[part] for name, column in self._pool.items()}
         self._saved[order.shard] = Saved(file, "0123456789abcdef" * 4)
-        return Result(order.shard, order.generation, columns, before, 1, 0.0)
+        return Result(
+            order.shard, order.generation, columns, () if before is None else (before,), 1, 0.0
+        )
 
 
 class Phases:

@@ -12,7 +12,7 @@ from gradhpo.cluster import manifest, programs
 from gradhpo.cluster.events import Event
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.journal import Entry, Journal
-from gradhpo.cluster.storage import Storage
+from gradhpo.cluster.storage import TABLES, Storage
 from gradhpo.lock import FolderLock, StorageInUse
 
 
@@ -36,7 +36,7 @@ def check_storage(storage: Path) -> Iterator[Finding]:
         manifest.read(storage)  # which says so
     try:
         lock = FolderLock(storage, "storage", "sweep")
-    except StorageInUse as error:
+    except (StorageInUse, OSError) as error:  # a driver has it, or it cannot be written
         yield Finding(True, f"{error}. Nothing is repaired")
         yield from _verified(storage, Journal(storage))
         return
@@ -110,7 +110,7 @@ def _verified(storage: Path, journal: Journal) -> Iterator[Finding]:
             yield Finding(False, f"{found[0]}. Neither this generation nor the one before is whole")
         elif best is not None and file == best["checkpoint"].file:
             yield Finding(False, f"{found[0]}. The winner's weights: replay() computes them again")
-        elif file.startswith("tables/"):
+        elif file.startswith(f"{TABLES}/"):
             yield Finding(False, f"{found[0]}. The numbers of its generation; the sweep goes on")
         else:  # where one was dropped, that of before is long removed
             gone = not (storage / file).exists()

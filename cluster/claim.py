@@ -53,14 +53,19 @@ def claim(
     mine: Mapping[str, Any],
     allowed: Collection[str],
     tell: Callable[[Event], None],
-) -> None:
+) -> set[str]:
     """Write the manifest, or see that it is this run's; the caller holds the storage's lock.
+
+    What may have changed is not written yet: workers have still to see what the program computes.
 
     Args:
       storage: the sweep's folder.
       mine: this run's manifest.
       allowed: what may have changed, "data" and "code".
       tell: takes events.
+
+    Returns:
+      What of `allowed` has changed by its name, or by the checksum of `data`.
 
     Raises:
       SweepError: if the storage holds another run.
@@ -75,13 +80,10 @@ def claim(
             _prove(storage, mine, damaged)
             tell(Repaired(f"{damaged}: it is made again"))
         manifest.write(path, mine)
-        return
+        return set()
     accepted = {name for what in allowed for name in ALLOWED[what]}
     _compare(storage, mine, theirs, accepted)
-    renamed = any(mine[name] != theirs[name] for name in accepted)
-    if renamed or mine["generations"] > theirs["generations"]:
-        kept = {"programs": theirs["programs"]} if "programs" in theirs else {}
-        manifest.write(path, {**mine, **kept})
+    return {what for what in allowed if any(mine[name] != theirs[name] for name in ALLOWED[what])}
 
 
 def _compare(

@@ -20,10 +20,13 @@ from gradhpo.cluster.columns import BORN, PARENT, TRIAL, Columns, decision_of
 from gradhpo.cluster.executors import Executor
 from gradhpo.cluster.failures import StateGone, SweepError
 from gradhpo.cluster.journal import Best, Entry, Journal
-from gradhpo.cluster.orders import Checkpoint, Import, Order, Result
+from gradhpo.cluster.orders import Import, Order, Result
 from gradhpo.cluster.schedulers import NEW, Decision, Scheduler, Table
 from gradhpo.cluster.space import LR_HYPER, Change, Changes, SearchSpace
-from gradhpo.cluster.storage import Storage
+from gradhpo.cluster.storage import CHECKPOINTS, Storage
+
+MOST_LOSSES = 10
+"""How often in a row states may be lost before another checkpoint is durable."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +124,7 @@ class Controller:
       layout: the shards.
       rules: what decides.
       notify: called with what happens.
+      changes: by generation, what was allowed to be other than before.
       every: generations from one checkpoint to the next.
     """
 
@@ -140,8 +144,8 @@ class Controller:
         self._changes = changes or {}  # by generation, what was allowed to be other than before
         self._computed: list[Computed] = []
         """The oldest first: at most those since the last checkpoints, and one more."""
-        self._written: dict[int, Checkpoint] = {}
-        """By shard, the newest checkpoint that a worker told of."""
+        self._written: dict[tuple[int, int], Saved] = {}
+        """By shard and generation, the checkpoints that workers told of."""
         self.stop = False
         """Set to stop after the generation in flight."""
 
@@ -151,19 +155,33 @@ class Controller:
         Raises:
           SweepError: if it cannot go on.
         """
+        lost = 0
         while self._journal.generation + 1 < generations and not self.stop:
             self._computed, self._written = [], {}
+            durable = len(self._journal.durable) and self._journal.durable[-1]["generation"] + 1
             try:
-                plan = self._resumed()
-                while plan.generation < generations and not self.stop:
-                    plan = self._generation(plan)
-                self._flush()
-            except DamagedFile as error:
-                self._go_back(error)
+                self._go_on(generations)
             except StateGone as error:
-                durable = self._journal.durable
-                first = durable[-1]["generation"] + 2 if durable else 1
-                self._notify("note", what=f"{error}: going on from generation {first} again")
+                there = self._journal.durable
+                reached = there[-1]["generation"] + 1 if there else 0
+                lost = lost + 1 if reached == durable else 1
+                if lost > MOST_LOSSES:
+                    raise SweepError(
+                        f"{error}, {lost} times in a row before a later checkpoint was durable. "
+                        "A smaller checkpoint_every leaves less to lose"
+                    ) from error
+                what = f"{error}: going on from generation {reached + 1} again"
+                self._notify("note", what=what)
+
+    def _go_on(self, generations: int) -> None:
+        """Compute generations, until the last or until files are damaged."""
+        try:
+            plan = self._resumed()
+            while plan.generation < generations and not self.stop:
+                plan = self._generation(plan)
+            self._flush()
+        except DamagedFile as error:
+            self._go_back(error)
 
     def _resumed(self) -> Plan:
         """Return the plan after the journal's last generation.
@@ -188,7 +206,8 @@ class Controller:
 
     def _compare(self, columns: Columns, table: Columns, generation: int) -> None:
         """Tell if a generation that was computed again differs from its table."""
-        differing = [n for n, x in columns.items() if x.tobytes() != table[n].tobytes()]
+        same = {n for n, x in table.items() if n in columns and x.tobytes() == columns[n].tobytes()}
+        differing = sorted(columns.keys() - same)
         if differing:
             self._notify(
                 "note",
@@ -231,25 +250,34 @@ class Controller:
     def _take_in(self, results: list[Result]) -> None:
         """See what has become durable, and commit the generations that are whole."""
         for result in results:
-            if result.checkpoint is not None:
-                self._written[result.shard] = result.checkpoint
+            for made in result.checkpoints:
+                self._written[result.shard, made.generation] = made.saved
             if result.winner is not None:
                 self._computed[-1].winner = result.winner
         while self._computed:
             oldest = self._computed[0]
-            there = [self._written.get(shard) for shard in range(self._layout.shards)]
-            saved = [c.saved for c in there if c and c.generation == oldest.plan.generation]
-            if oldest.save and len(saved) < self._layout.shards:
+            saved = self._told(oldest) if oldest.save else []
+            if None in saved:
                 return
-            self._commit(self._computed.pop(0), saved if oldest.save else [])
+            self._commit(self._computed.pop(0), [one for one in saved if one])
+
+    def _told(self, done: Computed) -> list[Saved | None]:
+        """Return the checkpoints of a generation, shard by shard; None where one is awaited."""
+        shards = range(self._layout.shards)
+        return [self._written.get((shard, done.plan.generation)) for shard in shards]
 
     def _flush(self) -> None:
         """Make the last generation durable, and commit all up to it."""
         while self._computed:
             oldest = self._computed[0]
-            needed = oldest.save or len(self._computed) == 1
-            saved = self._executor.checkpoints(oldest.orders) if needed else []
-            self._commit(self._computed.pop(0), saved)
+            if oldest.save or len(self._computed) == 1:
+                told = self._told(oldest)
+                left = [order for order in oldest.orders if told[order.shard] is None]
+                for order, saved in zip(left, self._executor.checkpoints(left), strict=True):
+                    told[order.shard] = saved
+            else:
+                told = []
+            self._commit(self._computed.pop(0), [one for one in told if one])
 
     def _commit(self, done: Computed, saved: list[Saved]) -> None:
         """Write a generation's table, and then its line: its states are durable."""
@@ -270,6 +298,7 @@ class Controller:
             where = f"cannot write to the storage {self._storage.path}"
             raise SweepError(f"{where}: {error}") from error
         self._prune()
+        self._written = {name: one for name, one in self._written.items() if name[1] > generation}
         self._notify("generation", entry=entry, columns=done.columns)
 
     def _best(self, plan: Plan, columns: Columns) -> Best | None:
@@ -307,6 +336,10 @@ class Controller:
 
     def _go_back(self, error: DamagedFile) -> None:
         """Give up the generations that a damaged file belongs to, for the checkpoints before."""
+        told = [*self._journal.last, *self._journal.durable]
+        files = {saved.file for entry in told for saved in _needed(entry)}
+        if error.file.startswith(CHECKPOINTS) and error.file not in files:
+            raise StateGone(str(error)) from error  # one that was not named yet
         if not self._journal.last:
             raise SweepError(f"storage {str(self._storage.path)!r}: {error}") from error
         durable = self._journal.durable

@@ -35,5 +35,5 @@ def read(storage: Path) -> list[dict[str, Any]]:
     for line in path.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):  # its writer was killed
             facts = json.loads(line)
-            made.append({"time": float(facts["time"]), "event": str(facts["event"]), **facts})
+            made.append({**facts, "time": float(facts["time"]), "event": str(facts["event"])})
     return made

@@ -36,7 +36,6 @@ from gradhpo.cluster.this_process import ThisProcess
 Notify = Callable[..., None]
 """Called as `notify(event, **facts)` with what a person may want to know."""
 
-KINDS = ("auto", "local", "processes", "ray")
 ROOM_EVERY = 1.0
 """Seconds between two looks at how many workers could be held."""
 WHAT = {
@@ -157,7 +156,10 @@ class FleetExecutor(Executor):
 
     def moves(self) -> bool:
         """Whether a worker that has started since has no shard, or too few."""
-        for command in self._fleet.step(time.monotonic(), *self._processes.poll(0), *self._room()):
+        events = self._processes.poll(0)
+        for event in events:
+            self._note(event)
+        for command in self._fleet.step(time.monotonic(), *events, *self._room()):
             self._carry_out(command, {})
         return self._fleet.uneven
 
@@ -289,12 +291,17 @@ def _job(kind: str, order: Order) -> Job:
     return Job(kind, order.variant, order.shard, generation=order.generation)
 
 
+def _resolved(kind: str) -> str:
+    return ("ray" if has_ray() else "local") if kind == "auto" else kind
+
+
 def check(kind: str, settings: ProcessSettings, sent: Mapping[str, Any]) -> None:
     """Raise unless an executor of this kind can run a sweep that sends these things to workers.
 
     Raises:
       ImportError, TypeError, ValueError: naming the argument.
     """
+    kind = _resolved(kind)
     if kind == "ray" and not has_ray():
         raise ImportError('executor="ray" needs Ray: pip install gradhpo[cluster]')
     if kind in ("local", "processes") and settings.processes > 1:
@@ -314,8 +321,7 @@ def open_executor(
 ) -> FleetExecutor:
     """Return the executor of this kind: "auto" is "ray" where it is installed, else "local"."""
     incarnations = Incarnations(Path(spec.storage))
-    if kind == "auto":
-        kind = "ray" if has_ray() else "local"
+    kind = _resolved(kind)
     if kind == "local":
         settings = dataclasses.replace(settings, workers=1)
     spec = dataclasses.replace(spec, states=-(-shards // settings.workers))

@@ -74,7 +74,9 @@ def read(storage: Path) -> dict[str, Any]:
         if not isinstance(manifest, dict):
             raise ValueError("not a table")
         made: dict[str, Any] = OLDER | manifest
-        if missing := [name for name in (*IDENTITY, "generations", "how") if name not in made]:
+        if missing := [
+            name for name in (*IDENTITY, "generations", "how", "sys_path") if name not in made
+        ]:
             raise ValueError(f"it has no {missing[0]!r}")
         return made
     except FileNotFoundError:

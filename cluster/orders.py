@@ -98,8 +98,8 @@ class Result(NamedTuple):
     generation: int
     columns: dict[str, np.ndarray]
     """Metrics and settings by name, each `(slots,)`."""
-    checkpoint: Checkpoint | None
-    """The newest of the shard that this worker knows to be durable, of an earlier generation as a
+    checkpoints: tuple[Checkpoint, ...]
+    """The newest two of the shard that this worker knows to be durable, of earlier generations as a
     rule."""
     incarnation: int
     seconds: float

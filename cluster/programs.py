@@ -72,6 +72,8 @@ def keep(
     prepared: Sequence[Prepared],
     generation: int,
     allowed: Collection[str],
+    renamed: Collection[str],
+    mine: Mapping[str, Any],
     tell: Callable[[Event], None],
 ) -> list[Entry]:
     """See that workers compiled what an earlier run did, on its data; write what they did.
@@ -81,17 +83,19 @@ def keep(
       prepared: of each variant.
       generation: the next one.
       allowed: what may have changed, of `CHANGES`.
+      renamed: what of it has, by its name in the manifest.
+      mine: this run's manifest.
       tell: takes events.
 
     Raises:
       SweepError: if something else changed.
     """
-    known, its = recovered(storage, tell), manifest.digest(manifest.read(storage))
+    known, its = recovered(storage, tell), manifest.digest(mine)
     about = ({"batching": p.batching, "key": p.key, "data": p.data} for p in prepared)
     made: list[Entry] = json.loads(json.dumps([{**entry, "identity": its} for entry in about]))
     changed: set[str] = set()
     for old, new in zip(known or [], made, strict=known is not None):
-        what = _changes(old, new, tell)
+        what = dict.fromkeys(sorted(renamed), "its name") | _changes(old, new, tell)
         if refused := [name for name in what if name not in allowed]:
             raise SweepError(_refusal(storage, refused, what))
         new["changes"] = [*old.get("changes", []), *([generation, name] for name in what)]
@@ -101,8 +105,11 @@ def keep(
     if made != known:
         manifest.write(Storage(storage).programs, made)
     written = manifest.read(storage)
-    if written.get("programs") != made:
-        manifest.write(Storage(storage).manifest, written | {"programs": made})
+    further = mine["generations"] > written["generations"]
+    if written.get("programs") != made or renamed or further:
+        total = max(mine["generations"], written["generations"])
+        about = {**(mine if renamed or further else written), "generations": total}
+        manifest.write(Storage(storage).manifest, about | {"programs": made})
     return made
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from gradhpo.cluster import executors, programs
@@ -49,10 +49,28 @@ class Run:
         self._timings = Timings()
 
     def go(
-        self, data: Any, allowed: Collection[str], how_to_resume: Callable[[], str]
+        self,
+        data: Any,
+        allowed: Collection[str],
+        renamed: Collection[str],
+        about: Mapping[str, Any],
+        how_to_resume: Callable[[], str],
     ) -> Report | None:
-        """Run to the end, or until a signal; return what was done, None where nothing was left."""
+        """Run to the end, or until a signal; return what was done, None where nothing was left.
+
+        Args:
+          data: what the problem's function gets as `data`.
+          allowed: what may be other than when the sweep began.
+          renamed: what of it is, by its name.
+          about: the manifest.
+          how_to_resume: returns the sentence that says how to go on.
+        """
         tell, total = self._telling.tell, self._place.generations
+        if allowed:  # what is computed again from the last checkpoints is of the changed program
+            durable = self._journal.durable
+            last = durable[-1]["generation"] if durable else -1
+            if last < self._journal.generation:
+                self._journal.drop_after(last)
         if done := self._journal.generation + 1:
             tell(Resumed(done, total))
         for what in self._journal.damaged:
@@ -71,7 +89,7 @@ class Run:
             )
         try:
             with self._timings("workers"):
-                changes = programs.allowed_changes(self._prepare(executor, allowed))
+                changes = programs.allowed_changes(self._prepare(executor, allowed, renamed, about))
             controller = self._controller(executor, changes)
             tell(Running(done))
             started = time.perf_counter()
@@ -97,7 +115,13 @@ class Run:
             generations=self._telling.generations,
         )
 
-    def _prepare(self, executor: Executor, allowed: Collection[str]) -> list[programs.Entry]:
+    def _prepare(
+        self,
+        executor: Executor,
+        allowed: Collection[str],
+        renamed: Collection[str],
+        about: Mapping[str, Any],
+    ) -> list[programs.Entry]:
         """Compile, and see that it is what an earlier run compiled."""
         tell = self._telling.tell
         known = programs.recovered(self._storage, tell)
@@ -113,7 +137,7 @@ class Run:
         for text in dict.fromkeys(text for made in prepared for text in made.unreached):
             warn_user(text, UnreachedWarning)
         next_one = self._journal.generation + 1
-        return programs.keep(self._storage, prepared, next_one, allowed, tell)
+        return programs.keep(self._storage, prepared, next_one, allowed, renamed, about, tell)
 
     def _controller(self, executor: Executor, changes: dict[int, list[str]]) -> Controller:
         identity = self._identity

@@ -19,7 +19,7 @@ import numpy as np
 
 from gradhpo.checkpoints import Saved
 from gradhpo.cluster import importing
-from gradhpo.cluster.failures import StateGone
+from gradhpo.cluster.failures import StateGone, Superseded
 from gradhpo.cluster.orders import Import, Order, Prepared, Result, Spec
 from gradhpo.cluster.storage import Storage
 from gradhpo.cluster.variant import Arrays, Rows, Variant
@@ -75,6 +75,9 @@ class ShardHost:
         started, variant = time.perf_counter(), self._variants[order.variant]
         state = self._state(order.shard, order.variant, order.generation - 1, order.start)
         winner = self._start_winner(order, incarnation, state)
+        if self._begun.get(order.shard, -1) >= order.generation:  # the sweep went back
+            del self._begun[order.shard]
+            self._writer.forget(order.shard, order.generation)
         # The programs take its buffers over: an order that comes again starts from the checkpoint.
         self._states.pop(order.shard, None)
         if (order.parents != np.arange(len(order.parents))).any():
@@ -107,17 +110,17 @@ class ShardHost:
           StateGone: if the state is not here.
           StorageFailed, Superseded: as for `run`.
         """
-        if self._begun.get(shard) != generation:
+        if self._begun.get(shard, -1) < generation:
             held = self._states.get(shard)
             if held is None or held.generation != generation:
                 raise StateGone(f"shard {shard}: nobody holds generation {generation}")
             self._write(shard)
-        newest = self._writer.wait(shard)
-        if newest is None:
+        if jax.process_index() != 0:
             return Saved("", "")  # the first process of a gang has it
-        if newest.generation != generation:
+        there = {made.generation: made.saved for made in self._writer.wait(shard)}
+        if generation not in there:
             raise StateGone(f"shard {shard}: generation {generation} could not be written")
-        return newest.saved
+        return there[generation]
 
     def close(self) -> None:
         """Finish what is being written."""
@@ -148,9 +151,9 @@ class ShardHost:
         held = self._states.get(shard)
         if held is not None and held.generation == generation:
             return held.state
-        newest = self._writer.wait(shard)
-        if newest is not None and newest.generation == generation:
-            saved = newest.saved  # it did not fit any more
+        for made in self._writer.wait(shard):
+            if made.generation == generation:
+                saved = made.saved  # it did not fit any more
         if saved is None:
             raise StateGone(f"shard {shard}: nobody holds generation {generation}")
         arrays, about = self.storage.load(saved)
@@ -176,7 +179,8 @@ class ShardHost:
         while len(self._states) > self.spec.states and jax.process_count() == 1:
             oldest, old = next(iter(self._states.items()))
             if old.incarnation is not None and self._begun.get(oldest) != old.generation:
-                self._write(oldest)
+                with contextlib.suppress(Superseded):  # another worker has the shard by now
+                    self._write(oldest)
             self._writer.wait(oldest)
             del self._states[oldest]
 

@@ -151,6 +151,9 @@ class Storage:
         unfinished = [path for path in there if self._is_ours(path.name)]
         if not (tables := self.path / TABLES).is_symlink():
             unfinished += tables.glob(f"*{UNFINISHED}")
+        if not (root := self.path / CHECKPOINTS).is_symlink():
+            folders = [folder for folder in root.glob("*") if not folder.is_symlink()]
+            unfinished += [file for folder in folders for file in folder.glob(f"*{UNFINISHED}")]
         for path in unfinished:
             path.unlink(missing_ok=True)
         return sorted(str(path.relative_to(self.path)) for path in unfinished)

@@ -142,7 +142,7 @@ class Sweep:
             episode_init=episode_init, lr_schedule=lr_schedule,
         )  # fmt: skip
         self.place = Place(
-            storage=Path(storage) if isinstance(storage, Path) else storage,  # pyright: ignore
+            storage=storage,  # pyright: ignore[reportArgumentType]
             generations=generations, workers=workers, resources=resources, processes=processes,
             executor=executor, address=address, env=env, runtime_env=runtime_env,
             deadline=deadline, start_deadline=start_deadline, heartbeat=heartbeat, wait=wait,
@@ -283,9 +283,9 @@ class Sweep:
         self._load_scheduler()
         data = self._load_data()
         about = manifest.describe(self.identity, self.place, data, self._folders)
-        claim.claim(self.storage, about, allowed, telling.tell)
+        renamed = claim.claim(self.storage, about, allowed, telling.tell)
         made = Run(self.identity, self.place, self.layout, self._spec(), telling, began)
-        return made.go(data, allowed, self.how_to_resume)
+        return made.go(data, allowed, renamed, about, self.how_to_resume)
 
     def _display(self) -> Display:
         steps = self.identity.population * self.identity.steps_per_generation

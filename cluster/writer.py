@@ -35,8 +35,8 @@ class Writer:
         self._pool: ThreadPoolExecutor | None = None
         self._flying: dict[int, tuple[int, Future[Saved]]] = {}
         """By shard, the generation that is being written."""
-        self._durable: dict[int, Checkpoint] = {}
-        """By shard, the newest one that is."""
+        self._durable: dict[int, tuple[Checkpoint, ...]] = {}
+        """By shard, the newest ones that are: two at most, the newest last."""
 
     def start(
         self,
@@ -72,22 +72,28 @@ class Writer:
         _on_storage(self._storage.path, check_owner, self._storage, shard, incarnation)
         return self._submit(self._storage.save_winner, generation, shard, incarnation, rows)
 
-    def newest(self, shard: int) -> Checkpoint | None:
-        """Return the newest checkpoint of a shard that is durable; waits for none.
+    def newest(self, shard: int) -> tuple[Checkpoint, ...]:
+        """Return the newest checkpoints of a shard that are durable; waits for none.
 
         Raises:
           StorageFailed: if one could not be written.
         """
         if shard in self._flying and self._flying[shard][1].done():
             self.wait(shard)
-        return self._durable.get(shard)
+        return self._durable.get(shard, ())
 
-    def wait(self, shard: int) -> Checkpoint | None:
+    def wait(self, shard: int) -> tuple[Checkpoint, ...]:
         """Return the same when what is being written is durable."""
         if shard in self._flying:
             generation, future = self._flying.pop(shard)
-            self._durable[shard] = Checkpoint(generation, future.result())
-        return self._durable.get(shard)
+            made = Checkpoint(generation, future.result())
+            self._durable[shard] = (*self._durable.get(shard, ()), made)[-2:]
+        return self._durable.get(shard, ())
+
+    def forget(self, shard: int, generation: int) -> None:
+        """Forget the checkpoints from this generation on, which is computed again."""
+        kept = [made for made in self.wait(shard) if made.generation < generation]
+        self._durable[shard] = tuple(kept)
 
     def close(self) -> None:
         """Finish what is being written, and begin nothing more."""

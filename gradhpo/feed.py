@@ -191,6 +191,7 @@ class HostFeed:
         """
         beyond = beyond and not self.source.once
         self._settle()
+        self._patience = READ_SECONDS[0]
         lanes = self._lanes(seeds, ages, running)
         ends = [self._timetable.pairs_before(int(age) + steps) for age in lanes.first_ages()]
         reading = self._read(lanes, steps, first, taper=not beyond)

@@ -20,7 +20,7 @@ def folder() -> Path | None:
     """Return where layouts are kept; None for nowhere."""
     told = os.environ.get("GRADHPO_CACHE", "")
     if told:
-        return None if told == "off" else Path(told)
+        return None if told == "off" else Path(told).expanduser()
     try:
         caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     except RuntimeError:  # a user without a home
@@ -48,7 +48,14 @@ def remember(key: StepKey, batching: str) -> None:
 
 def _path(key: StepKey) -> Path | None:
     """Return the file of a step key, on as many processors: the fastest layout depends on both."""
-    processors = os.environ.get("PJRT_NPROC") or os.cpu_count()
+    processors = os.environ.get("PJRT_NPROC") or _processors()
     name = hashlib.sha256(f"{key.digest()} {processors}".encode()).hexdigest()
     caches = folder()
     return None if caches is None else caches / "layouts" / f"{name}.json"
+
+
+def _processors() -> int | None:
+    """Return how many XLA may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()

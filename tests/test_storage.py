@@ -145,14 +145,16 @@ def test_one_state_of_a_shard_is_in_flight_at_most(tmp_path):
     writer.start(0, 3, one, state, {})
     writer.start(1, 3, one, state, {})  # of another shard: beside it
     assert [storage.asked.acquire(timeout=60) for _ in range(2)] == [True, True]
-    assert writer.newest(0) is None
+    assert writer.newest(0) == ()
     second = threading.Thread(target=writer.start, args=(0, 4, one, state, {}))
     second.start()
     assert not storage.asked.acquire(timeout=0.05)
     storage.word.set()
     second.join()
-    assert writer.wait(0).generation == 4
-    assert storage.load(writer.wait(1).saved)[0]["x"].tolist() == list(range(10))
+    assert [made.generation for made in writer.wait(0)] == [3, 4]
+    assert storage.load(writer.wait(1)[0].saved)[0]["x"].tolist() == list(range(10))
+    writer.forget(0, 4)  # which is computed again
+    assert [made.generation for made in writer.wait(0)] == [3]
     writer.close()
 
 
