@@ -375,8 +375,10 @@ def test_a_hundred_million_hyperparameters_take_a_step():
     rule = fully_sharded(mesh)
     own = gradhpo.OneStepOptimizer(inner_optimizer=optax.sgd(0.1))
     optimizer = data_parallel(own, mesh, backend="auto", rules=rule)
-    lam = jax.jit(lambda: jnp.zeros(n), out_shardings=jax.NamedSharding(mesh, P("data")))()
-    state = optimizer.init(jnp.zeros(3), lam)
+    lam = jax.jit(
+        lambda: jnp.zeros(n, np.float32), out_shardings=jax.NamedSharding(mesh, P("data"))
+    )()
+    state = optimizer.init(jnp.zeros(3, np.float32), lam)
 
     def single(x):
         return np.asarray(x, np.int32 if x.dtype.kind == "i" else np.float32)
