@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import ml_dtypes  # comes with JAX
 import numpy as np
 
 from gradhpo import container
@@ -158,9 +157,7 @@ def _unzip(content: container.Content) -> tuple[dict[str, np.ndarray], dict[str,
         header = json.loads(file["header"].tobytes())
         for index, (key, dtype) in enumerate(zip(header["names"], header["dtypes"], strict=True)):
             array = file[f"a{index}"]
-            arrays[key] = array if array.dtype.name == dtype else array.view(_dtype(dtype))
+            arrays[key] = (
+                array if array.dtype.name == dtype else array.view(container.dtype_of(dtype))
+            )
         return arrays, header["about"]
-
-
-def _dtype(name: str) -> np.dtype[Any]:
-    return np.dtype(getattr(ml_dtypes, name, name))

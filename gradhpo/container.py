@@ -111,7 +111,7 @@ def unpack(content: Content) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     first = start + length + _padding(start + length)
     arrays: dict[str, np.ndarray] = {}
     for name, dtype_name, shape, offset in header["arrays"]:
-        dtype = _dtype(dtype_name)
+        dtype = dtype_of(dtype_name)
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         part = data[first + offset : first + offset + size]
         arrays[name] = part.view(dtype).reshape(shape)
@@ -171,7 +171,7 @@ def _plain(name: str, array: np.ndarray) -> np.ndarray:
     """Return an array in this machine's byte order."""
     array = array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
     try:
-        known = _dtype(array.dtype.name) == array.dtype
+        known = dtype_of(array.dtype.name) == array.dtype
     except (TypeError, ValueError):
         known = False
     if not known:
@@ -179,7 +179,12 @@ def _plain(name: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _dtype(name: str) -> np.dtype[Any]:
+def dtype_of(name: str) -> np.dtype[Any]:
+    """Return the dtype of plain numbers that has this name, JAX's own among them.
+
+    Raises:
+      TypeError, ValueError: if there is none.
+    """
     made = np.dtype(getattr(ml_dtypes, name, name))
     if made.hasobject or made.itemsize == 0:
         raise ValueError(f"it holds {name!r}, which are no plain numbers")

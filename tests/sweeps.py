@@ -1,8 +1,11 @@
-"""What the tests of sweeps share: a small sweep, and comparing two results to the bit."""
+"""What the tests of sweeps share: a small sweep, equal to the bit, and its workers' processes."""
+
+import time
+from pathlib import Path
 
 import numpy as np
 
-from gradhpo.cluster import PBT, SearchSpace, Sweep, loguniform
+from gradhpo.cluster import PBT, SearchSpace, Sweep, events, loguniform
 
 SPACE = SearchSpace(hyperparams={"log_rate": loguniform(1e-3, 3e-1, stored="log")})
 GENERATIONS = 8
@@ -36,3 +39,30 @@ def assert_same_tables(result, expected):
     assert result.best.lineage == expected.best.lineage
     for name, array in expected.best.arrays.items():
         assert result.best.arrays[name].tobytes() == array.tobytes(), name
+
+
+def alive(pid):
+    """Whether a process of this machine is there, and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def workers(made):
+    """Process ids of the workers that a running sweep has had, the living ones."""
+    pids = [event.pid for event in list(made.events) if isinstance(event, events.WorkerReady)]
+    return [pid for pid in pids if alive(pid)]
+
+
+def lost(made):
+    """Why workers of a sweep were given up."""
+    return [event.reason for event in made.events if isinstance(event, events.WorkerLost)]
+
+
+def wait_until(condition, seconds, what):
+    """Wait for something that takes a while."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.02)

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import pickle
-import resource
 import signal
 import socket
 import subprocess
@@ -18,6 +17,7 @@ from gradhpo import checkpoints, lock
 from gradhpo.checkpoints import Saved
 from gradhpo.cluster import DamagedFile, StorageInUse, incarnations, journal
 from gradhpo.cluster.storage import Storage
+from tests.full_disk import full_disk
 
 ARRAYS = {
     ".params['w']": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -81,15 +81,8 @@ def test_a_pickle_is_never_read(tmp_path):
 
 
 def test_a_file_that_cannot_be_written_whole_is_not_there(tmp_path):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    try:
-        with pytest.raises(OSError, match="large"):
-            checkpoints.save(tmp_path, "folder/file", {"big": np.zeros(10_000)}, {})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
+    with full_disk(1000), pytest.raises(OSError, match="large"):
+        checkpoints.save(tmp_path, "folder/file", {"big": np.zeros(10_000)}, {})
     assert list((tmp_path / "folder").iterdir()) == []
 
 
@@ -250,15 +243,9 @@ def test_a_killed_holders_forked_child_does_not_hold_on(tmp_path):
 
 
 def test_a_disk_that_is_full_leaves_no_lock_behind(tmp_path):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
-    try:
-        with pytest.raises(OSError, match=f"storage '{tmp_path}' cannot be written: .*large"):
-            lock.FolderLock(tmp_path, "storage", "sweep")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
+    refused = pytest.raises(OSError, match=f"storage '{tmp_path}' cannot be written: .*large")
+    with full_disk(0), refused:
+        lock.FolderLock(tmp_path, "storage", "sweep")
     lock.FolderLock(tmp_path, "storage", "sweep").release()
 
 

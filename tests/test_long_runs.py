@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from gradhpo import DamagedFile, Problem, Stop, StorageInUse, checkpoints, solve
 from gradhpo.commit import UNFINISHED
 from gradhpo.solution import packed
 from tests import long_program
+from tests.full_disk import full_disk
 from tests.long_program import KINDS, STEPS
 from tests.small import BATCH, INNER, build, start, train_loss, val_loss
 
@@ -183,15 +183,9 @@ def test_what_a_killed_process_was_writing_is_removed(tmp_path):
 
 
 def test_a_full_disk_is_told_and_the_run_goes_on(tmp_path):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    try:
-        with pytest.warns(RuntimeWarning, match=r"step (8|12) could not be saved, and the run"):
-            found = solve(PROBLEM, OPTIMIZER, 12, KEY, checkpoint=tmp_path, every=8)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
+    told = pytest.warns(RuntimeWarning, match=r"step (8|12) could not be saved, and the run")
+    with full_disk(1000), told:
+        found = solve(PROBLEM, OPTIMIZER, 12, KEY, checkpoint=tmp_path, every=8)
     assert found.steps == 12
     assert files(tmp_path) == []
 

@@ -5,16 +5,15 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from gradhpo.cluster import SweepError, events, executors
+from gradhpo.cluster import SweepError, executors
 from gradhpo.cluster.commands import Again
 from gradhpo.cluster.this_process import ThisProcess
 from tests import sweep_problems
-from tests.sweeps import assert_same_tables, sweep
+from tests.sweeps import alive, assert_same_tables, lost, sweep, wait_until, workers
 
 ROOT = Path(__file__).parent.parent
 LONG = 10
@@ -28,30 +27,6 @@ def reference(tmp_path_factory):
 
 def on_processes(storage, **changes):
     return sweep(storage, **{"executor": "processes", "workers": 2, "generations": LONG, **changes})
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def workers(made):
-    """Process ids of the workers that a running sweep has had, the living ones."""
-    pids = [event.pid for event in list(made.events) if isinstance(event, events.WorkerReady)]
-    return [pid for pid in pids if alive(pid)]
-
-
-def lost(made):
-    return [event.reason for event in made.events if isinstance(event, events.WorkerLost)]
-
-
-def wait_until(condition, seconds, what):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(0.02)
 
 
 def test_a_killed_and_a_stopped_worker_change_nothing(tmp_path, reference):

@@ -19,7 +19,15 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 ray = pytest.importorskip("ray")
 
 from gradhpo.cluster import PBT, SearchSpace, SweepError, events  # noqa: E402
-from tests.sweeps import SPACE, assert_same_tables, sweep  # noqa: E402
+from tests.sweeps import (  # noqa: E402
+    SPACE,
+    alive,
+    assert_same_tables,
+    lost,
+    sweep,
+    wait_until,
+    workers,
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -52,32 +60,12 @@ def on_ray(storage, **changes):
     return sweep(storage, **{"executor": "ray", "workers": 2, "generations": LONG, **changes})
 
 
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def workers(made):
-    """Process ids of the workers that a running sweep has had, the living ones."""
-    pids = [event.pid for event in list(made.events) if isinstance(event, events.WorkerReady)]
-    return [pid for pid in pids if alive(pid)]
-
-
 def kill(pid, number=signal.SIGKILL):
     try:
         os.kill(pid, number)
     except ProcessLookupError:
         return False
     return True
-
-
-def wait_until(condition, seconds, what):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(0.02)
 
 
 # --- what it computes ---------------------------------------------------------------------------
@@ -227,8 +215,7 @@ def test_a_worker_that_hangs_is_replaced(cluster, tmp_path, reference):
             stopped.append(pid)
 
     result = made.run(disturb)
-    lost = [event.reason for event in made.events if isinstance(event, events.WorkerLost)]
-    assert sum("did not answer" in reason for reason in lost) >= 2
+    assert sum("did not answer" in reason for reason in lost(made)) >= 2
     assert len(set(stopped)) == 2
     assert not any(map(alive, stopped))
     assert_same_tables(result, reference)
@@ -247,9 +234,8 @@ def test_a_silent_worker_is_replaced_and_a_slow_one_is_not(cluster, tmp_path):
             os.kill(stopped[0], signal.SIGSTOP)
 
     result = made.run(disturb)
-    lost = [event.reason for event in made.events if isinstance(event, events.WorkerLost)]
-    assert len(lost) == 1
-    assert "silent" in lost[0]
+    assert len(lost(made)) == 1
+    assert "silent" in lost(made)[0]
     assert min(entry["seconds"] for entry in result._entries) > 0.8
     assert not any(map(alive, stopped))
     assert_same_tables(result, sweep(tmp_path / "local", **changes).run())
