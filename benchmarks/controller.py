@@ -23,6 +23,7 @@ from gradhpo.cluster import (
     uniform,
 )
 from gradhpo.cluster.controller import Columns, Controller, Layout, Rules
+from gradhpo.cluster.events import Event, GenerationDone
 from gradhpo.cluster.executors import Executor
 from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.orders import Checkpoint, Order, Prepared, Result
@@ -125,12 +126,12 @@ def run(
         storage = Path(folder)
         stub = Stub(storage, layout)
 
-        def notify(event: str, **facts: Any) -> None:
-            if event == "generation":
-                after(facts["entry"]["generation"] + 1)
+        def tell(event: Event) -> None:
+            if isinstance(event, GenerationDone):
+                after(event.generation)
 
         rules = Rules(scheduler, SPACE, 0, "val_loss", 1)
-        made = Controller(Storage(storage), Journal(storage), stub, layout, rules, notify)
+        made = Controller(Storage(storage), Journal(storage), stub, layout, rules, tell)
         started = time.perf_counter()
         made.run(generations)
         return time.perf_counter() - started - stub.seconds, stub.seconds

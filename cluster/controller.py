@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from gradhpo.checkpoints import DamagedFile, Saved
 from gradhpo.cluster import columns as names
 from gradhpo.cluster import schedulers
 from gradhpo.cluster.columns import BORN, PARENT, TRIAL, Columns, decision_of
+from gradhpo.cluster.events import Damaged, GenerationDone, Note, Tell
 from gradhpo.cluster.executors import Executor
 from gradhpo.cluster.failures import StateGone, SweepError
 from gradhpo.cluster.journal import Best, Entry, Journal
@@ -123,7 +124,7 @@ class Controller:
       executor: where shards run.
       layout: the shards.
       rules: what decides.
-      notify: called with what happens.
+      tell: takes events.
       changes: by generation, what was allowed to be other than before.
       every: generations from one checkpoint to the next.
     """
@@ -135,12 +136,12 @@ class Controller:
         executor: Executor,
         layout: Layout,
         rules: Rules,
-        notify: Callable[..., None],
+        tell: Tell,
         every: int = 1,
         changes: Mapping[int, list[str]] | None = None,
     ) -> None:
         self._storage, self._journal, self._executor = storage, journal, executor
-        self._layout, self._rules, self._notify, self._every = layout, rules, notify, every
+        self._layout, self._rules, self._tell, self._every = layout, rules, tell, every
         self._changes = changes or {}  # by generation, what was allowed to be other than before
         self._computed: list[Computed] = []
         """The oldest first: at most those since the last checkpoints, and one more."""
@@ -170,8 +171,7 @@ class Controller:
                         f"{error}, {lost} times in a row before a later checkpoint was durable. "
                         "A smaller checkpoint_every leaves less to lose"
                     ) from error
-                what = f"{error}: going on from generation {reached + 1} again"
-                self._notify("note", what=what)
+                self._tell(Note(f"{error}: going on from generation {reached + 1} again"))
 
     def _go_on(self, generations: int) -> None:
         """Compute generations, until the last or until files are damaged."""
@@ -209,10 +209,11 @@ class Controller:
         same = {n for n, x in table.items() if n in columns and x.tobytes() == columns[n].tobytes()}
         differing = sorted(columns.keys() - same)
         if differing:
-            self._notify(
-                "note",
-                what=f"generation {generation + 1}, computed again, differs from its table in "
-                f"{', '.join(differing)}: is it another kind of hardware?",
+            self._tell(
+                Note(
+                    f"generation {generation + 1}, computed again, differs from its table in "
+                    f"{', '.join(differing)}: is it another kind of hardware?"
+                )
             )
 
     def _generation(self, plan: Plan) -> Plan:
@@ -299,7 +300,8 @@ class Controller:
             raise SweepError(f"{where}: {error}") from error
         self._prune()
         self._written = {name: one for name, one in self._written.items() if name[1] > generation}
-        self._notify("generation", entry=entry, columns=done.columns)
+        best = entry["best"] and entry["best"]["score"] * self._rules.sign
+        self._tell(GenerationDone(generation + 1, done.columns, best, entry["seconds"]))
 
     def _best(self, plan: Plan, columns: Columns) -> Best | None:
         """Return the best trial so far; one of this generation without its checkpoint."""
@@ -357,7 +359,7 @@ class Controller:
                     f"beginning, move {self._storage.path} away"
                 ) from error
         generation = -1 if before is None else before["generation"]
-        self._notify("damaged", what=str(error), generation=generation + 1)
+        self._tell(Damaged(str(error), generation + 1))
         self._journal.drop_after(generation)
 
 

@@ -231,6 +231,10 @@ class Finished(Event):
     name: ClassVar[str] = "finished"
 
 
+Tell = Callable[[Event], None]
+"""Takes an event."""
+
+
 class Observer(Protocol):
     """What wants to know: a display, a log, a tracker of experiments."""
 
@@ -261,12 +265,11 @@ class Telling:
 
     Args:
       kept: where events are kept.
-      sign: 1 if the metric is minimized, -1 if maximized.
     """
 
-    def __init__(self, kept: list[Event], sign: int) -> None:
+    def __init__(self, kept: list[Event]) -> None:
         self._observers: list[Observer] = []
-        self.kept, self._sign = kept, sign
+        self.kept = kept
         self._waiting: list[Event] = []
         self._telling = False
         self.generations = 0
@@ -288,10 +291,6 @@ class Telling:
         finally:
             self._telling = False
 
-    def notify(self, event: str, **facts: Any) -> None:
-        """Tell what an executor or the controller calls by a name: the one place that types it."""
-        self.tell(self._typed(event, facts))
-
     def _tell(self, event: Event) -> None:
         if isinstance(event, GenerationDone):
             self.generations += 1
@@ -299,26 +298,6 @@ class Telling:
             self.kept.append(event)
         for observer in self._observers:
             observer.observe(event)
-
-    def _typed(self, event: str, facts: dict[str, Any]) -> Event:
-        match event:
-            case "generation":
-                entry, best = facts["entry"], facts["entry"]["best"]
-                score = None if best is None else best["score"] * self._sign
-                done = entry["generation"] + 1
-                return GenerationDone(done, facts["columns"], score, entry["seconds"])
-            case "prepared":
-                return Prepared.of(facts["prepared"])
-            case "worker ready" | "worker lost" | "damaged" | "note":
-                return _NAMED[event](**facts)
-            case _:
-                told = ", ".join(f"{name}={value}" for name, value in facts.items())
-                return Note(f"{event}: {told}")
-
-
-_NAMED: dict[str, type[Event]] = {
-    kind.name: kind for kind in (WorkerReady, WorkerLost, Damaged, Note)
-}
 
 
 def _fields(kind: type[Event]) -> tuple[dataclasses.Field[Any], ...]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import abc
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gradhpo.checkpoints import Saved
-from gradhpo.cluster import local_processes
+from gradhpo.cluster import events, local_processes
 from gradhpo.cluster.commands import (
     Again,
     Answered,
@@ -25,6 +25,7 @@ from gradhpo.cluster.commands import (
     Send,
     Start,
 )
+from gradhpo.cluster.events import Tell
 from gradhpo.cluster.failures import StorageFailed, SweepError, WorkerFailed
 from gradhpo.cluster.fleet import Fleet, NoWorker
 from gradhpo.cluster.incarnations import Incarnations
@@ -32,9 +33,6 @@ from gradhpo.cluster.local_ray import has_ray
 from gradhpo.cluster.orders import Order, Prepared, Result, Spec
 from gradhpo.cluster.processes import Processes, ProcessSettings, log_file
 from gradhpo.cluster.this_process import ThisProcess
-
-Notify = Callable[..., None]
-"""Called as `notify(event, **facts)` with what a person may want to know."""
 
 ROOM_EVERY = 1.0
 """Seconds between two looks at how many workers could be held."""
@@ -107,9 +105,9 @@ class FleetExecutor(Executor):
         storage: str,
         shards: int,
         settings: ProcessSettings,
-        notify: Notify,
+        tell: Tell,
     ) -> None:
-        self._processes, self._incarnations, self._notify = processes, incarnations, notify
+        self._processes, self._incarnations, self._tell = processes, incarnations, tell
         self._storage, self._settings = storage, settings
         self._fleet = Fleet(settings, shards, incarnations.new)
         self._layouts: dict[int, Any] = {}
@@ -156,10 +154,7 @@ class FleetExecutor(Executor):
 
     def moves(self) -> bool:
         """Whether a worker that has started since has no shard, or too few."""
-        events = self._processes.poll(0)
-        for event in events:
-            self._note(event)
-        for command in self._fleet.step(time.monotonic(), *events, *self._room()):
+        for command in self._look(0):
             self._carry_out(command, {})
         return self._fleet.uneven
 
@@ -187,10 +182,14 @@ class FleetExecutor(Executor):
                 self._carry_out(command, done)
             if self._fleet.complete:
                 return done
-            events = self._processes.poll(timeout)
-            for event in events:
-                self._note(event)
-            commands = self._fleet.step(time.monotonic(), *events, *self._room())
+            commands = self._look(timeout)
+
+    def _look(self, timeout: float) -> list[Command]:
+        """Wait for what happens, and return what to do."""
+        happened = self._processes.poll(timeout)
+        for event in happened:
+            self._note(event)
+        return self._fleet.step(time.monotonic(), *happened, *self._room())
 
     def _room(self) -> Sequence[Room]:
         """Look from time to time how many workers could be held."""
@@ -240,12 +239,12 @@ class FleetExecutor(Executor):
         """Tell what a worker did that a person may want to know."""
         if done.job.kind == "prepare":
             prepared: Prepared = done.values[0]
-            self._notify("prepared", prepared=prepared._replace(blobs=None))
+            self._tell(events.Prepared.of(prepared))
         elif done.job.kind == "start":
             self._about[done.worker] = done.values
             for about in done.values:
-                facts = {**self._log(done.worker), **about}
-                self._notify("worker ready", incarnation=done.worker, **facts)
+                facts: dict[str, Any] = {**self._log(done.worker), **about}
+                self._tell(events.WorkerReady(done.worker, **facts))
 
     def _shared(self, prepared: Prepared) -> Prepared:
         """Put a variant's programs where all workers can read them."""
@@ -259,8 +258,8 @@ class FleetExecutor(Executor):
     def _end(self, kill: Kill) -> None:
         if kill.lost:
             who = [f"{a['host']}:{a['pid']}" for a in self._about.get(kill.worker, ())]
-            facts = {"incarnation": kill.worker, "process": who, **self._log(kill.worker)}
-            self._notify("worker lost", reason=kill.reason, **facts)
+            log = self._log(kill.worker)
+            self._tell(events.WorkerLost(kill.reason, kill.worker, who, **log))
         self._processes.kill(kill.worker)
 
     def _log(self, worker: int) -> dict[str, str]:
@@ -317,7 +316,7 @@ def open_executor(
     data: Any,
     shards: int,
     settings: ProcessSettings,
-    notify: Notify,
+    tell: Tell,
 ) -> FleetExecutor:
     """Return the executor of this kind: "auto" is "ray" where it is installed, else "local"."""
     incarnations = Incarnations(Path(spec.storage))
@@ -326,7 +325,7 @@ def open_executor(
         settings = dataclasses.replace(settings, workers=1)
     spec = dataclasses.replace(spec, states=-(-shards // settings.workers))
     processes = _processes(kind, spec, data, settings)
-    return FleetExecutor(processes, incarnations, spec.storage, shards, settings, notify)
+    return FleetExecutor(processes, incarnations, spec.storage, shards, settings, tell)
 
 
 def _processes(kind: str, spec: Spec, data: Any, settings: ProcessSettings) -> Processes:

@@ -26,6 +26,8 @@ IDENTITY = (
     "x64",
 )
 """What makes a run this very run; the rest of a manifest may differ when it is resumed."""
+OBJECTS = ("problem", "optimizer", "data", "lr_schedule")
+"""What may be a reference, or an object of a program."""
 OLDER = {
     "episode_length": None,
     "lr_reptile": 1.0,
@@ -106,15 +108,14 @@ def settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """
     fields = (*IDENTITY, "batching", "generations")
     given = {name: manifest.get(name) for name in fields if name != "x64"} | manifest["how"]
-    for name in ("problem", "optimizer", "data", "lr_schedule"):
+    for name in OBJECTS:
         given[name] = importing.reference_of(given[name])
     return {name: value for name, value in given.items() if value is not None}
 
 
 def objects(manifest: Mapping[str, Any]) -> list[str]:
     """Return what only the program that made a storage can make again."""
-    named = ("problem", "optimizer", "data", "lr_schedule")
-    given = {name: manifest[name] for name in named if manifest[name] is not None}
+    given = {name: manifest[name] for name in OBJECTS if manifest[name] is not None}
     scheduler = str(manifest["scheduler"].get("function", ""))
     made = [name for name, value in given.items() if "reference" not in value]
     return [*made, *(["scheduler"] if not importing.findable(scheduler) else [])]

@@ -13,8 +13,6 @@ from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.orders import Prepared
 from gradhpo.cluster.storage import Storage
 
-CHANGES = ("data", "code")
-"""What `allow_changed` takes."""
 Entry = dict[str, Any]
 """Of a variant: its "batching", the step "key", the checksum of its "data", and its "changes"."""
 
@@ -69,6 +67,7 @@ def recovered(storage: Path, tell: Callable[[Event], None]) -> list[Entry] | Non
 
 def keep(
     storage: Path,
+    known: Sequence[Entry] | None,
     prepared: Sequence[Prepared],
     generation: int,
     allowed: Collection[str],
@@ -80,9 +79,10 @@ def keep(
 
     Args:
       storage: the sweep's.
+      known: from `recovered`.
       prepared: of each variant.
-      generation: the next one.
-      allowed: what may have changed, of `CHANGES`.
+      generation: the next one that is computed.
+      allowed: what may have changed, "data" and "code".
       renamed: what of it has, by its name in the manifest.
       mine: this run's manifest.
       tell: takes events.
@@ -90,7 +90,7 @@ def keep(
     Raises:
       SweepError: if something else changed.
     """
-    known, its = recovered(storage, tell), manifest.digest(mine)
+    its = manifest.digest(mine)
     about = ({"batching": p.batching, "key": p.key, "data": p.data} for p in prepared)
     made: list[Entry] = json.loads(json.dumps([{**entry, "identity": its} for entry in about]))
     changed: set[str] = set()

@@ -9,6 +9,7 @@ from typing import Any
 from gradhpo.cluster import executors, programs
 from gradhpo.cluster.controller import Controller, Layout, Rules
 from gradhpo.cluster.events import (
+    Changed,
     Damaged,
     Finished,
     Resumed,
@@ -66,11 +67,6 @@ class Run:
           how_to_resume: returns the sentence that says how to go on.
         """
         tell, total = self._telling.tell, self._place.generations
-        if allowed:  # what is computed again from the last checkpoints is of the changed program
-            durable = self._journal.durable
-            last = durable[-1]["generation"] if durable else -1
-            if last < self._journal.generation:
-                self._journal.drop_after(last)
         if done := self._journal.generation + 1:
             tell(Resumed(done, total))
         for what in self._journal.damaged:
@@ -85,7 +81,7 @@ class Run:
                 data,
                 self._layout.shards,
                 self._place.for_processes(self._layout.shards),
-                self._telling.notify,
+                tell,
             )
         try:
             with self._timings("workers"):
@@ -136,12 +132,18 @@ class Run:
                 )
         for text in dict.fromkeys(text for made in prepared for text in made.unreached):
             warn_user(text, UnreachedWarning)
-        next_one = self._journal.generation + 1
-        return programs.keep(self._storage, prepared, next_one, allowed, renamed, about, tell)
+        durable = self._journal.durable
+        first = durable[-1]["generation"] + 1 if durable else 0
+        args = (prepared, first, allowed, renamed, about, tell)
+        entries = programs.keep(self._storage, known, *args)
+        changed = any(isinstance(event, Changed) for event in self._telling.kept)
+        if changed and first <= self._journal.generation:  # their states came before the change
+            self._journal.drop_after(first - 1)
+        return entries
 
     def _controller(self, executor: Executor, changes: dict[int, list[str]]) -> Controller:
         identity = self._identity
         about = (identity.scheduler, identity.space, identity.seed)
         rules = Rules(*about, identity.metric, identity.sign)
         what = (Storage(self._storage), self._journal, executor, self._layout, rules)
-        return Controller(*what, self._telling.notify, self._place.checkpoint_every, changes)
+        return Controller(*what, self._telling.tell, self._place.checkpoint_every, changes)

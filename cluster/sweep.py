@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from gradhpo.cluster import claim, executors, importing, manifest, programs, schedulers, settings
+from gradhpo.cluster import claim, executors, importing, manifest, schedulers, settings
 from gradhpo.cluster.display import Display
 from gradhpo.cluster.division import divide
 from gradhpo.cluster.event_log import EventLog
@@ -247,14 +247,14 @@ class Sweep:
           ValueError: for an unknown name in `allow_changed`.
           OSError: if the storage cannot be written.
         """
-        if isinstance(allow_changed, str) or not set(allow_changed) <= set(programs.CHANGES):
-            accepted = f"a tuple of names, of {programs.CHANGES}"
+        if isinstance(allow_changed, str) or not set(allow_changed) <= set(claim.ALLOWED):
+            accepted = f"a tuple of names, of {tuple(claim.ALLOWED)}"
             raise ValueError(f"allow_changed must be {accepted}, got {allow_changed!r}")
         claim.open_folder(self.storage)
         self.events = []
         lock = FolderLock(self.storage, "storage", "sweep")
         try:
-            telling = Telling(self.events, self.identity.sign)
+            telling = Telling(self.events)
             with self._display() as display:
                 telling.to(display, EventLog(self.storage), *observers)
                 if callback is not None:

@@ -83,33 +83,8 @@ def test_what_an_observer_raises_ends_the_run_and_what_is_saved_stays(tmp_path):
     assert sweep(tmp_path, generations=2).result().generations == 1
 
 
-@pytest.mark.parametrize(
-    ("name", "facts", "event"),
-    [
-        (
-            "worker ready",
-            {"incarnation": 3, "pid": 7, "host": "h"},
-            events.WorkerReady(3, 7, "h"),
-        ),
-        (
-            "worker lost",
-            {"reason": "died", "incarnation": 3, "process": ["h:7"]},
-            events.WorkerLost("died", 3, ["h:7"]),
-        ),
-        ("damaged", {"what": "x", "generation": 2}, events.Damaged("x", 2)),
-        ("something new", {"a": 1}, events.Note("something new: a=1")),
-    ],
-)
-def test_what_executors_tell_by_name_has_a_type(name, facts, event):
-    kept = Kept()
-    telling = events.Telling([], 1)
-    telling.to(kept)
-    telling.notify(name, **facts)
-    assert kept.told == telling.kept == [event]
-
-
 def test_an_event_that_comes_while_another_is_told_waits():
-    kept, telling = Kept(), events.Telling([], 1)
+    kept, telling = Kept(), events.Telling([])
 
     class Signalled:
         def observe(self, event):

@@ -25,6 +25,7 @@ from gradhpo.cluster import (
     events,
 )
 from gradhpo.cluster.check import check_storage
+from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.printable import printable
 from gradhpo.cluster.settings import Identity, Place, names
 from tests import sweep_problems
@@ -344,3 +345,23 @@ def test_a_kill_at_any_of_the_first_file_operations_costs_nothing(tmp_path):
         )  # fmt: skip
         assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
         assert_same_tables(sweep(storage, generations=2).run(), expected)
+
+
+def test_an_allowed_change_begins_where_states_are_known(tmp_path):
+    """Generations after the last checkpoints are computed again, by the changed program."""
+    settings = {"generations": 6, "checkpoint_every": 3}
+
+    def stop(generation, table):
+        del table
+        if generation == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(tmp_path, problem=with_data(0), **settings).run(stop)
+    assert Journal(tmp_path).generation == 3
+    changed = sweep(tmp_path, problem=with_data(1), **settings)
+    with pytest.raises(SweepError, match="data"):
+        changed.run(allow_changed=("code",))
+    assert Journal(tmp_path).generation == 3  # what is refused costs nothing
+    result = changed.run(allow_changed=("data",))
+    assert [tuple(change) for change in result.changes] == [(3, "data")]
