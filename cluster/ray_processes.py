@@ -134,18 +134,7 @@ class RayProcesses:
 
     def kill(self, worker: int) -> None:
         """End a worker's actors; Ray alone would not end a process that is stopped."""
-        gang = self._gangs.pop(worker)
-        for ref in [ref for ref, reply in self._replies.items() if reply.worker == worker]:
-            del self._replies[ref]
-        for actor in gang.actors:
-            with contextlib.suppress(Exception):
-                self._ray.kill(actor)
-        if gang.group is not None:
-            from ray.util.placement_group import remove_placement_group
-
-            with contextlib.suppress(Exception):
-                remove_placement_group(gang.group)
-        for about in gang.about.values():
+        for about in self._let_go(worker).about.values():
             _end_process(about)
 
     def share(self, value: Any) -> Any:
@@ -175,7 +164,7 @@ class RayProcesses:
     def close(self) -> None:
         """Kill the workers, and the cluster if it was started here."""
         for worker in list(self._gangs):
-            self.kill(worker)
+            self._let_go(worker)  # a signal beside it would look like a crash, which Ray prints
         if self._settings.wait > 0:
             with contextlib.suppress(Exception):
                 self._request(0)
@@ -199,6 +188,21 @@ class RayProcesses:
         import ray
 
         return ray
+
+    def _let_go(self, worker: int) -> _Gang:
+        """Let Ray end a worker's actors."""
+        gang = self._gangs.pop(worker)
+        for ref in [ref for ref, reply in self._replies.items() if reply.worker == worker]:
+            del self._replies[ref]
+        for actor in gang.actors:
+            with contextlib.suppress(Exception):
+                self._ray.kill(actor)
+        if gang.group is not None:
+            from ray.util.placement_group import remove_placement_group
+
+            with contextlib.suppress(Exception):
+                remove_placement_group(gang.group)
+        return gang
 
     def _options(self) -> dict[str, Any]:
         settings = self._settings
