@@ -47,14 +47,13 @@ class Layout:
         """What a user passes as `batching` to get this layout."""
         return f"shard/{self.within}" if self.sharded else self.within
 
-    def at_once(self, slots: int) -> int:
-        """Return how many of a population's slots one device computes at once."""
-        own = slots // self.shards
+    def at_once(self, own: int) -> int:
+        """Return how many of a device's own slots it computes at once, if there are as many."""
         return own if self.within == "vmap" else 1 if self.within == "map" else int(self.within)
 
     def over_slots(self, one: Callable[..., Any], slots: int) -> Callable[..., Any]:
         """Return a function of stacked arguments that calls `one` for each slot."""
-        chunk = slots if self.within == "vmap" else 1 if self.within == "map" else int(self.within)
+        chunk = self.at_once(slots)
         if chunk >= slots and self.within != "map":
             return jax.vmap(one)
         if self.within == "map":
@@ -67,7 +66,7 @@ class Layout:
         `one(state, *more) -> (state, rows)`. The new states take the places of the old ones, slot
         by slot: a `map` would hold both populations, old and new.
         """
-        chunk = min(self.at_once(slots * self.shards), slots)
+        chunk = min(self.at_once(slots), slots)
         if chunk == slots:
             return self.over_slots(one, slots)
         many = one if self.within == "map" else jax.vmap(one)
@@ -80,7 +79,8 @@ class Layout:
             return _with_part(state, new, start, alone), _with_part(rows, row, start, alone)
 
         def whole(state: PyTree, *more: PyTree) -> tuple[PyTree, PyTree]:
-            shapes = jax.eval_shape(jax.vmap(one), state, *more)[1]
+            # Not by `vmap`, which some operations of a user's have no rule for.
+            shapes = jax.eval_shape(self.over_slots(one, slots), state, *more)[1]
             carry = state, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             carry = jax.lax.fori_loop(
                 0, slots // chunk, lambda i, carry: advance(i * chunk, carry, more, chunk), carry
@@ -158,7 +158,7 @@ def worth_measuring(found: list[Layout], slots: int, slot_bytes: float) -> list[
     """
 
     def bytes_of(layout: Layout) -> float:
-        return slot_bytes * layout.at_once(slots)
+        return slot_bytes * layout.at_once(slots // layout.shards)
 
     least, most = AT_HAND
     kept = [layout for layout in found if least <= bytes_of(layout) <= most]

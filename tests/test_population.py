@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -466,3 +467,15 @@ def test_states_and_axes_that_do_not_fit():
     mesh = make_mesh(trial=4, data=2)
     with pytest.raises(ValueError, match='needs an axis other than "trial"'):
         Population(PROBLEM, data_parallel(OPTIMIZER, mesh, axis="trial"), SLOTS)
+
+
+def test_map_takes_operations_that_have_no_rule_for_vmap():
+    def rows(key, data):
+        given = batch(key, data)
+        return jax.pure_callback(lambda pairs: pairs, given, given)
+
+    problem = dataclasses.replace(PROBLEM, batch=rows)
+    trials, rate = population("one-step", "map", problem)
+    found = trials.run(trials.init(KEY), 2, KEYS, *rate)
+    plain, _ = population("one-step", "map")
+    assert_same_bits(found, plain.run(plain.init(KEY), 2, KEYS, *rate))
