@@ -24,8 +24,6 @@ from tests.full_disk import full_disk
 from tests.long_program import KINDS, STEPS
 from tests.small import BATCH, INNER, build, start, train_loss, val_loss
 
-pytestmark = pytest.mark.compiler
-
 KEY = jax.random.key(7)
 KEYS = jax.random.split(KEY, 3)
 OPTIMIZER = build("one-step", outer=True)[0]
@@ -53,6 +51,7 @@ def files(folder):
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.compiler  # what goes on runs the same program: these two tests stand for the others
 @pytest.mark.parametrize(
     "kind", ["device", *(pytest.param(kind, marks=SLOW) for kind in ("episodes", "host"))]
 )
@@ -330,9 +329,20 @@ def test_other_threads_leave_signals_alone(tmp_path):
 # --- real kills ---------------------------------------------------------------------------------
 
 
-def start_program(kind, folder, *kill):
+def start_program(kind, folder, *kill, env=None):
     arguments = [kind, str(folder), *map(str, kill)]
-    return subprocess.Popen([*PROGRAM, *arguments], stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*PROGRAM, *arguments], stderr=subprocess.PIPE, text=True, env=env)
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """An environment in which only the first of the processes that go on compiles."""
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    return {**os.environ, **cache}
 
 
 def finished(process):
@@ -365,12 +375,13 @@ def assert_result(folder, expected):
         np.testing.assert_array_equal(array, others[name], err_msg=name)
 
 
+@pytest.mark.compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_sigkill_at_random_instants(tmp_path, kind, undisturbed):
+def test_sigkill_at_random_instants(tmp_path, kind, undisturbed, compiled_once):
     chance, kills = np.random.default_rng(len(kind)), 0
     while True:
-        before, process = files(tmp_path), start_program(kind, tmp_path)
+        before, process = files(tmp_path), start_program(kind, tmp_path, env=compiled_once)
         if kills == 3:
             assert finished(process)
             break
@@ -392,13 +403,15 @@ def test_sigkill_at_random_instants(tmp_path, kind, undisturbed):
     ("function", "count"),
     [("fsync", 5), ("replace", 4), ("replace", 1), ("unlink", 2)],
 )
-def test_sigkill_while_a_checkpoint_is_written(tmp_path, function, count, undisturbed):
+def test_sigkill_while_a_checkpoint_is_written(
+    tmp_path, function, count, undisturbed, compiled_once
+):
     """Before a file is on the disk, before it has its name, and before an older one is removed."""
     killed = start_program("device", tmp_path, function, count)
     assert not finished(killed)
     left = [path for path in tmp_path.iterdir() if path.suffix == UNFINISHED]
     assert bool(left) == (function != "unlink")
-    assert finished(start_program("device", tmp_path))
+    assert finished(start_program("device", tmp_path, env=compiled_once))
     assert_result(tmp_path, undisturbed("device"))
     assert len(files(tmp_path)) == 2
     assert not list(tmp_path.glob(f"*{UNFINISHED}"))
