@@ -25,6 +25,7 @@ LAM = {"decay": np.full((), -2.0), "shift": np.zeros(5)}
 STATE = {"mean": np.zeros(5), "var": np.ones(5), "count": np.zeros((), np.int32)}
 BATCH = (X, TARGETS)
 INNER = optax.sgd(0.05, momentum=0.9)
+FROZEN, SLOW, SGD = optax.sgd(0.0), optax.adam(0.01), optax.sgd(0.1)
 KEPT = 0.8
 """Of the units, by dropout."""
 
@@ -72,11 +73,13 @@ def made(name, outer=None, **settings):
         settings = {"unroll_steps": 3} | settings
     if name == "implicit":
         settings |= {"K": 2}
-    return METHODS[name](outer_optimizer=outer or optax.sgd(0.0), **settings)
+    return METHODS[name](outer_optimizer=outer or FROZEN, **settings)
 
 
-def by_hand(key, steps, unroll, lam=LAM):
+@functools.cache
+def by_hand(seed, steps, unroll):
     """Train in plain JAX and optax; `unroll` inner steps share what one step is given."""
+    key, lam = jax.random.key(seed), LAM
     params, state = jax.tree.map(jnp.asarray, (PARAMS, STATE))
     opt_state, rows = INNER.init(params), []
     for step in range(steps):
@@ -106,7 +109,7 @@ def test_every_method_trains_as_a_loop_by_hand(name):
     for _ in range(3):
         state = optimizer.step(state, BATCH, BATCH, train_loss, val_loss, key=key)
         rows.append([state.metadata[name] for name in NAMES])
-    params, opt_state, model_state, expected = by_hand(key, 3, 3 if name in UNROLLING else 1)
+    params, opt_state, model_state, expected = by_hand(3, 3, 3 if name in UNROLLING else 1)
     assert_close(state.params, params, rtol=1e-9)
     assert_close(state.inner_opt_state, opt_state, rtol=1e-9, atol=1e-14)
     assert_close(state.model_state, model_state, rtol=1e-9)
@@ -133,6 +136,13 @@ def plain_objective(T, key, through):
     return objective
 
 
+@functools.cache
+def plain_gradient(T, through):
+    """By autodiff, with the keys of a method's three inner steps, or of a single one."""
+    key = jax.random.key(3) if T == 3 else jax.random.fold_in(jax.random.key(3), 0)
+    return jax.grad(plain_objective(T, key, through))(LAM)
+
+
 @pytest.mark.parametrize("through", [False, True])
 @pytest.mark.parametrize("name", ["unrolled", "forward"])
 @pytest.mark.slow
@@ -140,9 +150,8 @@ def test_the_unrolled_gradient_goes_through_the_statistics_where_it_is_told_to(n
     optimizer = made(name, through_model_state=through)
     state, key = optimizer.init(PARAMS, LAM, model_state=STATE), jax.random.key(3)
     found = optimizer.estimate(state, Task(BATCH, BATCH, train_loss, val_loss, key)).hypergradient
-    exact = jax.grad(plain_objective(3, key, through))(LAM)
-    assert_close(found, exact, rtol=1e-9)
-    other = jax.grad(plain_objective(3, key, not through))(LAM)
+    assert_close(found, plain_gradient(3, through), rtol=1e-9)
+    other = plain_gradient(3, not through)
     assert not np.allclose(found["decay"], other["decay"], rtol=1e-6)
 
 
@@ -156,8 +165,7 @@ def test_one_inner_step_is_differentiated_exactly_in_every_mode(name, mode):
     state, key = optimizer.init(PARAMS, LAM, model_state=STATE), jax.random.key(3)
     given = (state, BATCH, BATCH, train_loss, val_loss)
     found = optimizer.compute_hypergradient(*given, key=key)
-    exact = jax.grad(plain_objective(1, jax.random.fold_in(key, 0), False))(LAM)
-    assert_close(found, exact, rtol=1e-9)
+    assert_close(found, plain_gradient(1, False), rtol=1e-9)
 
 
 @pytest.mark.slow
@@ -206,7 +214,7 @@ PROBLEM = Problem(start, train_loss, val_loss, batch=draw, metrics=measure)
 
 @pytest.mark.parametrize("name", slow_but(["one-step", "hyperdistill", "greedy"], "one-step"))
 def test_solve_draws_anew_at_each_step_and_tells_what_the_losses_tell(name):
-    optimizer = made(name, optax.adam(0.01))
+    optimizer = made(name, SLOW)
     key = jax.random.key(5)
     solution = solve(PROBLEM, optimizer, 6, key, eval_every=3)
     kept = solution.metrics["train_kept"]
@@ -237,7 +245,7 @@ def test_an_episode_begins_with_the_statistics_where_its_weights_begin(lr_reptil
     after = optimizer.run(
         state, 1, 4, *batches, train_loss, val_loss, lr_reptile, key=jax.random.key(7)
     )
-    _, _, by_loop, _ = by_hand(jax.random.key(7), 4, 1)
+    _, _, by_loop, _ = by_hand(7, 4, 1)
     for name in ("mean", "var"):
         expected = STATE[name] + lr_reptile * (by_loop[name] - STATE[name])
         assert_close(after.model_state[name], expected, rtol=1e-9, atol=1e-12)
@@ -253,7 +261,7 @@ def test_fresh_episodes_begin_with_fresh_statistics():
 @pytest.mark.parametrize("layout", ["vmap", "map"])
 @pytest.mark.slow
 def test_a_population_gives_each_slot_its_own_mask_and_statistics(layout):
-    optimizer = made("one-step", optax.adam(0.01))
+    optimizer = made("one-step", SLOW)
     keys = jax.random.split(jax.random.key(5), 3)
     trials = Population(PROBLEM, optimizer, 3, batching=layout)
     state, rows = trials.run(trials.init(keys), 4, keys)
@@ -296,7 +304,7 @@ def drawing_train(params, lam, batch, *, key):
 @pytest.mark.parametrize("backend", slow_but(["shard_map", "auto", "pmap"], "shard_map"))
 def test_statistics_of_parts_are_averaged(backend):
     lam = {"decay": LAM["decay"]}
-    optimizer = made("one-step", optax.sgd(0.1))
+    optimizer = made("one-step", SGD)
     parallel = data_parallel(optimizer, make_mesh(data=4), backend=backend)
     states = []
     for each in (optimizer, parallel):
@@ -310,7 +318,7 @@ def test_statistics_of_parts_are_averaged(backend):
 
 def test_each_device_draws_its_own():
     lam = {"decay": LAM["decay"]}
-    parallel = data_parallel(made("one-step", optax.sgd(0.1)), make_mesh(data=4))
+    parallel = data_parallel(made("one-step", SGD), make_mesh(data=4))
     state = parallel.init(PARAMS, lam)
     args = (state, BATCH, BATCH, drawing_train, size)
     told = parallel.step(*args, key=jax.random.key(0)).metadata
@@ -337,10 +345,10 @@ class FiniteDifferences(gradhpo.BilevelOptimizer):
 
 
 def test_an_optimizer_of_ones_own_takes_losses_that_remember():
-    own = FiniteDifferences(INNER, optax.sgd(0.0))
+    own = FiniteDifferences(INNER, FROZEN)
     state = own.init(PARAMS, LAM, model_state=STATE)
     state = own.step(state, BATCH, BATCH, train_loss, val_loss, key=jax.random.key(3))
-    params, _, model_state, rows = by_hand(jax.random.key(3), 1, 1)
+    params, _, model_state, rows = by_hand(3, 1, 1)
     assert_close(state.params, params, rtol=1e-9)
     assert_close(state.model_state, model_state, rtol=1e-9)
     assert_close(state.metadata["train_kept"], rows[0, 2], rtol=1e-9)
@@ -459,7 +467,7 @@ def telling(w, lam, y):
 
 
 def stepped(train, weights, optimizer=None):
-    optimizer = optimizer or gradhpo.OneStepOptimizer(optax.sgd(0.1), optax.sgd(0.1))
+    optimizer = optimizer or gradhpo.OneStepOptimizer(SGD, SGD)
     state = optimizer.init({name: np.ones(3) for name in weights}, {"d": np.float64(-2.0)})
     state = optimizer.step(state, np.arange(3.0), np.arange(3.0), train, quadratic)
     return {name for name in state.metadata if name.startswith("train_")} - {"train_loss"}
@@ -496,24 +504,24 @@ def test_an_estimate_of_ones_own_may_not_lose_what_the_losses_remember():
             done = super().estimate(state, task)
             return gradhpo.Estimate(*done[:5])
 
-    optimizer = Forgets(INNER, optax.sgd(0.0))
+    optimizer = Forgets(INNER, FROZEN)
     state = optimizer.init(PARAMS, LAM, model_state=STATE)
     with pytest.raises(ValueError, match=r"Forgets.estimate returned no model_state"):
         optimizer.step(state, BATCH, BATCH, train_loss, val_loss, key=jax.random.key(0))
     with pytest.raises(ValueError, match=r"Forgets.estimate returned no train_w"):
-        stepped(telling, "w", Forgets(optax.sgd(0.1), optax.sgd(0.1)))
+        stepped(telling, "w", Forgets(SGD, SGD))
 
 
 @pytest.mark.slow
 def test_an_optimizer_of_ones_own_may_ask_one_of_the_librarys():
-    inside = gradhpo.OneStepOptimizer(INNER, optax.sgd(0.1))
+    inside = gradhpo.OneStepOptimizer(INNER, SGD)
 
     class Asks(FiniteDifferences):
         def compute_hypergradient(self, *given):
             return inside.compute_hypergradient(*given)
 
     states = []
-    for each in (Asks(INNER, optax.sgd(0.1)), inside):
+    for each in (Asks(INNER, SGD), inside):
         state = each.init(PARAMS, LAM, model_state=STATE)
         for _ in range(2):
             # A validation loss that remembers would read what was there before the step.
