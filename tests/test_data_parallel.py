@@ -1,3 +1,4 @@
+import functools
 import re
 import socket
 import subprocess
@@ -36,7 +37,8 @@ LAM = {"logits": np.zeros(EXAMPLES), "decay": np.full((), -3.0)}
 VAL = {"x": _rng.normal(size=(ROWS, 3)), "y": _rng.normal(size=ROWS)}
 # At its first step Adam divides a gradient by itself, and its derivative is what eps leaves of a
 # difference of equal numbers: with 1e-8, eight digits fewer than the gradient has.
-ADAM = optax.adam(0.02, eps=1e-3)
+ADAM, MOMENTUM = optax.adam(0.02, eps=1e-3), optax.sgd(0.1, momentum=0.9)
+OUTER = optax.adam(0.05)  # one, so that optimizers are equal, and a step is compiled once
 KEY = jax.random.key(0)
 
 
@@ -65,7 +67,7 @@ def build(name, **settings):
     own |= settings
     if "update_fn" not in own:
         own["inner_optimizer"] = ADAM
-    return (OPTIMIZERS | REFERENCES)[name](outer_optimizer=optax.adam(0.05), **own)
+    return (OPTIMIZERS | REFERENCES)[name](outer_optimizer=OUTER, **own)
 
 
 def walk(optimizer, steps, losses=(train_loss, val_loss), start=(PARAMS, LAM)):
@@ -78,10 +80,10 @@ def walk(optimizer, steps, losses=(train_loss, val_loss), start=(PARAMS, LAM)):
 class OwnOptimizer(gradhpo.BilevelOptimizer):
     """A user's: the direct term and one from the train loss."""
 
-    inner_optimizer, outer_optimizer = ADAM, optax.adam(0.05)
+    inner_optimizer, outer_optimizer = ADAM, OUTER
 
     def __init__(self):
-        super().__init__(ADAM, optax.adam(0.05))
+        super().__init__(ADAM, OUTER)
 
     def init(self, params, hyperparams):
         inner, outer = self.inner_optimizer.init(params), self.outer_optimizer.init(hyperparams)
@@ -126,12 +128,18 @@ def test_other_backends_equal_one_device(name, backend):
     assert_close(jax.device_get(many), jax.device_get(walk(optimizer, 5)), rtol=1e-10, atol=1e-13)
 
 
+@functools.cache
+def looping(model):
+    """Weights and losses of a model with a loop."""
+    weights, predict = loops.MODELS[model]()
+    return weights, loops.losses(predict)
+
+
 def assert_loops_equal_one_device(model, name, backend="shard_map"):
     """Compare a step on four devices and on one, of losses with a loop from a constant."""
-    optimizer = build(name, inner_optimizer=optax.sgd(0.1, momentum=0.9))
+    optimizer = build(name, inner_optimizer=MOMENTUM)
     parallel = data_parallel(optimizer, make_mesh(data=4), backend=backend)
-    weights, predict = loops.MODELS[model]()
-    batches, losses = (loops.BATCH, loops.BATCH), loops.losses(predict)
+    batches, (weights, losses) = (loops.BATCH, loops.BATCH), looping(model)
     one, many = (
         jax.device_get(tuner.step(tuner.init(weights, loops.LAM), *batches, *losses))
         for tuner in (optimizer, parallel)

@@ -4,9 +4,12 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
-os.environ["JAX_PLATFORMS"] = "cpu"
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from tests.devices import flags
+
+os.environ["XLA_FLAGS"] = flags(2)
+os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 
