@@ -5,8 +5,6 @@ BIN := $(VENV)/bin
 # Eight CPU devices for the tests, set before JAX starts.
 PYTEST = XLA_FLAGS=--xla_force_host_platform_device_count=8 $(BIN)/python -m pytest
 JOBS := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
-# One more where the tests of Ray, which mostly wait, are among them.
-WITH_RAY := --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 
 .PHONY: demo test quick lint bench docs clean
 .DELETE_ON_ERROR:
@@ -14,14 +12,18 @@ WITH_RAY := --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 demo: $(VENV)/test.done
 	$(BIN)/python examples/hyperclean_digits.py $(ARGS)
 
-# Tests marked `compiler` take XLA as users do; the others compile in half the time.
+# Tests marked `compiler` take XLA as users do; the others compile in half the time. The two groups
+# run side by side, so that no core waits for Ray, or for the last file; what the first one found is
+# shown after the other.
 test: $(VENV)/test.done
 ifdef ARGS
 	$(PYTEST) $(ARGS)
 else
 	@failed=0; set -x; \
-	QUICK_COMPILE=1 $(PYTEST) $(WITH_RAY) -m "not compiler" || failed=1; \
-	$(PYTEST) $(JOBS) -m compiler || failed=1; \
+	$(PYTEST) -m compiler >$(VENV)/compiler.txt 2>&1 & compiler=$$!; \
+	trap 'kill $$compiler; exit 130' INT TERM; \
+	QUICK_COMPILE=1 $(PYTEST) $(JOBS) -m "not compiler" || failed=1; \
+	wait $$compiler || failed=1; cat $(VENV)/compiler.txt; \
 	exit $$failed
 endif
 
