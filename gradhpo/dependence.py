@@ -72,12 +72,15 @@ def depends_by_coordinate(
     leaves, ids, first = jax.tree.leaves(argument), list[np.ndarray](), 0
     for leaf in leaves:
         shape, size = jnp.shape(leaf), math.prod(jnp.shape(leaf))
-        count = size if size <= FOLLOWED else 1
-        ids.append(first + np.arange(size).reshape(shape) % max(count, 1))
-        first += count
+        followed = size <= FOLLOWED
+        ids.append(first + np.arange(size).reshape(shape) if followed else np.asarray(first))
+        first += size if followed else 1
     found = _union(_followed(function, (argument, *rest), ids, derivative))
     present = np.array([found >> i & 1 for i in range(first)], bool)
-    return [present[here] for here in ids]
+    return [
+        np.broadcast_to(present[here], jnp.shape(leaf))
+        for here, leaf in zip(ids, leaves, strict=True)
+    ]
 
 
 def influences(

@@ -139,6 +139,13 @@ cube = jax.custom_vjp(lambda x: x**3)
 cube.defvjp(lambda x: (x**3, x), lambda x, g: (3 * x * x * g,))
 
 
+def test_a_leaf_that_is_followed_as_a_whole_costs_nothing_by_its_size():
+    more_than_fits = jax.ShapeDtypeStruct((10**8, 10**4), np.float32)
+    (found,) = depends_by_coordinate(jnp.sum, more_than_fits)
+    assert found.shape == more_than_fits.shape
+    assert found[0, 0]
+
+
 @pytest.mark.parametrize("function", [straight_through, cube, jax.nn.softplus])
 def test_a_custom_derivative_passes(function):
     assert depends_by_coordinate(lambda x: function(x)[1], jnp.ones(3))[0][1]
