@@ -19,6 +19,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 ray = pytest.importorskip("ray")
 
 from gradhpo.cluster import PBT, SearchSpace, SweepError, events  # noqa: E402
+from tests.devices import flags  # noqa: E402
 from tests.sweeps import (  # noqa: E402
     SPACE,
     alive,
@@ -117,8 +118,8 @@ def test_a_gang_of_two_processes_holds_one_shard(cluster, tmp_path):
         "mesh": {"trial": 1, "data": 2},
         "batching": "map",
     }
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-    made = on_ray(tmp_path / "gang", **changes, workers=1, processes=2, env=flags)
+    env = {"XLA_FLAGS": flags(1)}
+    made = on_ray(tmp_path / "gang", **changes, workers=1, processes=2, env=env)
     killed = []
 
     def disturb(generation, table):
@@ -129,10 +130,28 @@ def test_a_gang_of_two_processes_holds_one_shard(cluster, tmp_path):
     result = made.run(disturb)
     assert killed == [True]
     assert result.report.workers_lost == 1
-    undisturbed = on_ray(tmp_path / "two", **changes, workers=1, processes=2, env=flags).run()
+    undisturbed = on_ray(tmp_path / "two", **changes, workers=1, processes=2, env=env).run()
     assert_same_tables(result, undisturbed)
     alone = sweep(tmp_path / "local", **changes).run()
     np.testing.assert_allclose(result.table["val_loss"], alone.table["val_loss"], rtol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["choices", "halving"])
+def test_choices_and_other_schedulers(cluster, tmp_path, kind):
+    space = dataclasses.replace(SPACE, choices={"method": ["first-order", "one-step"]})
+    changes = {
+        "choices": {"space": space, "scheduler": PBT(quantile=0.5)},
+        "halving": {"scheduler": "halving"},
+    }[kind]
+    if kind == "halving":
+        from gradhpo.cluster import SuccessiveHalving
+
+        changes = {"scheduler": SuccessiveHalving(reduction=2)}
+    changes |= {"generations": 4}
+    result = on_ray(tmp_path / "ray", **changes).run()
+    assert result.report.compiles == (2 if kind == "choices" else 1)
+    assert_same_tables(result, sweep(tmp_path / "local", **changes).run())
+    assert isinstance(SPACE, SearchSpace)
 
 
 # --- SIGKILL --------------------------------------------------------------------------------------
@@ -277,70 +296,6 @@ def test_sigkill_of_the_driver_and_all_that_it_started(tmp_path, reference):
     assert_same_tables(result, reference)
 
 
-@contextlib.contextmanager
-def nodes_that_die_quickly(cpus):
-    """A cluster on this machine, whose first node has so many processors."""
-    from ray.cluster_utils import Cluster
-
-    ray.shutdown()
-    quick = {  # to notice that a node is gone; Ray takes half a minute otherwise
-        "health_check_initial_delay_ms": 0,
-        "health_check_period_ms": 500,
-        "health_check_timeout_ms": 1000,
-        "health_check_failure_threshold": 2,
-    }
-    head = {"num_cpus": cpus, "include_dashboard": False, "_system_config": quick}
-    nodes = Cluster(initialize_head=True, head_node_args=head)
-    try:
-        yield nodes
-    finally:
-        ray.shutdown()
-        nodes.shutdown()
-
-
-def test_the_loss_of_all_nodes_ends_at_once(tmp_path):
-    """Where nothing will grow (wait=0), and with the reason; it took an hour of starts before."""
-    with nodes_that_die_quickly(cpus=0) as nodes:
-        node = nodes.add_node(num_cpus=2)
-        ray.init(address=nodes.address, log_to_driver=False)
-        made = on_ray(tmp_path)
-
-        def disturb(generation, table):
-            del table
-            if generation == 3:
-                nodes.remove_node(node, allow_graceful=False)
-
-        with pytest.raises(SweepError, match=r"no room for a worker: .*no node of the cluster"):
-            made.run(disturb)
-        made = sweep(tmp_path, generations=5)
-        assert made.run().generations == 5
-
-
-def test_sigkill_of_a_node(tmp_path, reference):
-    """A second node's raylet is killed, twice, with the workers on it."""
-    with nodes_that_die_quickly(cpus=1) as nodes:
-        second = [nodes.add_node(num_cpus=1)]
-        ray.init(address=nodes.address, log_to_driver=False)
-        made, kills = on_ray(tmp_path, workers=2), []
-
-        def disturb(generation, table):
-            del table
-            if generation in (5, 14):
-                (raylet,) = second[-1].all_processes["raylet"]
-                kills.append(kill(raylet.process.pid))
-            if generation == 9:
-                second.append(nodes.add_node(num_cpus=1))
-                wait_until(lambda: ray.cluster_resources().get("CPU") == 2, 20, "no second node")
-            if generation in (10, 11, 12, 13):
-                ready = [e for e in made.events if isinstance(e, events.WorkerReady)]
-                time.sleep(0 if len(ready) >= 3 else 2)  # let a worker start on the new node
-
-        result = made.run(disturb)
-        assert kills == [True, True]
-        assert result.report.workers_lost >= 1
-        assert_same_tables(result, reference)
-
-
 # --- clear errors, and nothing left behind -------------------------------------------------------
 
 FAILING = {
@@ -361,8 +316,6 @@ FAILING = {
 
 @pytest.mark.parametrize("case", FAILING)
 def test_errors_are_clear_and_leave_nothing_behind(cluster, tmp_path, case):
-    if not ray.is_initialized():
-        ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False)
     changes, message = FAILING[case]
     made = on_ray(tmp_path, **changes)
     with pytest.raises(SweepError, match=message) as caught:
@@ -429,21 +382,68 @@ def ray_processes():
     return found
 
 
-@pytest.mark.parametrize("kind", ["choices", "halving"])
-def test_choices_and_other_schedulers(tmp_path, kind):
-    if not ray.is_initialized():
-        ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False)
-    space = dataclasses.replace(SPACE, choices={"method": ["first-order", "one-step"]})
-    changes = {
-        "choices": {"space": space, "scheduler": PBT(quantile=0.5)},
-        "halving": {"scheduler": "halving"},
-    }[kind]
-    if kind == "halving":
-        from gradhpo.cluster import SuccessiveHalving
+# --- nodes that are lost: last, for each takes Ray from the tests that share one ----------------
 
-        changes = {"scheduler": SuccessiveHalving(reduction=2)}
-    changes |= {"generations": 4}
-    result = on_ray(tmp_path / "ray", **changes).run()
-    assert result.report.compiles == (2 if kind == "choices" else 1)
-    assert_same_tables(result, sweep(tmp_path / "local", **changes).run())
-    assert isinstance(SPACE, SearchSpace)
+
+@contextlib.contextmanager
+def nodes_that_die_quickly(cpus):
+    """A cluster on this machine, whose first node has so many processors."""
+    from ray.cluster_utils import Cluster
+
+    ray.shutdown()
+    quick = {  # to notice that a node is gone; Ray takes half a minute otherwise
+        "health_check_initial_delay_ms": 0,
+        "health_check_period_ms": 500,
+        "health_check_timeout_ms": 1000,
+        "health_check_failure_threshold": 2,
+    }
+    head = {"num_cpus": cpus, "include_dashboard": False, "_system_config": quick}
+    nodes = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        yield nodes
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
+
+
+def test_the_loss_of_all_nodes_ends_at_once(tmp_path):
+    """Where nothing will grow (wait=0), and with the reason; it took an hour of starts before."""
+    with nodes_that_die_quickly(cpus=0) as nodes:
+        node = nodes.add_node(num_cpus=2)
+        ray.init(address=nodes.address, log_to_driver=False)
+        made = on_ray(tmp_path)
+
+        def disturb(generation, table):
+            del table
+            if generation == 3:
+                nodes.remove_node(node, allow_graceful=False)
+
+        with pytest.raises(SweepError, match=r"no room for a worker: .*no node of the cluster"):
+            made.run(disturb)
+        made = sweep(tmp_path, generations=5)
+        assert made.run().generations == 5
+
+
+def test_sigkill_of_a_node(tmp_path, reference):
+    """A second node's raylet is killed, twice, with the workers on it."""
+    with nodes_that_die_quickly(cpus=1) as nodes:
+        second = [nodes.add_node(num_cpus=1)]
+        ray.init(address=nodes.address, log_to_driver=False)
+        made, kills = on_ray(tmp_path, workers=2), []
+
+        def disturb(generation, table):
+            del table
+            if generation in (5, 14):
+                (raylet,) = second[-1].all_processes["raylet"]
+                kills.append(kill(raylet.process.pid))
+            if generation == 9:
+                second.append(nodes.add_node(num_cpus=1))
+                wait_until(lambda: ray.cluster_resources().get("CPU") == 2, 20, "no second node")
+            if generation in (10, 11, 12, 13):
+                ready = [e for e in made.events if isinstance(e, events.WorkerReady)]
+                time.sleep(0 if len(ready) >= 3 else 2)  # let a worker start on the new node
+
+        result = made.run(disturb)
+        assert kills == [True, True]
+        assert result.report.workers_lost >= 1
+        assert_same_tables(result, reference)
