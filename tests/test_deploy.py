@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from gradhpo.cluster import Sweep
+from tests.devices import flags
 
 jsonschema = pytest.importorskip("jsonschema")
 yaml = pytest.importorskip("yaml")
@@ -174,7 +175,7 @@ def test_slurm_script_parses():
 def environment(folder):
     """Return an environment that finds this gradhpo, and `folder`'s programs first."""
     path = os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
-    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags(1)}
 
 
 def write_programs(folder, **texts):
