@@ -16,8 +16,6 @@ from tests.quick import slow_but
 from tests.small import OPTIMIZERS, REFERENCES, X, Y, build, start, train_loss, val_loss
 from tests.test_model_state import PROBLEM as REMEMBERING
 
-pytestmark = pytest.mark.compiler
-
 STEPS, T = 24, 4
 
 
@@ -62,6 +60,7 @@ EPISODES = {
 }
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize(
     ("name", "kind"),
     slow_but(
