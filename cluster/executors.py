@@ -38,6 +38,7 @@ ROOM_EVERY = 1.0
 """Seconds between two looks at how many workers could be held."""
 WHAT = {
     "start": "could not start",
+    "trace": "failed to trace the sweep's step",
     "prepare": "failed to compile the sweep's step",
     "export": "failed to hand over trials",
     "run": "failed to run a generation",
@@ -122,7 +123,7 @@ class FleetExecutor(Executor):
         self._room_looked = float("-inf")
 
     def prepare(self, layouts: Mapping[int, Any]) -> list[Prepared]:
-        """Compile each variant on one worker; the others load it when they first need it."""
+        """Compile each variant on one worker; others trace it meanwhile, and load it later."""
         self._layouts = dict(layouts)
         done = self._drive([Job("prepare", variant) for variant in layouts])
         return [self._shared(done[Job("prepare", variant)]) for variant in layouts]
@@ -226,6 +227,8 @@ class FleetExecutor(Executor):
                 self._raise(command)
 
     def _arguments(self, worker: int, job: Job) -> tuple[Any, ...]:
+        if job.kind == "trace":
+            return job.variant, self._layouts[job.variant]
         if job.kind == "prepare":
             return job.variant, self._layouts[job.variant], self._blobs.get(job.variant)
         if job.kind == "export":
