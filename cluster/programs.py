@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gradhpo._version import __version__
 from gradhpo.cluster import manifest
 from gradhpo.cluster.events import Changed, Event, Note, Repaired
 from gradhpo.cluster.failures import SweepError
@@ -14,7 +15,8 @@ from gradhpo.cluster.orders import Prepared
 from gradhpo.cluster.storage import Storage
 
 Entry = dict[str, Any]
-"""Of a variant: its "batching", the step "key", the checksum of its "data", and its "changes"."""
+"""Of a variant: its "batching", the step "key", the checksum of its "data", its "changes", and the
+version of "gradhpo"."""
 
 
 def read(storage: Path) -> list[Entry] | None:
@@ -92,10 +94,13 @@ def keep(
     """
     its = manifest.digest(mine)
     about = ({"batching": p.batching, "key": p.key, "data": p.data} for p in prepared)
-    made: list[Entry] = json.loads(json.dumps([{**entry, "identity": its} for entry in about]))
+    more = {"identity": its, "gradhpo": __version__}
+    made: list[Entry] = json.loads(json.dumps([{**entry, **more} for entry in about]))
+    began = manifest.read(storage)["gradhpo"]
     changed: set[str] = set()
     for old, new in zip(known or [], made, strict=known is not None):
-        what = dict.fromkeys(sorted(renamed), "its name") | _changes(old, new, tell)
+        what = dict.fromkeys(sorted(renamed), "its name")
+        what |= _changes({"gradhpo": began, **old}, new, tell)
         if refused := [name for name in what if name not in allowed]:
             raise SweepError(_refusal(storage, refused, what))
         new["changes"] = [*old.get("changes", []), *([generation, name] for name in what)]
@@ -127,13 +132,16 @@ def _changes(old: Entry, new: Entry, tell: Callable[[Event], None]) -> dict[str,
     if "key" not in old:
         return {}
     what: dict[str, str] = {}
+    was, now = old["gradhpo"], new["gradhpo"]
     differing = [name for name in new["key"] if new["key"][name] != old["key"].get(name)]
     computed = [name for name in differing if name in ("computation", "shapes")]
     elsewhere = [name for name in differing if name not in computed]
-    if computed and "jax" not in differing:
+    if computed and "jax" not in differing and was == now:
         what["code"] = ", ".join(computed)
-    for name in elsewhere:
-        was, now = old["key"].get(name), new["key"][name]
+    told = {name: (old["key"].get(name), new["key"][name]) for name in elsewhere}
+    if computed and was != now:
+        told["gradhpo"] = was, now
+    for name, (was, now) in told.items():
         tell(
             Note(
                 f"{name} was {was} and is {now}: the last bits of results may differ from an "

@@ -151,6 +151,26 @@ def test_other_code_can_be_allowed(tmp_path):
     assert result.changes == [(1, "code")]
 
 
+@pytest.mark.parametrize("where", ["manifest.json", "programs.json"])
+def test_a_storage_of_another_version_goes_on(storage, reference, where):
+    """That computes otherwise, as far as its programs tell; as with another JAX."""
+    programs = json.loads((storage / "programs.json").read_text())
+    for entry in programs:
+        entry["key"]["computation"] = "another"
+    if where == "manifest.json":  # as versions before 0.3 left it
+        del programs[0]["gradhpo"]
+        about = json.loads((storage / where).read_text())
+        (storage / where).write_text(json.dumps(about | {"gradhpo": "0.2.0"}))
+    else:
+        programs[0]["gradhpo"] = "0.2.0"
+    (storage / "programs.json").write_text(json.dumps(programs))
+    made = sweep(storage, generations=GENERATIONS)
+    assert_same_tables(made.run(), reference)
+    notes = [event.what for event in told(made, events.Note)]
+    assert any("gradhpo was 0.2.0 and is" in text for text in notes)
+    assert made.run().changes == []
+
+
 def test_a_storage_without_the_checksum_goes_on(storage, reference):
     path = storage / "programs.json"
     entries = json.loads(path.read_text())
