@@ -15,11 +15,13 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
+from gradhpo.bucket import PROTOCOLS
 from gradhpo.cluster import importing, schedulers
 from gradhpo.cluster.processes import ProcessSettings
 from gradhpo.cluster.schedulers import PBT, Scheduler
 from gradhpo.cluster.space import SearchSpace
 from gradhpo.errors import check_count, check_hashable, check_number
+from gradhpo.files import Where, is_address
 from gradhpo.host import check_once
 from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.problem import Problem
@@ -135,7 +137,7 @@ class Identity:
 class Place:
     """Where a sweep runs, and how far: nothing here changes a number."""
 
-    storage: Path = dataclasses.field(metadata=_LOCAL)
+    storage: Where = dataclasses.field(metadata=_LOCAL)
     generations: int = dataclasses.field(metadata=_LOCAL)
     workers: int = 1
     resources: Mapping[str, float] | None = None
@@ -228,25 +230,46 @@ def read(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     return arguments
 
 
-def folder_of(storage: Any) -> Path:
-    """Return the folder that `storage` names: "~" is the home folder, `file://…` a path.
+def folder_of(storage: Any) -> Where:
+    """Return the folder that `storage` names ("~" is the home folder), or the store's address.
 
     Raises:
       TypeError: for what is no path.
-      ValueError: for an address that is no folder of this machine.
+      ValueError: for an address of another kind.
     """
     if not isinstance(storage, str | Path):
-        raise TypeError(f"storage must be the path of a folder, got {storage!r}")
+        raise TypeError(f"storage must be the path of a folder or an address, got {storage!r}")
     text = str(storage)
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
         return Path(text).expanduser().absolute()
-    address = urlsplit(text)
-    if address.scheme != "file" or address.netloc:
+    if not is_address(text):
         raise ValueError(
-            "storage must be a folder that all workers see under one path, or file:///…, got "
+            "storage must be a text where it is an address, of which a Path loses a slash, got "
             f"{text!r}"
         )
-    return Path(unquote(address.path))
+    address = urlsplit(text)
+    if "@" in address.netloc or address.query or address.fragment:
+        raise ValueError(
+            f'storage must be an address without credentials or options, "{address.scheme}://…/…": '
+            "those belong into the environment, which fsspec reads"
+        )
+    if address.scheme == "file" and not address.netloc:
+        return Path(unquote(address.path))
+    if address.scheme not in PROTOCOLS or set(text) & set("*?[]"):
+        known = ", ".join(f"{name}://…" for name in PROTOCOLS)
+        raise ValueError(
+            "storage must be a folder that all workers see under one path, or file:///…, or of "
+            f"{known}, got {text!r}"
+        )
+    parts = [part for part in (address.netloc + address.path).split("/") if part]
+    if len(parts) < (1 if address.scheme == "memory" else 2):
+        raise ValueError(f"storage must name a folder in a bucket, got {text!r}")
+    return f"{address.scheme}://{'/'.join(parts)}"
+
+
+def below(storage: Where, *names: str) -> Where:
+    """Return what has these names below a folder or an address."""
+    return "/".join((storage, *names)) if isinstance(storage, str) else storage.joinpath(*names)
 
 
 def _described(

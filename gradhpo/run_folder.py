@@ -16,6 +16,7 @@ from gradhpo.checkpoints import DamagedFile
 from gradhpo.checksums import checksum
 from gradhpo.commit import UNFINISHED
 from gradhpo.errors import check_count, tracing, warn_user
+from gradhpo.files import is_address
 from gradhpo.lock import FolderLock
 from gradhpo.problem import READ_AGAIN, Problem
 from gradhpo.program import Program
@@ -50,6 +51,8 @@ class RunFolder:
     def __init__(
         self, folder: Any, every: int | None, problem: Problem, kind: Mapping[str, Any]
     ) -> None:
+        if is_address(str(folder)):
+            raise ValueError(f"checkpoint must be the path of a folder, got the address {folder!r}")
         try:
             self.path = Path(folder)
         except TypeError:
@@ -153,7 +156,9 @@ class RunFolder:
 
     def _files(self) -> list[Path]:
         """Return the checkpoints, the newest first."""
-        return checkpoints.listed(self.path, f"{'[0-9]' * 8}-step-*")[::-1]
+        stem = f"{'[0-9]' * 8}-step-*"
+        endings = (checkpoints.ENDING, checkpoints.OLD)
+        return sorted(path for e in endings for path in self.path.glob(stem + e))[::-1]
 
     def _newest(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         damaged: dict[Path, str] = {}

@@ -71,11 +71,11 @@ def test_a_pickle_is_never_read(tmp_path):
 
     path = tmp_path / "file-0.npz"
     np.savez(path, header=np.asarray([Bomb()], object))
-    saved = Saved("file-0.npz", checkpoints.checksum(path))
+    saved = Saved("file-0.npz", checkpoints.checksum(tmp_path, path.name))
     with pytest.raises(DamagedFile, match="not a whole file of gradhpo"):
         checkpoints.load(tmp_path, saved)
     path.write_bytes(pickle.dumps(Bomb()))
-    saved = Saved("file-0.npz", checkpoints.checksum(path))
+    saved = Saved("file-0.npz", checkpoints.checksum(tmp_path, path.name))
     with pytest.raises(DamagedFile, match="not a whole file of gradhpo"):
         checkpoints.load(tmp_path, saved)
 
@@ -94,7 +94,7 @@ def test_what_older_versions_wrote_is_read(tmp_path):
     header = json.dumps({"names": list(ARRAYS), "dtypes": dtypes, "about": {"generation": 3}})
     stored = {f"a{index}": x for index, x in enumerate(plain.values())}
     np.savez(tmp_path / "old.npz", header=np.frombuffer(header.encode(), np.uint8), **stored)
-    digest = checkpoints.checksum(tmp_path / "old.npz")
+    digest = checkpoints.checksum(tmp_path, "old.npz")
     path = (tmp_path / "old.npz").rename(tmp_path / f"old-{digest[:16]}.npz")
     saved = Saved(path.name, digest)
     assert checkpoints.find(tmp_path, "old") == saved
@@ -158,7 +158,7 @@ def written(tmp_path, count):
     made = journal.Journal(tmp_path)
     for generation in range(count):
         made.append(entry(generation))
-    return made.path
+    return tmp_path / "journal.jsonl"
 
 
 def test_a_journal_comes_back(tmp_path):
