@@ -247,15 +247,17 @@ def folder_of(storage: Any) -> Where:
             "storage must be a text where it is an address, of which a Path loses a slash, got "
             f"{text!r}"
         )
+    if odd := set(text) & set("*?[]#"):
+        raise ValueError(f"storage must be an address without any of {sorted(odd)}")
     address = urlsplit(text)
-    if "@" in address.netloc or address.query or address.fragment:
+    if "@" in address.netloc:
         raise ValueError(
-            f'storage must be an address without credentials or options, "{address.scheme}://…/…": '
-            "those belong into the environment, which fsspec reads"
+            f'storage must be an address without credentials, "{address.scheme}://…/…": they '
+            "belong into the environment, where fsspec finds them"
         )
     if address.scheme == "file" and not address.netloc:
         return Path(unquote(address.path))
-    if address.scheme not in PROTOCOLS or set(text) & set("*?[]"):
+    if address.scheme not in PROTOCOLS:
         known = ", ".join(f"{name}://…" for name in PROTOCOLS)
         raise ValueError(
             "storage must be a folder that all workers see under one path, or file:///…, or of "

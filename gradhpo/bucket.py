@@ -183,9 +183,14 @@ class Bucket(Files):
             self._ends[name] = number + 1
 
     def _take_over(self, name: str) -> None:
-        """Put a text as it is once more: whoever had the lock finds that number taken."""
+        """Put a text as it is once more: whoever had the lock finds that number taken.
+
+        Whoever takes this lock over does so after this look at it, and so finds what is put here,
+        or puts its own before, and then this number is taken.
+        """
         while name not in self._ends:
             number, text = self._text(name)
+            self.check_held()
             if self.create(name, number + 1, _Part(True, text).encoded()):
                 self._ends[name] = number + 1
 
