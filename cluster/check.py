@@ -12,7 +12,7 @@ from gradhpo.cluster.events import Event
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.journal import Entry, Journal
 from gradhpo.cluster.storage import TABLES, Storage
-from gradhpo.files import Where
+from gradhpo.files import Unreachable, Where
 from gradhpo.lock import StorageInUse
 
 
@@ -31,11 +31,14 @@ def check_storage(storage: Where) -> Iterator[Finding]:
 
     Raises:
       SweepError: if there is no sweep.
+      Unreachable: if a store does not answer.
     """
     if not Storage(storage).begun:
         manifest.read(storage)  # which says so
     try:
         lock = Storage(storage).lock()
+    except Unreachable:
+        raise
     except (StorageInUse, OSError) as error:  # a driver has it, or it cannot be written
         yield Finding(True, f"{error}. Nothing is repaired")
         yield from _verified(storage, Journal(storage))
@@ -137,6 +140,8 @@ def _damaged(storage: Where, files: list[Saved]) -> list[str]:
         try:
             right = checkpoints.checksum(storage, saved.file) == saved.sha256
             reason = None if right else "was cut short or changed"
+        except Unreachable:
+            raise
         except OSError as error:
             reason = f"cannot be read ({error.strerror})"
         if reason is not None:

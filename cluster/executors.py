@@ -265,7 +265,8 @@ class FleetExecutor(Executor):
     def _log(self, worker: int) -> dict[str, str]:
         """Return where a worker's prints are, if it made any such file."""
         log = log_file(self._storage, worker, 0, self._settings.processes)
-        return {"log": str(log)} if log.exists() else {}
+        elsewhere = any("log" in about for about in self._about.get(worker, ()))
+        return {"log": str(log)} if elsewhere or log.exists() else {}
 
     def _raise(self, fail: Fail) -> None:
         """Raise what a fleet ended with, saying where: the storage, and the worker's log."""

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Generator
 from typing import Any, BinaryIO, NamedTuple
 
 from gradhpo.bucket_lock import BucketLock, holder_of_lock, taken_over
-from gradhpo.files import Files, Opened
+from gradhpo.files import Files, Opened, Unreachable
 
 PROTOCOLS = {"s3": "s3fs", "gs": "gcsfs", "memory": "fsspec"}
 """Of stores that grant one of several conditional creates, each with the package that it needs."""
@@ -55,7 +55,7 @@ class Bucket(Files):
         last = content(draft)
         folder, slash, given = name.rpartition("/")
         name = f"{folder}{slash}{given if last is None else last}"
-        with _told():
+        with self._told():
             if draft.whole:
                 self._fs.pipe_file(self._path(name), draft.getvalue())
             else:
@@ -64,12 +64,12 @@ class Bucket(Files):
 
     def open(self, name: str) -> Opened:
         """Ask for its bytes as they are read."""
-        with _told():
+        with self._told():
             return _Object(self._fs, self._path(name))
 
     def exists(self, name: str) -> bool:
         """Ask for it."""
-        with _told():
+        with self._told():
             return bool(self._fs.isfile(self._path(name)))
 
     def names(self, folder: str = "") -> list[str]:
@@ -83,7 +83,7 @@ class Bucket(Files):
     def remove(self, names: Collection[str], folder: str | None = None) -> None:
         """Remove objects; a folder goes with its last one."""
         if names:
-            with _told(), contextlib.suppress(FileNotFoundError):
+            with self._told(), contextlib.suppress(FileNotFoundError):
                 self._fs.rm([self._path(name) for name in names])
 
     def probe(self, name: str) -> None:
@@ -171,16 +171,17 @@ class Bucket(Files):
 
     def put(self, name: str, number: int, content: bytes) -> None:
         """Put an object that is this process's alone, again and again."""
-        with _told():
+        with self._told():
             self._fs.pipe_file(self._path(f"{name}/{number:06d}"), content)
 
     def _put_next(self, name: str, part: _Part) -> None:
-        number = self._ends.get(name)
-        number = self.last(name) if number is None else number
-        if not self.create(name, number + 1, part.encoded()):
-            raise taken_over(self, self._held)
+        number, content = self._ends.get(name), part.encoded()
+        number = 1 + (self.last(name) if number is None else number)
+        while not self.create(name, number, content):
+            self.check_held()
+            number += 1  # this process put that one, and did not hear of it
         if self._held is not None:
-            self._ends[name] = number + 1
+            self._ends[name] = number
 
     def _take_over(self, name: str) -> None:
         """Put a text as it is once more: whoever had the lock finds that number taken.
@@ -211,17 +212,20 @@ class Bucket(Files):
 
     def _all(self, name: str, numbers: list[int]) -> list[bytes]:
         paths = [self._path(f"{name}/{number:06d}") for number in numbers]
-        with _told():
+        with self._told():
             return self._fs.cat_ranges(paths, None, None, on_error="raise")
 
     # --- requests -------------------------------------------------------------------------------
+
+    def _told(self) -> contextlib.AbstractContextManager[None]:
+        return _told(self.address)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
 
     def _listed(self, folder: str, kind: str) -> list[str]:
         try:
-            with _told():
+            with self._told():
                 found = self._fs.ls(self._path(folder), detail=True)
         except FileNotFoundError:
             return []
@@ -229,20 +233,20 @@ class Bucket(Files):
         return sorted(name.rpartition("/")[2] for name in names)
 
     def _got(self, name: str) -> bytes:
-        with _told():
+        with self._told():
             return self._fs.cat_file(self._path(name))
 
     def _create(self, name: str, content: bytes) -> bool:
         """Create an object; a request whose answer was lost may have been the first."""
         for left in reversed(range(TRIES)):
             try:
-                with _told():
+                with self._told():
                     self._fs.pipe_file(self._path(name), content, mode="create")
                 return True
             except OSError as error:
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(OSError):
                     return self._got(name) == content
-                if left == 0 or isinstance(error, PermissionError | FileNotFoundError):
+                if left == 0 or isinstance(error, FileNotFoundError):  # no such bucket
                     raise
         raise AssertionError
 
@@ -321,7 +325,7 @@ class _Object(io.RawIOBase):
         end = min(self._at + len(wanted), self._size)
         if end <= self._at:
             return 0
-        with _told():
+        with _told(self._file):
             data = self._fs.cat_file(self._file, start=self._at, end=end)
         wanted[: len(data)] = data
         self._at += len(data)
@@ -335,34 +339,30 @@ def _opened(address: str) -> tuple[Any, str]:
     try:
         import fsspec  # pyright: ignore[reportMissingImports]
 
-        with _told():
+        with _told(address):
             fs, root = fsspec.url_to_fs(address, use_listings_cache=False)
     except ImportError as error:
         raise ImportError(f"{address!r} needs {needed}: pip install {install}") from error
     return fs, root.rstrip("/")
 
 
-_PLAIN: dict[type[Exception], int] = {
-    FileNotFoundError: errno.ENOENT,
-    FileExistsError: errno.EEXIST,
-    PermissionError: errno.EACCES,
-}
-"""Errors that stay what they are."""
-
-
 @contextlib.contextmanager
-def _told() -> Generator[None]:
+def _told(address: str) -> Generator[None]:
     """Let every error be an `OSError` with a text: those of clients are of all kinds."""
     try:
         yield
-    except (OSError, ImportError) as error:
-        known = type(error) in (*_PLAIN, OSError)
-        if isinstance(error, ImportError) or (known and error.strerror):
-            raise
-        number = error.errno or _PLAIN.get(type(error), errno.EIO)
-        raise (type(error) if known else OSError)(number, _short(error)) from error
+    except (ImportError, Unreachable):
+        raise
+    except FileNotFoundError as error:
+        raise FileNotFoundError(errno.ENOENT, _short(error), address) from error
+    except FileExistsError as error:
+        raise FileExistsError(errno.EEXIST, _short(error), address) from error
+    except OSError as error:
+        text = error.strerror or _short(error)
+        raise Unreachable(error.errno or errno.EIO, text, address) from error
     except Exception as error:
-        raise OSError(errno.EIO, f"{type(error).__name__}: {_short(error)}") from error
+        text = f"{type(error).__name__}: {_short(error)}"
+        raise Unreachable(errno.EIO, text, address) from error
 
 
 def _short(error: Exception) -> str:

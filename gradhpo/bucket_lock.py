@@ -128,14 +128,13 @@ _HELD: set[str] = set()
 """The tokens of the locks that this process has."""
 
 
-def taken_over(bucket: Bucket, held: BucketLock | None) -> StorageInUse:
+def taken_over(bucket: Bucket, held: BucketLock) -> StorageInUse:
     """Return the error of a process whose lock another one has."""
     about = _parsed(bucket.get(LOCK, bucket.last(LOCK)))
-    argument, user = (held.argument, held.user) if held else ("storage", "sweep")
     return StorageInUse(
-        f"{argument} {bucket.address!r} was taken over from this {user}, of which nothing was "
-        f"heard for {PATIENCE:.0f} s, by another: {_named(about)}. This one ends, and changes "
-        "nothing more"
+        f"{held.argument} {bucket.address!r} was taken over from this {held.user}, of which "
+        f"nothing was heard for {PATIENCE:.0f} s, by another: {_named(about)}. This one ends, and "
+        "changes nothing more"
     )
 
 

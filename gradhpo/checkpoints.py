@@ -18,7 +18,7 @@ import numpy as np
 
 from gradhpo import container
 from gradhpo.commit import commit
-from gradhpo.files import Files, Opened, Where, files_of
+from gradhpo.files import Files, Opened, Unreachable, Where, files_of
 
 ENDING, OLD = ".arrays", ".npz"
 """Of files: those that are written, and those of older versions."""
@@ -85,6 +85,7 @@ def load(storage: Where | Files, saved: Saved) -> tuple[dict[str, np.ndarray], d
 
     Raises:
       DamagedFile: if the file is missing, or its checksum is not the one it was written with.
+      Unreachable: if a store does not answer.
     """
     files = files_of(storage)
     return _load(lambda: files.open(saved.file), saved.file, saved.sha256)
@@ -137,6 +138,8 @@ def _load(
     try:
         with opened() as file:
             content = container.read(file)
+    except Unreachable:
+        raise
     except OSError as error:
         raise DamagedFile(name, f"cannot be read ({error.strerror})") from None
     if not content.sha256.startswith(sha256):

@@ -22,6 +22,10 @@ Opened = io.RawIOBase | io.BufferedIOBase
 """A file that is read."""
 
 
+class Unreachable(OSError):  # noqa: N818
+    """A store did not do what was asked: nothing is known of the file, which may well be whole."""
+
+
 class Held(Protocol):
     """A lock that this process has."""
 

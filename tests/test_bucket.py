@@ -20,6 +20,7 @@ from gradhpo.cluster import StorageInUse, Sweep, SweepError, SweepResult, cli, e
 from gradhpo.cluster.check import check_storage
 from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.storage import Storage
+from gradhpo.files import Unreachable
 from gradhpo.lock import ALIVE, LOCK
 from tests import file_operations
 from tests.quick import slow_but
@@ -141,7 +142,7 @@ def test_what_is_not_installed_is_named(address, monkeypatch):
 
 def test_a_bucket_of_something_else_is_refused(address):
     fsspec.filesystem("memory").pipe_file(f"{address}/thesis.tex", b"important")
-    with pytest.raises(SweepError, match="holds no sweep \\(it has 'thesis.tex'\\)"):
+    with pytest.raises(SweepError, match=r"holds no sweep \(it has 'thesis.tex'\)"):
         sweep(address).run()
     assert list(objects(address)) == ["/thesis.tex"]
 
@@ -223,7 +224,7 @@ def freeze(lock):
 def test_a_holder_that_is_heard_of_is_left_alone(address, strangers):
     first = Bucket(address)
     held = first.lock("storage", "sweep", TEXTS)
-    with pytest.raises(StorageInUse, match="storage .* is in use by another sweep: process"):
+    with pytest.raises(StorageInUse, match=r"storage .* is in use by another sweep: process"):
         Bucket(address).lock("storage", "sweep", TEXTS)
     with pytest.raises(StorageInUse, match="is in use"):
         Bucket(address).lock("storage", "sweep", TEXTS, tell=pytest.fail)
@@ -331,16 +332,37 @@ def test_a_create_whose_answer_was_lost_is_known_as_ones_own(address, monkeypatc
 
 
 def test_errors_of_any_client_are_of_the_system_and_have_a_text(address, monkeypatch):
-    class Odd(Exception):
+    class OddError(Exception):
         pass
 
     def fails(self, *args, **kwargs):
-        raise Odd("no credentials\nand more")
+        raise OddError("no credentials\nand more")
 
     monkeypatch.setattr(MemoryFileSystem, "ls", fails)
-    with pytest.raises(OSError, match="Odd: no credentials$") as caught:
+    with pytest.raises(OSError, match=rf"OddError: no credentials: '{address}'$") as caught:
         Bucket(address).names()
-    assert caught.value.strerror == "Odd: no credentials"
+    assert caught.value.strerror == "OddError: no credentials"
+
+
+def test_a_store_that_does_not_answer_is_no_damage(address, monkeypatch):
+    """No generation is dropped for it."""
+    sweep(address, generations=2).run()
+    before, read = objects(address), MemoryFileSystem.cat_file
+
+    def fails(self, path, *args, **kwargs):
+        if path.endswith(checkpoints.ENDING):
+            raise TimeoutError("no answer")
+        return read(self, path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "cat_file", fails)
+        with pytest.raises(OSError, match=f"no answer: '.*{address.removeprefix('memory:/')}"):
+            sweep(address, generations=3).run()
+        with pytest.raises(Unreachable, match="no answer"):
+            list(check_storage(address))
+    assert Journal(address).generation == 1
+    assert {p for p in before if "/checkpoints/" in p} <= set(objects(address))
+    assert sweep(address, generations=3).run().generations == 3
     with pytest.raises(DamagedFile, match=r"x: cannot be read"):
         checkpoints.load(address, Saved("x", ""))
 
