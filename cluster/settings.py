@@ -7,21 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
-from gradhpo.bucket import PROTOCOLS
 from gradhpo.cluster import importing, schedulers
 from gradhpo.cluster.processes import ProcessSettings
 from gradhpo.cluster.schedulers import PBT, Scheduler
 from gradhpo.cluster.space import SearchSpace
 from gradhpo.errors import check_count, check_hashable, check_number
-from gradhpo.files import Where, is_address
+from gradhpo.files import Where, where_of
 from gradhpo.host import check_once
 from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.problem import Problem
@@ -231,42 +227,8 @@ def read(given: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def folder_of(storage: Any) -> Where:
-    """Return the folder that `storage` names ("~" is the home folder), or the store's address.
-
-    Raises:
-      TypeError: for what is no path.
-      ValueError: for an address of another kind.
-    """
-    if not isinstance(storage, str | Path):
-        raise TypeError(f"storage must be the path of a folder or an address, got {storage!r}")
-    text = str(storage)
-    if not re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
-        return Path(text).expanduser().absolute()
-    if not is_address(text):
-        raise ValueError(
-            "storage must be a text where it is an address, of which a Path loses a slash, got "
-            f"{text!r}"
-        )
-    if odd := set(text) & set("*?[]#"):
-        raise ValueError(f"storage must be an address without any of {sorted(odd)}")
-    address = urlsplit(text)
-    if "@" in address.netloc:
-        raise ValueError(
-            f'storage must be an address without credentials, "{address.scheme}://…/…": they '
-            "belong into the environment, where fsspec finds them"
-        )
-    if address.scheme == "file" and not address.netloc:
-        return Path(unquote(address.path))
-    if address.scheme not in PROTOCOLS:
-        known = ", ".join(f"{name}://…" for name in PROTOCOLS)
-        raise ValueError(
-            "storage must be a folder that all workers see under one path, or file:///…, or of "
-            f"{known}, got {text!r}"
-        )
-    parts = [part for part in (address.netloc + address.path).split("/") if part]
-    if len(parts) < (1 if address.scheme == "memory" else 2):
-        raise ValueError(f"storage must name a folder in a bucket, got {text!r}")
-    return f"{address.scheme}://{'/'.join(parts)}"
+    """Return the folder that `storage` names, or the store's address; see `where_of`."""
+    return where_of("storage", storage)
 
 
 def below(storage: Where, *names: str) -> Where:

@@ -18,10 +18,8 @@ from collections.abc import Callable, Collection, Generator
 from typing import Any, BinaryIO, NamedTuple
 
 from gradhpo.bucket_lock import BucketLock, holder_of_lock, taken_over
-from gradhpo.files import Files, Opened, Unreachable
+from gradhpo.files import PROTOCOLS, Files, Opened, Unreachable
 
-PROTOCOLS = {"s3": "s3fs", "gs": "gcsfs", "memory": "fsspec"}
-"""Of stores that grant one of several conditional creates, each with the package that it needs."""
 ONE_PUT = 64 << 20
 """Bytes up to which an object is put in one request; a larger one is sent in parts."""
 PART = 32 << 20

@@ -91,13 +91,14 @@ def load(storage: Where | Files, saved: Saved) -> tuple[dict[str, np.ndarray], d
     return _load(lambda: files.open(saved.file), saved.file, saved.sha256)
 
 
-def load_named(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def load_named(storage: Where | Files, file: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Return the same of a file that `save` wrote, by the checksum in its own name.
 
     Raises:
       DamagedFile: if the file is missing, or not what its name says.
     """
-    return _load(lambda: open(path, "rb"), path.name, path.stem.rpartition("-")[2])
+    files, stem = files_of(storage), PurePosixPath(file).stem
+    return _load(lambda: files.open(file), file, stem.rpartition("-")[2])
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -13,8 +13,11 @@ import os
 import re
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
+from urllib.parse import unquote, urlsplit
 
+PROTOCOLS = {"s3": "s3fs", "gs": "gcsfs", "memory": "fsspec"}
+"""Of stores that grant one of several conditional creates, each with the package that it needs."""
 Where = Path | str
 """A folder's path, or an address such as "s3://bucket/run"."""
 
@@ -140,6 +143,45 @@ class Files(abc.ABC):
     @abc.abstractmethod
     def holder(self) -> str | None:
         """Return who has the lock, as text; None where nobody does."""
+
+
+def where_of(argument: str, given: Any) -> Where:
+    """Return the folder that an argument names ("~" is the home folder), or a store's address.
+
+    Raises:
+      TypeError: for what is no path.
+      ValueError: for an address of another kind.
+    """
+    if not isinstance(given, str | os.PathLike):
+        raise TypeError(f"{argument} must be the path of a folder or an address, got {given!r}")
+    text = os.fspath(given)
+    if not re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+        return Path(text).expanduser().absolute()
+    if not is_address(text):
+        raise ValueError(
+            f"{argument} must be a text where it is an address, of which a Path loses a slash, got "
+            f"{text!r}"
+        )
+    if odd := set(text) & set("*?[]#"):
+        raise ValueError(f"{argument} must be an address without any of {sorted(odd)}")
+    address = urlsplit(text)
+    if "@" in address.netloc:
+        raise ValueError(
+            f'{argument} must be an address without credentials, "{address.scheme}://…/…": they '
+            "belong into the environment, where fsspec finds them"
+        )
+    if address.scheme == "file" and not address.netloc:
+        return Path(unquote(address.path))
+    if address.scheme not in PROTOCOLS:
+        known = ", ".join(f"{name}://…" for name in PROTOCOLS)
+        raise ValueError(
+            f"{argument} must be a folder that all processes see under one path, or file:///…, or "
+            f"one of {known}, got {text!r}"
+        )
+    parts = [part for part in (address.netloc + address.path).split("/") if part]
+    if len(parts) < (1 if address.scheme == "memory" else 2):
+        raise ValueError(f"{argument} must name a folder in a bucket, got {text!r}")
+    return f"{address.scheme}://{'/'.join(parts)}"
 
 
 def is_address(text: str) -> bool:

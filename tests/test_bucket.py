@@ -1,5 +1,6 @@
 """Storages in an object store, in this process's own memory: what `test_s3` proves on a server."""
 
+import functools
 import itertools
 import json
 import re
@@ -13,7 +14,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from typer.testing import CliRunner
 
-from gradhpo import bucket, bucket_lock, checkpoints, solve
+from gradhpo import Problem, bucket, bucket_lock, checkpoints, solve
 from gradhpo.bucket import Bucket
 from gradhpo.checkpoints import DamagedFile, Saved
 from gradhpo.cluster import StorageInUse, Sweep, SweepError, SweepResult, cli, events, shard
@@ -24,7 +25,7 @@ from gradhpo.files import Unreachable
 from gradhpo.lock import ALIVE, LOCK
 from tests import file_operations
 from tests.quick import slow_but
-from tests.small import build
+from tests.small import BATCH, build, start, train_loss, val_loss
 from tests.sweep_problems import problem
 from tests.sweeps import assert_same_tables, sweep
 
@@ -120,8 +121,6 @@ def test_what_a_sweep_cannot_be_kept_in_is_refused_by_name(address, tmp_path, mo
             sweep(address, executor=executor)
     with pytest.raises(SweepError, match=f"no sweep in '{address}'"):
         Sweep.from_storage(address)
-    with pytest.raises(ValueError, match="checkpoint must be the path of a folder"):
-        solve(problem(), build("one-step", outer=True)[0], 1, jax.random.key(0), checkpoint=address)
     put = MemoryFileSystem.pipe_file
     monkeypatch.setattr(
         MemoryFileSystem, "pipe_file", lambda self, path, value, mode="": put(self, path, value)
@@ -138,6 +137,28 @@ def test_what_is_not_installed_is_named(address, monkeypatch):
     monkeypatch.setitem(sys.modules, "fsspec", None)
     with pytest.raises(ImportError, match=r"needs fsspec: pip install gradhpo\[cluster\]"):
         Bucket(address)
+
+
+def test_one_run_goes_on_from_a_store(address):
+    made = functools.partial(
+        solve, Problem(start, train_loss, val_loss, batch=lambda key: (BATCH, BATCH)),
+        build("one-step", outer=True)[0], key=jax.random.key(0),
+    )  # fmt: skip
+    expected = made(6)
+    made(4, checkpoint=address)
+    store = Bucket(address)
+    assert len(store.names()) == 1
+    found = made(6, checkpoint=address)
+    jax.tree.map(np.testing.assert_array_equal, found.state.params, expected.state.params)
+    newest = max(store.names())
+    fsspec.filesystem("memory").pipe_file(f"{address}/{newest}", b"damaged")
+    with pytest.warns(RuntimeWarning, match="is damaged, and goes on from 00000001-step-4"):
+        found = made(6, checkpoint=address)
+    jax.tree.map(np.testing.assert_array_equal, found.state.params, expected.state.params)
+    held = store.lock("checkpoint", "run", ())
+    with pytest.raises(StorageInUse, match=f"checkpoint '{address}' is in use by another run"):
+        made(7, checkpoint=address)
+    held.release()
 
 
 def test_a_bucket_of_something_else_is_refused(address):
