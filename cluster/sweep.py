@@ -246,7 +246,7 @@ class Sweep:
         Raises:
           SweepError: if the storage holds another run, or the sweep cannot go on; with the
             worker's own traceback where one failed.
-          StorageInUse: if another driver holds the storage.
+          StorageInUse: if another driver holds the storage, or has taken over an object store.
           ValueError: for an unknown name in `allow_changed`.
           OSError: if the storage cannot be written.
         """

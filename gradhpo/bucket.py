@@ -1,4 +1,4 @@
-"""Files in an object store, by fsspec: "s3://bucket/run", "gs://bucket/run", "memory://run".
+"""Files in an object store: "s3://bucket/run", "gs://bucket/run", "memory://run".
 
 A put is whole or not at all, and nothing can be renamed, added to or locked. So an object is put
 once and never changed, under a name that nobody else puts: what follows from its content, or the
@@ -14,17 +14,15 @@ import contextlib
 import errno
 import io
 import uuid
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Collection
 from typing import Any, BinaryIO, NamedTuple
 
 from gradhpo.bucket_lock import BucketLock, holder_of_lock, taken_over
-from gradhpo.files import PROTOCOLS, Files, Opened, Unreachable
+from gradhpo.files import Files, Opened
+from gradhpo.objects import Objects
 
 ONE_PUT = 64 << 20
 """Bytes up to which an object is put in one request; a larger one is sent in parts."""
-PART = 32 << 20
-"""Bytes of a part: a store takes 10,000 of an object."""
-TRIES = 5
 
 
 class Bucket(Files):
@@ -39,8 +37,7 @@ class Bucket(Files):
     """
 
     def __init__(self, address: str) -> None:
-        self.address = address
-        self._fs, self._root = _opened(address)
+        self.address, self._objects = address, Objects(address)
         self._ends: dict[str, int] = {}
         """Of each series, the last number that this process knows of while it has the lock."""
         self._held: BucketLock | None = None
@@ -48,46 +45,47 @@ class Bucket(Files):
     # --- files that are written once ------------------------------------------------------------
 
     def write(self, name: str, content: Callable[[BinaryIO], str | None]) -> str:
-        """Put it in one request, or in parts that are an object when the last has come."""
+        """Put it in one request, or in parts, for which the content is written twice."""
         draft = _Draft(None if self.address.startswith("memory:") else ONE_PUT)
         last = content(draft)
         folder, slash, given = name.rpartition("/")
         name = f"{folder}{slash}{given if last is None else last}"
-        with self._told():
-            if draft.whole:
-                self._fs.pipe_file(self._path(name), draft.getvalue())
-            else:
-                self._send(name, content, last)
+        if draft.whole:
+            self._objects.put(name, draft.getvalue())
+            return name
+
+        def again(file: BinaryIO) -> None:
+            if content(file) != last:
+                raise OSError(errno.EIO, "the arrays changed while they were written")
+
+        self._objects.send(name, again)
         return name
 
     def open(self, name: str) -> Opened:
         """Ask for its bytes as they are read."""
-        with self._told():
-            return _Object(self._fs, self._path(name))
+        return self._objects.open(name)
 
     def exists(self, name: str) -> bool:
         """Ask for it."""
-        with self._told():
-            return bool(self._fs.isfile(self._path(name)))
+        return self._objects.exists(name)
 
     def names(self, folder: str = "") -> list[str]:
         """List objects."""
-        return self._listed(folder, "file")
+        return self._objects.listed(folder, "file")
 
     def folders(self, folder: str = "") -> list[str]:
         """List what names have in common up to a slash."""
-        return self._listed(folder, "directory")
+        return self._objects.listed(folder, "directory")
 
     def remove(self, names: Collection[str], folder: str | None = None) -> None:
         """Remove objects; a folder goes with its last one."""
-        if names:
-            with self._told(), contextlib.suppress(FileNotFoundError):
-                self._fs.rm([self._path(name) for name in names])
+        del folder
+        self._objects.remove(names)
 
     def probe(self, name: str) -> None:
         """See that the store grants one of two conditional creates."""
         given = f"{name}-{uuid.uuid4().hex}"
-        both = [self._create(given, content) for content in (b"first", b"second")]
+        both = [self._objects.create(given, content) for content in (b"first", b"second")]
         self.remove([given])
         if both != [True, False]:
             raise OSError(
@@ -159,18 +157,17 @@ class Bucket(Files):
 
     def create(self, name: str, number: int, content: bytes) -> bool:
         """Put an object of a series; whether it is this one that has the number."""
-        return self._create(f"{name}/{number:06d}", content)
+        return self._objects.create(f"{name}/{number:06d}", content)
 
     def get(self, name: str, number: int) -> bytes:
         """Return an object of a series; nothing where there is none."""
         with contextlib.suppress(FileNotFoundError):
-            return self._got(f"{name}/{number:06d}")
+            return self._objects.get(f"{name}/{number:06d}")
         return b""
 
     def put(self, name: str, number: int, content: bytes) -> None:
         """Put an object that is this process's alone, again and again."""
-        with self._told():
-            self._fs.pipe_file(self._path(f"{name}/{number:06d}"), content)
+        self._objects.put(f"{name}/{number:06d}", content)
 
     def _put_next(self, name: str, part: _Part) -> None:
         number, content = self._ends.get(name), part.encoded()
@@ -200,65 +197,14 @@ class Bucket(Files):
         while left and not (parts and parts[0].whole):
             count = len(parts) + 1  # twice as many as before, or nearly
             left, asked = left[:-count], left[-count:]
-            found = [_Part.decoded(content) for content in self._all(name, asked)]
+            contents = self._objects.get_all([f"{name}/{number:06d}" for number in asked])
+            found = [_Part.decoded(content) for content in contents]
             wholes = [index for index, part in enumerate(found) if part.whole]
             parts = [*found[wholes[-1] if wholes else 0 :], *parts]
         return last, b"".join(part.text for part in parts)
 
     def _numbers(self, name: str) -> list[int]:
-        return [int(number) for number in self._listed(name, "file") if number.isdecimal()]
-
-    def _all(self, name: str, numbers: list[int]) -> list[bytes]:
-        paths = [self._path(f"{name}/{number:06d}") for number in numbers]
-        with self._told():
-            return self._fs.cat_ranges(paths, None, None, on_error="raise")
-
-    # --- requests -------------------------------------------------------------------------------
-
-    def _told(self) -> contextlib.AbstractContextManager[None]:
-        return _told(self.address)
-
-    def _path(self, name: str) -> str:
-        return f"{self._root}/{name}" if name else self._root
-
-    def _listed(self, folder: str, kind: str) -> list[str]:
-        try:
-            with self._told():
-                found = self._fs.ls(self._path(folder), detail=True)
-        except FileNotFoundError:
-            return []
-        names = [str(one["name"]).rstrip("/") for one in found if one["type"] == kind]
-        return sorted(name.rpartition("/")[2] for name in names)
-
-    def _got(self, name: str) -> bytes:
-        with self._told():
-            return self._fs.cat_file(self._path(name))
-
-    def _create(self, name: str, content: bytes) -> bool:
-        """Create an object; a request whose answer was lost may have been the first."""
-        for left in reversed(range(TRIES)):
-            try:
-                with self._told():
-                    self._fs.pipe_file(self._path(name), content, mode="create")
-                return True
-            except OSError as error:
-                with contextlib.suppress(OSError):
-                    return self._got(name) == content
-                if left == 0 or isinstance(error, FileNotFoundError):  # no such bucket
-                    raise
-        raise AssertionError
-
-    def _send(self, name: str, content: Callable[[BinaryIO], str | None], last: str | None) -> None:
-        """Send an object in parts, as the content is written a second time."""
-        file = self._fs.open(self._path(name), "wb", block_size=PART)
-        try:
-            if content(file) != last:
-                raise OSError(errno.EIO, "the arrays changed while they were written")
-        except BaseException:
-            file.discard()
-            file.closed = True  # or it would be made an object when it is closed
-            raise
-        file.close()
+        return [int(number) for number in self.names(name) if number.isdecimal()]
 
 
 class _Part(NamedTuple):
@@ -299,69 +245,3 @@ class _Draft(io.BytesIO):
         else:
             self.truncate(0)
         return size
-
-
-class _Object(io.RawIOBase):
-    """An object that is read from its beginning, in the pieces that are asked for."""
-
-    def __init__(self, fs: Any, path: str) -> None:
-        self._fs, self._file, self._at = fs, path, 0
-        self._size = int(fs.size(path))
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        self._at = offset + (0, self._at, self._size)[whence]
-        return self._at
-
-    def readinto(self, buffer: Any, /) -> int:
-        wanted = memoryview(buffer).cast("B")
-        end = min(self._at + len(wanted), self._size)
-        if end <= self._at:
-            return 0
-        with _told(self._file):
-            data = self._fs.cat_file(self._file, start=self._at, end=end)
-        wanted[: len(data)] = data
-        self._at += len(data)
-        return len(data)
-
-
-def _opened(address: str) -> tuple[Any, str]:
-    """Return fsspec's file system and the path there."""
-    needed = PROTOCOLS[address.partition("://")[0]]
-    install = {"s3fs": "gradhpo[s3]", "fsspec": "gradhpo[cluster]"}.get(needed, needed)
-    try:
-        import fsspec  # pyright: ignore[reportMissingImports]
-
-        with _told(address):
-            fs, root = fsspec.url_to_fs(address, use_listings_cache=False)
-    except ImportError as error:
-        raise ImportError(f"{address!r} needs {needed}: pip install {install}") from error
-    return fs, root.rstrip("/")
-
-
-@contextlib.contextmanager
-def _told(address: str) -> Generator[None]:
-    """Let every error be an `OSError` with a text: those of clients are of all kinds."""
-    try:
-        yield
-    except (ImportError, Unreachable):
-        raise
-    except FileNotFoundError as error:
-        raise FileNotFoundError(errno.ENOENT, _short(error), address) from error
-    except FileExistsError as error:
-        raise FileExistsError(errno.EEXIST, _short(error), address) from error
-    except OSError as error:
-        text = error.strerror or _short(error)
-        raise Unreachable(error.errno or errno.EIO, text, address) from error
-    except Exception as error:
-        text = f"{type(error).__name__}: {_short(error)}"
-        raise Unreachable(errno.EIO, text, address) from error
-
-
-def _short(error: Exception) -> str:
-    return str(error).partition("\n")[0][:500]

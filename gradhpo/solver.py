@@ -136,7 +136,7 @@ def solve(
         if no hyperparameter would ever move.
       TypeError: for an argument of the wrong kind.
       DamagedFile: if no checkpoint in the folder is whole.
-      StorageInUse: if another process runs with this folder.
+      StorageInUse: if another process runs with this folder, or has taken over a store.
 
     Warns:
       UnreachedWarning: if a hyperparameter gets no hypergradient, whatever the numbers.

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gradhpo import bucket, checkpoints
+from gradhpo import bucket, checkpoints, objects
 from gradhpo.bucket import Bucket
 from gradhpo.cluster import StorageInUse, events
 from gradhpo.cluster.check import check_storage
@@ -61,7 +61,7 @@ def test_a_second_driver_is_refused(server):
 
 def test_a_large_object_is_sent_in_parts_and_is_there_whole_or_not_at_all(server, monkeypatch):
     monkeypatch.setattr(bucket, "ONE_PUT", 1 << 20)
-    monkeypatch.setattr(bucket, "PART", 5 << 20)  # the smallest that S3 takes
+    monkeypatch.setattr(objects, "PART", 5 << 20)  # the smallest that S3 takes
     store, large = Bucket("s3://bucket/large"), np.arange(2_000_000)
     saved = checkpoints.save(store, "tables/a", {"x": large}, {})
     np.testing.assert_array_equal(checkpoints.load(store, saved)[0]["x"], large)

@@ -27,7 +27,7 @@ from gradhpo.cluster import (
 from gradhpo.cluster.check import check_storage
 from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.printable import printable
-from gradhpo.cluster.settings import Identity, Place, names
+from gradhpo.cluster.settings import Identity, Place, below, folder_of, names
 from tests import sweep_problems
 from tests.quick import slow_but
 from tests.sweeps import SPACE, assert_same_tables, sweep
@@ -273,6 +273,9 @@ def test_where_a_storage_is(tmp_path, monkeypatch):
     ):
         with pytest.raises(ValueError, match=f"storage must {what}"):
             sweep(address)
+    for address in ("s3://bucket/run", "s3://bucket//run/"):
+        assert folder_of(address) == "s3://bucket/run"
+    assert below("s3://bucket/run", "a", "b") == "s3://bucket/run/a/b"
     with pytest.raises(ValueError, match="without credentials") as caught:
         sweep("s3://key:hush@bucket/run")
     assert "hush" not in str(caught.value)
