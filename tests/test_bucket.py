@@ -242,14 +242,15 @@ def freeze(lock):
     lock._thread.join()
 
 
-def test_a_holder_that_is_heard_of_is_left_alone(address, strangers):
-    first = Bucket(address)
+def test_a_holder_that_is_heard_of_is_left_alone(address, strangers, monkeypatch):
+    monkeypatch.setattr(bucket_lock, "PATIENCE", 60)
+    first, said = Bucket(address), []
     held = first.lock("storage", "sweep", TEXTS)
     with pytest.raises(StorageInUse, match=r"storage .* is in use by another sweep: process"):
         Bucket(address).lock("storage", "sweep", TEXTS)
     with pytest.raises(StorageInUse, match="is in use"):
-        Bucket(address).lock("storage", "sweep", TEXTS, tell=pytest.fail)
-    assert "heard of 0 s ago" in first.holder()
+        Bucket(address).lock("storage", "sweep", TEXTS, tell=said.append)
+    assert re.search(r", heard of \d+ s ago$", first.holder())
     held.release()
     held.release()
     assert first.holder() is None
@@ -280,6 +281,18 @@ def test_a_holder_that_was_frozen_can_change_nothing(address, strangers):
     frozen.release()
     assert second.holder() is not None
     taken.release()
+
+
+def test_a_sweep_takes_a_frozen_ones_storage_over_and_says_so(address, strangers, monkeypatch):
+    monkeypatch.setattr(shard, "Variant", file_operations.Variant)
+    frozen = Bucket(address).lock("storage", "sweep", TEXTS)
+    freeze(frozen)
+    made = sweep(address, generations=2)
+    assert made.run().generations == 2
+    told = [event.what for event in made.events if isinstance(event, events.Note)]
+    assert "of which nothing was heard" in told[0]
+    assert told[1].startswith("taken over from process")
+    assert frozen.lost()
 
 
 def test_of_several_that_come_at_once_one_gets_it(address, strangers):
