@@ -21,8 +21,9 @@ from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.printable import printable
 from gradhpo.cluster.result import SweepResult
 from gradhpo.cluster.settings import folder_of
+from gradhpo.cluster.storage import Storage
 from gradhpo.cluster.sweep import Sweep
-from gradhpo.lock import StorageInUse, holder
+from gradhpo.lock import StorageInUse
 
 STOPPED = 130
 """The exit status of a sweep that was told to stop before its end."""
@@ -37,7 +38,7 @@ app = typer.Typer(
     add_completion=False,
 )
 
-Storage = Annotated[Path, typer.Argument(help="The sweep's folder.")]
+Where = Annotated[str, typer.Argument(help="The sweep's folder, or its address.")]
 Generations = Annotated[int | None, typer.Option(help="In all; more than before extends.")]
 Workers = Annotated[int | None, typer.Option(help="Processes that hold shards.")]
 Allow = Annotated[list[str] | None, typer.Option(help="What may be other than before: data, code.")]
@@ -72,7 +73,7 @@ def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
 @clear_errors
 def sweep(
     file: Annotated[Path, typer.Argument(help="The arguments of Sweep, in TOML.")],
-    storage: Annotated[str | None, typer.Option(help="The sweep's folder.")] = None,
+    storage: Annotated[str | None, typer.Option(help="The sweep's folder, or its address.")] = None,
     generations: Generations = None,
     workers: Workers = None,
     executor: Annotated[str | None, typer.Option(help="auto, local, processes or ray.")] = None,
@@ -96,7 +97,7 @@ def sweep(
 @app.command()
 @clear_errors
 def resume(
-    storage: Storage,
+    storage: Where,
     generations: Generations = None,
     workers: Workers = None,
     address: Annotated[str | None, typer.Option(help="Of a Ray cluster to join.")] = None,
@@ -114,14 +115,14 @@ def resume(
 
 @app.command()
 @clear_errors
-def status(storage: Storage) -> None:
+def status(storage: Where) -> None:
     """Say how far a sweep is, who runs it, and what happened to it; changes nothing."""
-    storage = folder_of(storage)
-    about, journal = manifest.read(storage), Journal(storage)
+    place = folder_of(storage)
+    about, journal = manifest.read(place), Journal(place)
     done, total = journal.generation + 1, about["generations"]
-    who = holder(storage)
+    who = Storage(place).files.holder()
     state = f"running ({who})" if who else "complete" if done >= total else "not running"
-    _say(f"{storage}: {state}, {done} of {total} generations")
+    _say(f"{place}: {state}, {done} of {total} generations")
     _say(
         f"  {about['population']} trials in {about['shards']} shards, "
         f"{about['steps_per_generation']} steps a generation, metric {about['metric']}"
@@ -134,18 +135,18 @@ def status(storage: Storage) -> None:
         _say(f"  the last generation took {seconds:.1f} s; {(total - done) * seconds:.0f} s left")
     for what in journal.damaged:
         _say(f"  {what}")
-    told = [facts for facts in event_log.read(storage) if facts["event"] not in UNTOLD]
+    told = [facts for facts in event_log.read(place) if facts["event"] not in UNTOLD]
     for facts in told[-10:]:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts.pop("time")))
         event = facts.pop("event")
         _say(f"  {when} {event}: {', '.join(f'{k}={v}' for k, v in facts.items())}")
     if not who and done < total:
-        _say(f"To go on: gradhpo resume {shlex.quote(str(storage))}")
+        _say(f"To go on: gradhpo resume {shlex.quote(str(place))}")
 
 
 @app.command()
 @clear_errors
-def check(storage: Storage) -> None:
+def check(storage: Where) -> None:
     """Verify every file of a sweep, and repair what can be; exit status 1 if damage is left."""
     left = False
     for finding in check_storage(folder_of(storage)):
@@ -158,7 +159,7 @@ def check(storage: Storage) -> None:
 @app.command()
 @clear_errors
 def best(
-    storage: Storage,
+    storage: Where,
     output: Annotated[Path | None, typer.Option(help="Save its arrays (.npz).")] = None,
     plot: Plot = None,
 ) -> None:

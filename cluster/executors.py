@@ -6,7 +6,6 @@ import abc
 import dataclasses
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from gradhpo.checkpoints import Saved
@@ -33,6 +32,7 @@ from gradhpo.cluster.local_ray import has_ray
 from gradhpo.cluster.orders import Order, Prepared, Result, Spec
 from gradhpo.cluster.processes import Processes, ProcessSettings, log_file
 from gradhpo.cluster.this_process import ThisProcess
+from gradhpo.files import Where
 
 ROOM_EVERY = 1.0
 """Seconds between two looks at how many workers could be held."""
@@ -268,7 +268,8 @@ class FleetExecutor(Executor):
     def _log(self, worker: int) -> dict[str, str]:
         """Return where a worker's prints are, if it made any such file."""
         log = log_file(self._storage, worker, 0, self._settings.processes)
-        return {"log": str(log)} if log.exists() else {}
+        elsewhere = any("log" in about for about in self._about.get(worker, ()))
+        return {"log": str(log)} if elsewhere or log.exists() else {}
 
     def _raise(self, fail: Fail) -> None:
         """Raise what a fleet ended with, saying where: the storage, and the worker's log."""
@@ -297,7 +298,7 @@ def _resolved(kind: str) -> str:
     return ("ray" if has_ray() else "local") if kind == "auto" else kind
 
 
-def check(kind: str, settings: ProcessSettings, sent: Mapping[str, Any]) -> None:
+def check(kind: str, settings: ProcessSettings, sent: Mapping[str, Any], storage: Where) -> None:
     """Raise unless an executor of this kind can run a sweep that sends these things to workers.
 
     Raises:
@@ -306,6 +307,11 @@ def check(kind: str, settings: ProcessSettings, sent: Mapping[str, Any]) -> None
     kind = _resolved(kind)
     if kind == "ray" and not has_ray():
         raise ImportError('executor="ray" needs Ray: pip install gradhpo[cluster]')
+    if kind != "local" and str(storage).startswith("memory:"):
+        raise ValueError(
+            f"storage {str(storage)!r} lives in this process, and dies with it: it needs "
+            f'executor="local", got {kind!r}'
+        )
     if kind in ("local", "processes") and settings.processes > 1:
         raise ValueError(f'processes is for Ray; executor="{kind}" has one in a worker')
     if kind == "processes":
@@ -322,7 +328,7 @@ def open_executor(
     tell: Tell,
 ) -> FleetExecutor:
     """Return the executor of this kind: "auto" is "ray" where it is installed, else "local"."""
-    incarnations = Incarnations(Path(spec.storage))
+    incarnations = Incarnations(spec.storage)
     kind = _resolved(kind)
     if kind == "local":
         settings = dataclasses.replace(settings, workers=1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from gradhpo._version import __version__
@@ -13,34 +12,35 @@ from gradhpo.cluster.events import Changed, Event, Note, Repaired
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.orders import Prepared
 from gradhpo.cluster.storage import Storage
+from gradhpo.files import Where
 
 Entry = dict[str, Any]
 """Of a variant: its "batching", the step "key", the checksum of its "data", its "changes", and the
 version of "gradhpo"."""
 
 
-def read(storage: Path) -> list[Entry] | None:
+def read(storage: Where) -> list[Entry] | None:
     """Return what an earlier run wrote of each variant; None before the first generation.
 
     Raises:
       SweepError: if it is missing or damaged.
     """
-    path = Storage(storage).programs
+    text = Storage(storage).programs
     if not Storage(storage).begun:
         return None
     try:
-        entries = json.loads(path.read_text())
+        entries = json.loads(text.read_text())
         if not entries or any("batching" not in entry for entry in entries):
             raise ValueError("it names no layout")
         return entries
     except (OSError, ValueError, TypeError) as error:
         raise SweepError(
-            f"{path}, which says how the sweep's programs are laid out, is missing or damaged "
+            f"{text}, which says how the sweep's programs are laid out, is missing or damaged "
             f"({error})"
         ) from None
 
 
-def recovered(storage: Path, tell: Callable[[Event], None]) -> list[Entry] | None:
+def recovered(storage: Where, tell: Callable[[Event], None]) -> list[Entry] | None:
     """Return the same; where it is damaged, make it again from what the manifest says.
 
     Raises:
@@ -68,7 +68,7 @@ def recovered(storage: Path, tell: Callable[[Event], None]) -> list[Entry] | Non
 
 
 def keep(
-    storage: Path,
+    storage: Where,
     known: Sequence[Entry] | None,
     prepared: Sequence[Prepared],
     generation: int,
@@ -157,7 +157,7 @@ def _changes(old: Entry, new: Entry, tell: Callable[[Event], None]) -> dict[str,
     return what
 
 
-def _refusal(storage: Path, refused: Sequence[str], what: Mapping[str, str]) -> str:
+def _refusal(storage: Where, refused: Sequence[str], what: Mapping[str, str]) -> str:
     said = {
         "code": "the problem or the optimizer computes something else than when the sweep in "
         f"{storage} began",

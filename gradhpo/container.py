@@ -20,11 +20,12 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes  # comes with JAX
 import numpy as np
+
+from gradhpo.files import Opened
 
 MAGIC = b"gradhpo arrays 1\n"
 KIND = MAGIC[: MAGIC.index(b"1")]
@@ -76,14 +77,13 @@ def write(file: BinaryIO, arrays: Mapping[str, np.ndarray], about: Mapping[str, 
         return hashed.digest().hex()
 
 
-def read(path: Path) -> Content:
-    """Return the bytes of a file, whatever it is, and their checksums, in one pass.
+def read(file: Opened) -> Content:
+    """Return the bytes of an open file, whatever it is, and their checksums, in one pass.
 
     Raises:
       OSError: if it cannot be read.
     """
-    hashed = _Hashed()
-    with open(path, "rb") as file, hashed:
+    with _Hashed() as hashed:
         size = file.seek(0, 2)
         file.seek(0)
         data = _aligned(size)
@@ -92,7 +92,7 @@ def read(path: Path) -> Content:
         for first, last in [*_spans(0, end), (end, size)]:
             own = hashed.digest() if first == end else own
             part = data[first:last].data
-            if file.readinto(part) != len(part):  # pyright: ignore[reportAttributeAccessIssue]
+            if file.readinto(part) != len(part):
                 raise OSError(5, "it was cut short while it was read")
             before.result()
             before = hashed.update(part)
