@@ -11,13 +11,13 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from gradhpo import checkpoints
 from gradhpo.checkpoints import DamagedFile, Saved
-from gradhpo.commit import UNFINISHED
+from gradhpo.commit import UNFINISHED, commit
 from gradhpo.lock import LOCK
 
 CHECKPOINTS, TABLES = "checkpoints", "tables"
@@ -44,6 +44,8 @@ class Storage:
         """What is done."""
         self.incarnations = self.path / "incarnations.json"
         """Which worker owns which shard."""
+        self.stop = self.path / "stop.txt"
+        """That the driver is asked to end, and by whom."""
         self.logs = self.path / "logs"
         """What workers print."""
 
@@ -157,6 +159,30 @@ class Storage:
         for path in unfinished:
             path.unlink(missing_ok=True)
         return sorted(str(path.relative_to(self.path)) for path in unfinished)
+
+    def ask_to_stop(self, who: str) -> None:
+        """Ask the driver to end after the generation in flight.
+
+        Raises:
+          OSError: if that cannot be written.
+        """
+
+        def content(file: BinaryIO) -> None:
+            file.write(who.encode())
+
+        commit(self.stop, content)
+
+    def stop_request(self) -> str | None:
+        """Return who asked the driver to end; None where nobody did."""
+        try:
+            return self.stop.read_text(errors="replace") or "a file stop.txt"
+        except OSError:
+            return None
+
+    def forget_stop(self) -> None:
+        """Remove the request."""
+        with contextlib.suppress(OSError):
+            self.stop.unlink()
 
     def log(self, facts: Mapping[str, Any]) -> None:
         """Add a line to the events; what cannot be written is left out."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -79,6 +80,11 @@ class RunFolder:
     def name(self) -> str:
         """How messages name it."""
         return f"checkpoint {str(self.path)!r}"
+
+    def run(self, key: jax.Array) -> str:
+        """Return what tells this run from all others, in a few letters and digits."""
+        what = f"{self.path.resolve()} {np.asarray(jax.random.key_data(key)).tolist()}"
+        return hashlib.sha256(what.encode()).hexdigest()[:16]
 
     def restored(
         self, program: Program, key: jax.Array, pair: Callable[[], PyTree]
