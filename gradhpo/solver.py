@@ -394,7 +394,7 @@ class _Run:
         for array in jax.tree.leaves((values, record)):
             array[(self._diverged > 0) & (rows >= self._diverged)] = np.nan
         self._metrics.append(values)
-        self._tells.add(values)
+        self._tells.add(jax.tree.map(lambda x: x[: self._told_rows(n)], values))
         self._record.append(record)
         self.done += n
         seconds = time.perf_counter() - started
@@ -405,6 +405,13 @@ class _Run:
         else:
             self.done = int(self._diverged.max()) - 1
         return n
+
+    def _told_rows(self, n: int) -> int:
+        """Return how many of a chunk's rows observers are told of: none that is taken anew."""
+        if self.alive.any():
+            return n
+        last = int(self._diverged.max()) - (not self.program.batched)
+        return last - self.done
 
     def finish(self, steps: int) -> None:
         """Say so if the data ended early, and evaluate at the end if that was not done yet."""

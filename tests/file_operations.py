@@ -21,9 +21,11 @@ import numpy as np
 
 from gradhpo.cluster import shard
 from gradhpo.cluster.orders import Prepared
+from gradhpo.observers import CSV
 from tests.sweeps import sweep
 
-OPERATIONS = ("open", "fsync", "replace", "unlink", "mkdir", "rmdir", "write", "ftruncate")
+OPERATIONS = ("open", "fsync", "replace", "unlink", "mkdir", "rmdir")
+OPERATIONS += ("write", "ftruncate", "truncate")
 SIZE = 4000
 """Numbers of a trial's state: 16 kB."""
 
@@ -76,8 +78,14 @@ class Variant:
 def run(folder, every):
     """Run the sweep to its end; return what it found, as a digest."""
     changes = {"population": 6, "shards": 2, "generations": 5, "checkpoint_every": every}
-    result = sweep(folder, **changes).run()
+    tracker = CSV(folder / "rows.csv")
+    result = sweep(folder, **changes).run(observers=[tracker])
     digest = hashlib.sha256(str(result.best.lineage).encode())
+    rows = [line.split(b",") for line in tracker.path.read_bytes().splitlines()[1:]]
+    assert [(int(row[0]), int(row[1])) for row in rows] == [
+        *itertools.product(range(1, 6), range(6))
+    ]
+    digest.update(tracker.path.read_bytes())
     for name, array in [*result.table.items(), *result.best.arrays.items()]:
         digest.update(name.encode() + array.tobytes())
     return digest.hexdigest()

@@ -6,6 +6,7 @@ import json
 import struct
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -195,6 +196,26 @@ def test_a_solve_goes_on_with_its_file_and_another_is_refused(tmp_path):
     with pytest.raises(OtherRunError, match=r"a.csv'\) holds another run, up to step 7"):
         solve(4, observers=[CSV(path)])
     assert read_csv(path) == rows
+
+
+def test_a_step_that_diverged_is_told_when_it_is_taken_anew(tmp_path):
+    path, plain, key = tmp_path / "a.csv", gradhpo.OneStepOptimizer(INNER), jax.random.key(0)
+
+    def bad_at_the_fourth(step):
+        return jnp.where(step == 3, jnp.inf, 1e-3)
+
+    def run(rate, **settings):
+        about = {"lr_hyper": rate, "progress": False, "observers": [CSV(path)]}
+        return gradhpo.solve(PROBLEM, plain, 6, key, **about, **settings)
+
+    with pytest.warns(gradhpo.DivergenceWarning):
+        bad = run(bad_at_the_fourth)
+    assert bad.steps == 3
+    assert [row["step"] for row in read_csv(path)] == ["1", "2", "3"]
+    good = run(1e-3, resume=bad)
+    rows = read_csv(path)
+    assert [float(row["val_loss"]) for row in rows] == good.metrics["val_loss"].tolist()
+    assert [int(row["step"]) for row in rows] == list(range(1, 7))
 
 
 def test_a_run_of_a_folder_is_known_again_before_its_first_checkpoint(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from gradhpo.commit import commit
 from gradhpo.observers.events import Begun, Progress
-from gradhpo.observers.lines import ends, trim
+from gradhpo.observers.lines import append, ends, trim
 from gradhpo.observers.tracker import OtherRunError, Tracker
 
 
@@ -49,8 +49,7 @@ class CSV(Tracker):
         new = list(dict.fromkeys(name for row in rows for name in row))
         if missing := [name for name in new if name not in self._columns]:
             self._widen([*self._columns, *missing])
-        with open(self.path, "ab") as file:
-            file.write(_text(self._columns, rows))
+        append(self.path, _text(self._columns, rows))
 
     def close(self) -> None:
         """Nothing stays open."""

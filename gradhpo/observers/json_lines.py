@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gradhpo.observers.events import Begun, Progress
-from gradhpo.observers.lines import ends, trim
+from gradhpo.observers.lines import append, ends, trim
 from gradhpo.observers.tracker import OtherRunError, Tracker
 
 
@@ -49,8 +49,7 @@ class JSONLines(Tracker):
         """Append the lines, in one write."""
         rows = ({name: _plain(x) for name, x in row.items()} for row in event.rows(after))
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        with open(self.path, "ab") as file:
-            file.write(text.encode())
+        append(self.path, text.encode())
 
     def close(self) -> None:
         """Nothing stays open."""

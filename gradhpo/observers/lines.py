@@ -47,3 +47,18 @@ def trim(path: Path, found: Found) -> int:
     if path.exists():
         os.truncate(path, found.start)
     return found.before
+
+
+def append(path: Path, lines: bytes) -> None:
+    """Add lines, in one write.
+
+    Raises:
+      OSError: if they cannot be written whole.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        written = os.write(descriptor, lines)
+    finally:
+        os.close(descriptor)
+    if written != len(lines):
+        raise OSError(28, f"only {written} of {len(lines)} bytes written")
