@@ -15,9 +15,9 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from gradhpo import files
 from gradhpo.checkpoints import DamagedFile
 from gradhpo.cluster import event_log, manifest, optuna_study
-from gradhpo.cluster import storage as keeper
 from gradhpo.cluster.check import check_storage
 from gradhpo.cluster.events import Stopped
 from gradhpo.cluster.failures import SweepError
@@ -25,9 +25,10 @@ from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.printable import printable
 from gradhpo.cluster.result import SweepResult
 from gradhpo.cluster.settings import folder_of
+from gradhpo.cluster.storage import Storage
 from gradhpo.cluster.sweep import Sweep
 from gradhpo.export import save_orbax, save_safetensors, write_script
-from gradhpo.lock import StorageInUse, holder
+from gradhpo.lock import StorageInUse
 from gradhpo.observers.named import named
 
 STOPPED = 130
@@ -43,7 +44,7 @@ app = typer.Typer(
     add_completion=False,
 )
 
-Storage = Annotated[Path, typer.Argument(help="The sweep's folder.")]
+Where = Annotated[str, typer.Argument(help="The sweep's folder, or its address.")]
 Generations = Annotated[int | None, typer.Option(help="In all; more than before extends.")]
 Workers = Annotated[int | None, typer.Option(help="Processes that hold shards.")]
 Allow = Annotated[list[str] | None, typer.Option(help="What may be other than before: data, code.")]
@@ -85,7 +86,7 @@ def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
 @clear_errors
 def sweep(
     file: Annotated[Path, typer.Argument(help="The arguments of Sweep, in TOML.")],
-    storage: Annotated[str | None, typer.Option(help="The sweep's folder.")] = None,
+    storage: Annotated[str | None, typer.Option(help="The sweep's folder, or its address.")] = None,
     generations: Generations = None,
     workers: Workers = None,
     executor: Annotated[str | None, typer.Option(help="auto, local, processes or ray.")] = None,
@@ -114,7 +115,7 @@ def sweep(
 @app.command()
 @clear_errors
 def resume(
-    storage: Storage,
+    storage: Where,
     generations: Generations = None,
     workers: Workers = None,
     address: Annotated[str | None, typer.Option(help="Of a Ray cluster to join.")] = None,
@@ -137,43 +138,43 @@ def resume(
 
 @app.command()
 @clear_errors
-def stop(storage: Storage) -> None:
+def stop(storage: Where) -> None:
     """Ask the driver of a sweep to end after the generation in flight, which is saved.
 
     So does a file `stop.txt` in the sweep's folder. `resume` goes on.
     """
-    storage = folder_of(storage)
-    manifest.read(storage)
-    who = holder(storage)
+    place = folder_of(storage)
+    manifest.read(place)
+    who = Storage(place).files.holder()
     if who is None:
-        sys.exit(printable(f"gradhpo: nobody runs {storage}: there is nothing to stop"))
-    keeper.Storage(storage).ask_to_stop(f"gradhpo stop on {socket.gethostname()}")
-    _say(f"{storage}: {who} ends after the generation in flight")
+        sys.exit(printable(f"gradhpo: nobody runs {place}: there is nothing to stop"))
+    Storage(place).ask_to_stop(f"gradhpo stop on {socket.gethostname()}")
+    _say(f"{place}: {who} ends after the generation in flight")
 
 
 @app.command()
 @clear_errors
 def status(
-    storage: Storage,
+    storage: Where,
     watch: Annotated[bool, typer.Option("--watch", help="Say it again until it is over.")] = False,
     every: Annotated[float, typer.Option(help="Seconds between two looks of --watch.")] = 2.0,
 ) -> None:
     """Say how far a sweep is, who runs it, and what happened to it; changes nothing."""
-    storage = folder_of(storage)
-    _status(storage)
+    place = folder_of(storage)
+    _status(place)
     with contextlib.suppress(KeyboardInterrupt):
-        while watch and holder(storage):
+        while watch and Storage(place).files.holder():
             time.sleep(every)
             print("\x1b[2J\x1b[H" if sys.stdout.isatty() else "", flush=True)
-            _status(storage)
+            _status(place)
 
 
-def _status(storage: Path) -> None:
-    about, journal = manifest.read(storage), Journal(storage)
+def _status(place: files.Where) -> None:
+    about, journal = manifest.read(place), Journal(place)
     done, total = journal.generation + 1, about["generations"]
-    who = holder(storage)
+    who = Storage(place).files.holder()
     state = f"running ({who})" if who else "complete" if done >= total else "not running"
-    _say(f"{storage}: {state}, {done} of {total} generations")
+    _say(f"{place}: {state}, {done} of {total} generations")
     _say(
         f"  {about['population']} trials in {about['shards']} shards, "
         f"{about['steps_per_generation']} steps a generation, metric {about['metric']}"
@@ -188,18 +189,18 @@ def _status(storage: Path) -> None:
         _say(f"  stopped: {why}")
     for what in journal.damaged:
         _say(f"  {what}")
-    told = [facts for facts in event_log.read(storage) if facts["event"] not in UNTOLD]
+    told = [facts for facts in event_log.read(place) if facts["event"] not in UNTOLD]
     for facts in told[-10:]:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts.pop("time")))
         event = facts.pop("event")
         _say(f"  {when} {event}: {', '.join(f'{k}={v}' for k, v in facts.items())}")
     if not who and done < total:
-        _say(f"To go on: gradhpo resume {shlex.quote(str(storage))}")
+        _say(f"To go on: gradhpo resume {shlex.quote(str(place))}")
 
 
 @app.command()
 @clear_errors
-def check(storage: Storage) -> None:
+def check(storage: Where) -> None:
     """Verify every file of a sweep, and repair what can be; exit status 1 if damage is left."""
     left = False
     for finding in check_storage(folder_of(storage)):
@@ -212,7 +213,7 @@ def check(storage: Storage) -> None:
 @app.command()
 @clear_errors
 def best(
-    storage: Storage,
+    storage: Where,
     output: Annotated[Path | None, typer.Option(help="Save its arrays (.npz).")] = None,
     plot: Plot = None,
 ) -> None:
@@ -257,7 +258,7 @@ def init(
 @app.command()
 @clear_errors
 def export(
-    storage: Storage,
+    storage: Where,
     optuna: Annotated[str | None, typer.Option(help="An Optuna storage: sqlite:///a.db")] = None,
     study: Annotated[str | None, typer.Option(help="The study's name.")] = None,
     safetensors: Annotated[Path | None, typer.Option(help="A file for the best trial.")] = None,
@@ -271,7 +272,7 @@ def export(
     if optuna is None and safetensors is None and orbax is None and script is None:
         raise ValueError("say what to export: --optuna, --safetensors, --orbax or --script")
     if optuna is not None:
-        made = optuna_study.export_study(result.path, optuna, study)
+        made = optuna_study.export_study(result.where, optuna, study)
         _say(f"Optuna: {len(made.trials)} trials in the study {made.study_name!r}")
     if safetensors is not None:
         _say(f"{safetensors}: {', '.join(save_safetensors(safetensors, result.best))}")

@@ -305,7 +305,7 @@ class Controller:
                 entry["stopped"] = stopped
             self._journal.append(entry)
         except OSError as error:
-            where = f"cannot write to the storage {self._storage.path}"
+            where = f"cannot write to the storage {self._storage}"
             raise SweepError(f"{where}: {error}") from error
         self._prune()
         self._written = {name: one for name, one in self._written.items() if name[1] > generation}
@@ -353,7 +353,7 @@ class Controller:
         if error.file.startswith(CHECKPOINTS) and error.file not in files:
             raise StateGone(str(error)) from error  # one that was not named yet
         if not self._journal.last:
-            raise SweepError(f"storage {str(self._storage.path)!r}: {error}") from error
+            raise SweepError(f"storage {str(self._storage)!r}: {error}") from error
         durable = self._journal.durable
         newest = durable[-1] if durable else None
         own = [saved.file for saved in _needed(newest)]
@@ -366,7 +366,7 @@ class Controller:
                 raise SweepError(
                     f"{error}. The generation before it is not whole either"
                     f"{f' ({missing[0]})' if missing else ''}. To compute the sweep again from its "
-                    f"beginning, move {self._storage.path} away"
+                    f"beginning, move {self._storage} away"
                 ) from error
         generation = -1 if before is None else before["generation"]
         self._tell(Damaged(str(error), generation + 1))

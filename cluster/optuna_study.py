@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from gradhpo.cluster.columns import TRIAL, setting
 from gradhpo.cluster.result import SweepResult
 from gradhpo.cluster.space import Choice, Distribution
+from gradhpo.files import Where
 from gradhpo.observers.packages import load, require
 
 MADE = "gradhpo"
@@ -18,7 +18,7 @@ CLOSE = 1e-6
 """How far a float32 may be from the choice that it stands for, relatively."""
 
 
-def export_study(storage: Path | str, url: str, name: str | None = None) -> Any:
+def export_study(storage: Where, url: str, name: str | None = None) -> Any:
     """Write a sweep, finished or running, as an Optuna study, in place of what was exported before.
 
     A trial that the scheduler replaced is "pruned", one that diverged "failed", and those of the
@@ -41,19 +41,19 @@ def export_study(storage: Path | str, url: str, name: str | None = None) -> Any:
     require("export to Optuna", "optuna", "optuna")
     optuna = load("optuna")
     result = SweepResult.from_storage(storage)
-    name = name or result.path.name
+    name = name or result.where.rstrip("/").rsplit("/", 1)[-1]
     trials = _Trials(optuna, result).frozen()
     if name in optuna.get_all_study_names(url):
         old = optuna.load_study(study_name=name, storage=url)
-        if old.user_attrs.get(MADE) != str(result.path):
+        if old.user_attrs.get(MADE) != result.where:
             raise ValueError(
-                f"the study {name!r} in {url} was not exported from {result.path}: give another "
+                f"the study {name!r} in {url} was not exported from {result.where}: give another "
                 "name"
             )
         optuna.delete_study(study_name=name, storage=url)
     direction = "minimize" if result.sign > 0 else "maximize"
     study = optuna.create_study(study_name=name, storage=url, direction=direction)
-    study.set_user_attr(MADE, str(result.path))
+    study.set_user_attr(MADE, result.where)
     study.set_user_attr("generations", result.generations)
     study.set_user_attr("metric", result.metric)
     study.add_trials(trials)

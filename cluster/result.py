@@ -27,6 +27,7 @@ from gradhpo.cluster.shard import ShardHost, slot_of
 from gradhpo.cluster.space import LR_HYPER, Change, SearchSpace
 from gradhpo.cluster.storage import Storage
 from gradhpo.cluster.variant import Variant, build, by_name, data_key
+from gradhpo.files import Where
 from gradhpo.state import BilevelState, PyTree
 
 
@@ -177,7 +178,7 @@ class SweepResult:
     """The result of a sweep, complete or not.
 
     Args:
-      storage: the sweep's folder.
+      storage: the sweep's folder, or its address.
       spec: what its workers were told.
       layout: its shards.
       metric: its name.
@@ -191,7 +192,7 @@ class SweepResult:
 
     def __init__(
         self,
-        storage: Path,
+        storage: Where,
         spec: Spec,
         layout: Layout,
         metric: str,
@@ -199,7 +200,8 @@ class SweepResult:
         load_data: Callable[[], Any] = lambda: None,
         report: Report | None = None,
     ) -> None:
-        self._storage, self._spec, self._layout = Storage(storage), spec, layout
+        self._where, self._storage = storage, Storage(storage)
+        self._spec, self._layout = spec, layout
         self._metric, self._sign, self._load_data = metric, sign, load_data
         self.report = report
         self._entries = list(Journal(storage).entries())
@@ -207,7 +209,7 @@ class SweepResult:
             raise SweepError(f"no generation is done in {storage}")
 
     @classmethod
-    def from_storage(cls, storage: Path | str) -> SweepResult:
+    def from_storage(cls, storage: Where) -> SweepResult:
         """Return the result in a storage, without its program: no code is run or imported.
 
         `Trial.state`, `replay` and `data` import what the storage names, when they are asked for.
@@ -246,14 +248,14 @@ class SweepResult:
         return self._entries[-1].get("stopped")
 
     @property
-    def path(self) -> Path:
-        """The sweep's folder."""
-        return self._storage.path
+    def where(self) -> str:
+        """The sweep's folder, or its address."""
+        return str(self._storage)
 
     @property
     def complete(self) -> bool:
         """Whether all generations are done that the sweep was last to have."""
-        return self.generations >= manifest.read(self.path)["generations"]
+        return self.generations >= manifest.read(self.where)["generations"]
 
     @property
     def metric(self) -> str:
@@ -549,11 +551,11 @@ class SweepResult:
         try:
             yield
         except DamagedFile as error:
-            raise DamagedFile(str(self._storage.path / error.file), error.reason) from None
+            raise DamagedFile(f"{self._storage}/{error.file}", error.reason) from None
 
     @functools.cached_property
     def _layouts(self) -> list[Any]:
-        entries = programs.read(self._storage.path)
+        entries = programs.read(self._where)
         if entries is None:
             return [self._spec.batching] * self._layout.variants
         return [entry["batching"] for entry in entries]
@@ -569,7 +571,7 @@ def _row(variant: Variant, state: Any) -> BilevelState:
 
 
 def spec_of(
-    identity: Identity, storage: Path, layout: Layout, folders: tuple[str, ...], x64: bool
+    identity: Identity, storage: Where, layout: Layout, folders: tuple[str, ...], x64: bool
 ) -> Spec:
     """Return what the workers of a sweep are told."""
     given = {field.name: getattr(identity, field.name) for field in dataclasses.fields(Identity)}

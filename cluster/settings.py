@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
@@ -20,6 +17,7 @@ from gradhpo.cluster.processes import ProcessSettings
 from gradhpo.cluster.schedulers import PBT, Scheduler
 from gradhpo.cluster.space import SearchSpace
 from gradhpo.errors import check_count, check_hashable, check_number
+from gradhpo.files import Where, where_of
 from gradhpo.host import check_once
 from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.problem import Problem
@@ -160,7 +158,7 @@ class Identity:
 class Place:
     """Where a sweep runs, and how far: nothing here changes a number."""
 
-    storage: Path = dataclasses.field(metadata=_LOCAL)
+    storage: Where = dataclasses.field(metadata=_LOCAL)
     generations: int = dataclasses.field(metadata=_LOCAL)
     workers: int = 1
     resources: Mapping[str, float] | None = None
@@ -256,25 +254,14 @@ def read(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     return arguments
 
 
-def folder_of(storage: Any) -> Path:
-    """Return the folder that `storage` names: "~" is the home folder, `file://…` a path.
+def folder_of(storage: Any) -> Where:
+    """Return the folder that `storage` names, or the store's address; see `where_of`."""
+    return where_of("storage", storage)
 
-    Raises:
-      TypeError: for what is no path.
-      ValueError: for an address that is no folder of this machine.
-    """
-    if not isinstance(storage, str | Path):
-        raise TypeError(f"storage must be the path of a folder, got {storage!r}")
-    text = str(storage)
-    if not re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
-        return Path(text).expanduser().absolute()
-    address = urlsplit(text)
-    if address.scheme != "file" or address.netloc:
-        raise ValueError(
-            "storage must be a folder that all workers see under one path, or file:///…, got "
-            f"{text!r}"
-        )
-    return Path(unquote(address.path))
+
+def below(storage: Where, *names: str) -> Where:
+    """Return what has these names below a folder or an address."""
+    return "/".join((storage, *names)) if isinstance(storage, str) else storage.joinpath(*names)
 
 
 def _described(

@@ -17,7 +17,7 @@ from gradhpo.cluster import claim, executors, importing, manifest, schedulers, s
 from gradhpo.cluster.display import Display
 from gradhpo.cluster.division import divide
 from gradhpo.cluster.event_log import EventLog
-from gradhpo.cluster.events import Callback, Event, Importing, Observer, Telling
+from gradhpo.cluster.events import Callback, Event, Importing, Note, Observer, Telling
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.orders import Spec
 from gradhpo.cluster.result import Report, SweepResult, spec_of
@@ -25,7 +25,8 @@ from gradhpo.cluster.running import Run
 from gradhpo.cluster.schedulers import Scheduler
 from gradhpo.cluster.settings import Identity, Place
 from gradhpo.cluster.space import SearchSpace
-from gradhpo.lock import FolderLock
+from gradhpo.cluster.storage import Storage
+from gradhpo.files import Where
 from gradhpo.observers.telling import ended
 from gradhpo.timetable import EpisodeInit
 from gradhpo.watch import Stop
@@ -51,8 +52,9 @@ class Sweep:
         their combinations.
       generations: how many. A larger number than before extends a sweep that is done.
       steps_per_generation: steps that a trial takes in one.
-      storage: a folder for all that must last, seen by all workers under this path; "~" and
-        `file:///…` are understood.
+      storage: a folder for all that must last, seen by all workers under this path ("~" and
+        `file:///…` are understood), or the address of an object store, such as
+        "s3://bucket/run".
       scheduler: `PBT`, `SuccessiveHalving`, `RandomSearch`, or any function of
         `(table, space, rng)`; see `schedulers`.
       metric: what is compared: one of the five metrics of a step, or a name of `Problem.metrics`.
@@ -114,7 +116,7 @@ class Sweep:
         population: int,
         generations: int,
         steps_per_generation: int,
-        storage: str | Path,
+        storage: Where,
         scheduler: Scheduler | None = None,
         metric: str = "val_loss",
         mode: Literal["min", "max"] = "min",
@@ -166,7 +168,8 @@ class Sweep:
         self.layout = divide(self.identity, self.place.workers, known)
         sent = {"problem": problem, "optimizer": optimizer}
         sent |= {"lr_schedule": lr_schedule, "validation": validation}
-        executors.check(executor, self.place.for_processes(self.layout.shards), sent)
+        processes_of = self.place.for_processes(self.layout.shards)
+        executors.check(executor, processes_of, sent, self.storage)
         self.identity = dataclasses.replace(self.identity, shards=self.layout.shards)
         self._folders, self._foreign = importing.folders(), False
         self.events: list[Event] = []
@@ -181,8 +184,8 @@ class Sweep:
         raise AttributeError(f"'Sweep' object has no attribute {name!r}")
 
     @property
-    def storage(self) -> Path:
-        """The folder of all that lasts."""
+    def storage(self) -> Where:
+        """Where all is that lasts: a folder's path, or an address."""
         return self.place.storage
 
     @property
@@ -210,7 +213,7 @@ class Sweep:
         return made
 
     @classmethod
-    def from_storage(cls, storage: str | Path, **changes: Any) -> Sweep:
+    def from_storage(cls, storage: Where, **changes: Any) -> Sweep:
         """Return the sweep that a storage holds, to resume it; `run` imports what it names.
 
         Raises:
@@ -258,7 +261,7 @@ class Sweep:
         Raises:
           SweepError: if the storage holds another run, or the sweep cannot go on; with the
             worker's own traceback where one failed.
-          StorageInUse: if another driver holds the storage.
+          StorageInUse: if another driver holds the storage, or has taken over an object store.
           ValueError: for an unknown name in `allow_changed`.
           OSError: if the storage cannot be written.
         """
@@ -267,18 +270,21 @@ class Sweep:
             raise ValueError(f"allow_changed must be {accepted}, got {allow_changed!r}")
         claim.open_folder(self.storage)
         self.events = []
-        lock = FolderLock(self.storage, "storage", "sweep")
-        try:
-            telling = Telling(self.events)
-            with self._display() as display:
-                telling.to(display, EventLog(self.storage), *observers)
+        telling = Telling(self.events)
+        with self._display() as display:
+            telling.to(display)
+            lock = Storage(self.storage).lock(lambda text: telling.tell(Note(text)))
+            try:
+                telling.to(EventLog(self.storage), *observers)
                 if callback is not None:
                     telling.to(Callback(callback), strict=True)
+                if (before := lock.took_over) is not None:
+                    telling.tell(Note(f"taken over from {before}, which had not let go"))
                 with ended(telling):
                     report = self._run(telling, allow_changed)
-            return self._result(report)
-        finally:
-            lock.release()
+                return self._result(report)
+            finally:
+                lock.release()
 
     def result(self) -> SweepResult:
         """Return what is done so far, from the storage; nothing runs, and nothing is imported."""

@@ -64,32 +64,48 @@ class Variant:
             check_hashable("lr_schedule", self.schedule)
         self.optimizer = optimizer
         self.programs: dict[str, Any] = {}
+        self._lowered: dict[str, compiled.Lowered] = {}
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), spec.slots))
-        data_shape = jax.eval_shape(lambda: self.population.trace_data(jax.random.key(0)))
+        self._data_shapes = jax.eval_shape(self._make_data, np.uint32(0))
         pairs = self.population.first_pair_shapes(spec.slots)
-        self._template = jax.eval_shape(self.population.trace_init, keys, {}, data_shape, pairs)
+        init = self.population.trace_init
+        self._template = jax.eval_shape(init, keys, {}, self._data_shapes, pairs)
         self._check_settings()
         self.data: PyTree = None
         self._first: Any = None
         self.host = HostTurns(self, spec.steps, spec.record) if problem.batch is None else None
 
+    def trace(self, measure: bool = False) -> bool:
+        """Trace the programs, in a layout that is given or known, or else measured now.
+
+        Returns:
+          Whether that is done: not where a layout would have to be measured, and may not be.
+        """
+        if not self._lowered:
+            with self._timings("layouts"):
+                rate = 1.0 if self._takes_rate else None
+                if self.population.resolve(lr_hyper=rate, measure=measure) == "auto":
+                    return False
+            with self._timings("tracing"):
+                made = {name: self._lower(name, *what) for name, what in self._parts().items()}
+            self._lowered = made
+        return True
+
     def prepare(self, blobs: Mapping[str, bytes] | None) -> Prepared:
         """Compile the programs, or load them from what another worker compiled."""
-        timed, notes = self._timings, list[str]()
+        if self._lowered:
+            self._timings = Timings()  # that was while another compiled
+        timed, notes, counts = self._timings, list[str](), dict[str, compiled.Counts]()
         start = compiled.counts()
-        with timed("layouts"):
-            self.population.resolve(lr_hyper=1.0 if self._takes_rate else None)
+        self.trace(measure=True)
         calibrated = compiled.counts().since(start)
-        with timed("data"), _noted(notes):
-            identity = self._place_data(blobs)
-        made_data = compiled.counts().since(start).since(calibrated)
-        with timed("tracing"):
-            lowered = {name: self._lower(name, *what) for name, what in self._parts().items()}
-        counts = {"data": made_data}
         with timed("loading" if blobs else "compiling"), _noted(notes):
-            jobs = [self._job(program, name, blobs) for name, program in lowered.items()]
-            for name, (program, done) in zip(lowered, compiled.together(jobs), strict=True):
+            jobs = [self._job(program, name, blobs) for name, program in self._lowered.items()]
+            for name, (program, done) in zip(self._lowered, compiled.together(jobs), strict=True):
                 self.programs[name], counts[name] = program, done
+        self._lowered = {}
+        with timed("data"):
+            identity = self._place_data(checked=blobs is None)
         turn = counts.pop("turn")
         shared = None
         if blobs is None and jax.process_count() == 1:
@@ -113,24 +129,17 @@ class Variant:
             seconds=tuple(timed.seconds.items()),
         )
 
-    def _place_data(self, blobs: Mapping[str, bytes] | None) -> str:
-        """Make what all trials share, which the other programs are traced with.
-
-        Returns:
-          A checksum of it, where a program is compiled.
-        """
-        seed = np.uint32(self.spec.seed)
-        lowered = self._lower("data", self._make_data, (seed,))
-        self.programs["data"] = self._job(lowered, "data", blobs)()
-        data = self.programs["data"].run(self._make_data, seed)
+    def _place_data(self, checked: bool) -> str:
+        """Make what all trials share; return a checksum of it, where that is asked for."""
+        data = self.programs["data"].run(self._make_data, np.uint32(self.spec.seed))
         # Before it is placed: the same bytes in every layout.
-        identity = of_arrays(data) if blobs is None else ""
+        identity = of_arrays(data) if checked else ""
         self.data = self.population.place_shared(data)
         return identity
 
     def _parts(self) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-        """Return the programs but for the data's: by name, functions and arguments."""
-        state, some = self.zeros(), _one(0)
+        """Return the programs: by name, functions and arguments, of which shapes are enough."""
+        state, some = self.population.placed(self._shapes()), _one(0)
         example = self._example(state, self.population.rates(1.0 if self._takes_rate else None))
         parts: dict[str, tuple[Any, tuple[Any, ...]]] = {
             # The longest to compile comes first.
@@ -138,6 +147,7 @@ class Variant:
             "take": (_take, (state, some)),
             "put": (self._put, (state, some, self._zero_row())),
             "select": (self._select, (state, np.zeros(self.spec.slots, np.int32))),
+            "data": (self._make_data, (np.uint32(self.spec.seed),)),
         }
         return parts if self.host is None else {**parts, **self.host.parts(example)}
 
@@ -349,7 +359,8 @@ class Variant:
             "fresh": np.ones(n, bool),
             "changes": {name: (np.zeros(n, bool), none, none) for name in self.settings},
         }
-        return state, place(per_slot), place(rates), np.uint32(self.spec.seed), self.data
+        data = self.population.placed(self._data_shapes, shared=True)
+        return state, place(per_slot), place(rates), np.uint32(self.spec.seed), data
 
     def _leaves(self, hyperparams: PyTree) -> Arrays:
         leaves = tree_flatten_with_path(hyperparams)[0]

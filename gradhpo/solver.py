@@ -111,13 +111,13 @@ def solve(
         names of `Problem.metrics` must be as before; with another `metric` or `mode` the best is
         looked for anew. The rates may be others; a problem or optimizer that computes something
         else is refused by the solution's `fingerprint`.
-      checkpoint: a folder in which the run is saved now and then, and at its end. Where it holds
-        this run already, the run goes on from there, in a new process too, to the bits of one
-        that was not interrupted; `resume` is then not looked at. The two newest checkpoints are
-        kept. Another key, problem, optimizer, rate or kind of episodes is refused (after a
-        divergence another rate is taken); `steps`, `stop`, `callback` and `eval_every` may change.
-        `batches` must be something that can be read again, or an iterator with `get_state` and
-        `set_state`.
+      checkpoint: a folder, or an address such as "s3://bucket/run", in which the run is saved now
+        and then, and at its end. Where it holds this run already, the run goes on from there, in
+        a new process too, to the bits of one that was not interrupted; `resume` is then not
+        looked at. The two newest checkpoints are kept. Another key, problem, optimizer, rate or
+        kind of episodes is refused (after a divergence another rate is taken); `steps`, `stop`,
+        `callback` and `eval_every` may change. `batches` must be something that can be read
+        again, or an iterator with `get_state` and `set_state`.
       every: steps between checkpoints; by default one a minute, or more seldom if writing one
         takes more than three seconds.
       callback: called as `callback(steps, state, evals)` at every evaluation, `evals` being what
@@ -141,7 +141,7 @@ def solve(
         if no hyperparameter would ever move.
       TypeError: for an argument of the wrong kind.
       DamagedFile: if no checkpoint in the folder is whole.
-      StorageInUse: if another process runs with this folder.
+      StorageInUse: if another process runs with this folder, or has taken over a store.
 
     Warns:
       UnreachedWarning: if a hyperparameter gets no hypergradient, whatever the numbers.
@@ -313,7 +313,7 @@ class _Run:
             if folder is not None and self._state is not None:
                 folder.save(self.solution(), self.told)
         if asked and self.done < steps and not self.over:
-            again = "resume=solution" if folder is None else f"checkpoint={str(folder.path)!r}"
+            again = "resume=solution" if folder is None else f"checkpoint={folder.address!r}"
             warn_user(
                 f"{asked[0]}: stopped after step {self.done} of {steps}. To go on, call solve "
                 f"again with {again}",

@@ -9,7 +9,6 @@ import pytest
 
 from gradhpo.cluster import event_log, events
 from gradhpo.cluster.display import Display
-from gradhpo.cluster.storage import Storage
 from tests.sweeps import sweep
 
 PAGE = Path(__file__).parent.parent / "docs" / "cluster.md"
@@ -68,7 +67,7 @@ def test_the_log_has_all_but_generations(ran):
     told = [e for e in (*first, *second) if not isinstance(e, untold)]
     assert [facts["event"] for facts in logged] == [event.name for event in told]
     assert logged[4]["generation"] == 2
-    with open(Storage(storage).events, "a") as file:
+    with open(storage / "events.jsonl", "a") as file:
         file.write('[1]\n{"time": "x", "event": 3}\n{"time": 1, "ev')  # as a kill leaves it
     assert event_log.read(storage) == logged
 

@@ -139,4 +139,4 @@ def test_the_commands_stop_and_status(tmp_path):
     assert status == 0
     assert sweep(tmp_path, generations=6).result().generations == 3
     assert sweep(tmp_path, generations=6).result().stopped.startswith("gradhpo stop on ")
-    assert not Storage(tmp_path).stop.exists()
+    assert Storage(tmp_path).stop_request() is None
