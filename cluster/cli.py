@@ -280,6 +280,7 @@ def export(
         save_orbax(orbax, result.best)
         _say(f"{orbax}: params and hyperparams, for StandardCheckpointer().restore")
     if script is not None:
+        _say(f"importing the code that {result.where} names, to compute its best trial again")
         write_script(script, result.trajectory())
         _say(f"{script}: λ(t) of {result.best.number}; its numbers are in {script.stem}.npz")
 

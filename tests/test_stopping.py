@@ -140,3 +140,16 @@ def test_the_commands_stop_and_status(tmp_path):
     assert sweep(tmp_path, generations=6).result().generations == 3
     assert sweep(tmp_path, generations=6).result().stopped.startswith("gradhpo stop on ")
     assert Storage(tmp_path).stop_request() is None
+
+
+def test_a_request_reaches_the_driver_of_a_sweep_in_a_store():
+    pytest.importorskip("fsspec", reason="fsspec is not installed (the extra cluster)")
+    where = "memory://test-stopping/run"
+
+    def ask(generation, table):
+        if generation == 1:
+            Storage(where).ask_to_stop("somebody")
+
+    result = sweep(where).run(ask)
+    assert (result.generations, result.stopped) == (2, "somebody")
+    assert Storage(where).stop_request() is None
