@@ -19,7 +19,7 @@ from gradhpo import files
 from gradhpo.checkpoints import DamagedFile
 from gradhpo.cluster import event_log, manifest, optuna_study
 from gradhpo.cluster.check import check_storage
-from gradhpo.cluster.events import Stopped
+from gradhpo.cluster.events import Importing, Stopped
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.printable import printable
@@ -280,7 +280,10 @@ def export(
         save_orbax(orbax, result.best)
         _say(f"{orbax}: params and hyperparams, for StandardCheckpointer().restore")
     if script is not None:
-        _say(f"importing the code that {result.where} names, to compute its best trial again")
+        known = manifest.read(result.where)
+        given = manifest.settings(known)
+        references = [given[name] for name in manifest.OBJECTS if name in given]
+        _say(Importing(references, known["sys_path"]).line())
         write_script(script, result.trajectory())
         _say(f"{script}: λ(t) of {result.best.number}; its numbers are in {script.stem}.npz")
 

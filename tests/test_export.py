@@ -167,6 +167,7 @@ def test_the_command_exports_the_best_trial(tmp_path):
                            "--script", tmp_path / "retrain.py")  # fmt: skip
     assert status == 0, said
     assert "params" in said
+    assert "importing tests.sweep_problems:problem, tests.sweep_problems:optimizer, looked" in said
     assert (tmp_path / "retrain.npz").exists()
     said, status = command("export", tmp_path / "a")
     assert "say what to export" in said
