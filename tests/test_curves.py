@@ -59,6 +59,7 @@ def test_every_nth_step_is_kept_without_another_compile_or_other_numbers(tmp_pat
     np.testing.assert_array_equal(read.curves["val_loss"], curves["val_loss"])
 
 
+@pytest.mark.slow
 def test_curves_end_where_a_trial_diverges(tmp_path):
     space = SearchSpace(hyperparams={"log_rate": loguniform(1e-3, 1e20, stored="log")})
     about = {"generations": 1, "steps_per_generation": 30, "space": space}
@@ -72,6 +73,7 @@ def test_curves_end_where_a_trial_diverges(tmp_path):
         assert not step or not finite[step - 1 :].any()
 
 
+@pytest.mark.slow
 def test_the_host_keeps_curves_too(tmp_path):
     about = {"problem": f"{__name__}:on_the_host", "generations": 2, "steps_per_generation": 4}
     result = sweep(tmp_path, record=2, validation=f"{__name__}:validation", **about).run()

@@ -96,6 +96,7 @@ def swept(tmp_path_factory):
     ).run()  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_script_of_a_solve_gives_its_weights_without_gradhpo(tmp_path, solution):
     write_script(tmp_path / "retrain.py", solution.trajectory())
     found = retrained(tmp_path, always_the_first=True)

@@ -50,6 +50,7 @@ def test_a_running_sweep_and_then_the_finished_one(tmp_path):
     assert copied == {(copy.trial, copy.source) for copy in result.copies}
 
 
+@pytest.mark.slow
 def test_diverged_trials_fail_and_another_study_is_not_replaced(tmp_path):
     url = f"sqlite:///{tmp_path}/study.db"
     optuna.create_study(study_name="mine", storage=url)

@@ -9,6 +9,7 @@ from gradhpo.cluster import Sweep, doctor
 from tests.test_stopping import command
 
 
+@pytest.mark.slow
 def test_what_init_writes_runs_and_finds_something(tmp_path, monkeypatch):
     said, status = command("init", tmp_path / "first")
     assert status == 0

@@ -7,6 +7,7 @@ import gradhpo
 from gradhpo.cluster import Sweep, events
 from gradhpo.cluster.cli import app
 from gradhpo.cluster.storage import Storage
+from tests.quick import slow_but
 from tests.sweeps import SETTINGS, assert_same_tables, sweep
 from tests.test_events import Kept
 
@@ -29,7 +30,7 @@ def run(storage, **settings):
     return result, [event for event in kept.told if isinstance(event, events.Stopped)]
 
 
-@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("every", slow_but([1, 3], 3))
 def test_a_target_ends_it_and_going_on_gives_the_same_bits(tmp_path, straight, every):
     best = best_by_generation(straight)
     done = int(np.argmax(best <= best[3])) + 1
@@ -61,6 +62,7 @@ def test_patience_counts_generations_without_a_best(tmp_path, straight):
     assert told.reason == "2 generations without a best so far, patience=2"
 
 
+@pytest.mark.slow
 def test_seconds_end_it_after_the_generation_in_flight(tmp_path, straight):
     result, (told,) = run(tmp_path, stop=gradhpo.Stop(seconds=1e-6))
     assert (result.generations, told.left) == (1, 7)
