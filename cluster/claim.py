@@ -13,7 +13,7 @@ from gradhpo.cluster.manifest import IDENTITY, STREAMS
 from gradhpo.cluster.storage import Storage
 from gradhpo.files import Where
 
-ALLOWED = {"data": ("data",), "code": ("problem", "optimizer", "lr_schedule")}
+ALLOWED = {"data": ("data",), "code": ("problem", "optimizer", "lr_schedule", "validation")}
 """What may be named otherwise, by what `allow_changed` has."""
 
 

@@ -8,20 +8,20 @@ import json
 import time
 from typing import Any
 
-from gradhpo.cluster.events import Event, GenerationDone
+from gradhpo.cluster.events import Begun, Event, Over, Progress
 from gradhpo.cluster.storage import Storage
 from gradhpo.files import Where
 
 
 class EventLog:
-    """An observer that adds a line of JSON for each event but the generations, in the journal."""
+    """An observer that adds a line of JSON for each event but those that the journal tells."""
 
     def __init__(self, storage: Where) -> None:
         self._storage = Storage(storage)
 
     def observe(self, event: Event) -> None:
         """Add its line; a disk that is full loses the line, and nothing else."""
-        if isinstance(event, GenerationDone):
+        if isinstance(event, Begun | Over | Progress):
             return
         about = {"time": round(time.time(), 3), "event": event.name, **dataclasses.asdict(event)}
         self._storage.log(about)

@@ -25,16 +25,20 @@ IDENTITY = (
     "x64",
 )
 """What makes a run this very run; the rest of a manifest may differ when it is resumed."""
-OBJECTS = ("problem", "optimizer", "data", "lr_schedule")
+OBJECTS = ("problem", "optimizer", "data", "lr_schedule", "validation")
 """What may be a reference, or an object of a program."""
 OLDER = {
     "episode_length": None,
     "lr_reptile": 1.0,
     "episode_init": "reptile",
     "lr_schedule": None,
+    "record": None,
+    "validation": None,
     "streams": None,
 }
 """What a manifest says that does not have these names yet."""
+NEWER = ("record", "validation")
+"""What identifies a sweep only where it is given: older storages were digested without."""
 STREAMS = "by trial and step"
 """How randomness is drawn; runs that drew it otherwise can be read, and not resumed."""
 
@@ -127,7 +131,9 @@ def space(manifest: Mapping[str, Any]) -> SearchSpace:
 
 def digest(manifest: Mapping[str, Any]) -> str:
     """Return what identifies the sweep of a manifest, in a few characters."""
-    text = json.dumps({name: manifest[name] for name in IDENTITY}, sort_keys=True)
+    known = {name: manifest[name] for name in IDENTITY}
+    known = {name: x for name, x in known.items() if name not in NEWER or x is not None}
+    text = json.dumps(known, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -22,6 +22,7 @@ from gradhpo.host import check_once
 from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.problem import Problem
 from gradhpo.timetable import EpisodeInit, starts_fresh
+from gradhpo.watch import Stop
 
 PLACEMENTS = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 EXECUTORS = ("auto", "local", "processes", "ray")
@@ -38,8 +39,21 @@ def _written(write: Callable[[Any], Any], read: Callable[[Any], Any]) -> dict[st
     return {"written": Written(write, read)}
 
 
+def _stop(given: Any) -> Stop:
+    """Return a `Stop` from a table of TOML, or as it is."""
+    if isinstance(given, Stop):
+        return given
+    known = [field.name for field in dataclasses.fields(Stop)]
+    if not isinstance(given, Mapping) or not set(given) <= set(known):  # pyright: ignore
+        accepted = f"a table with some of {', '.join(known)}"
+        raise ValueError(f"stop must be {accepted}, got {given!r}")
+    table: dict[str, Any] = dict(given)  # pyright: ignore
+    return Stop(**table)
+
+
 _OBJECT = _written(importing.named, importing.reference_of)
-_LOCAL = {"local": True}
+_STOP = _written(dataclasses.asdict, _stop)
+_LOCAL: dict[str, Any] = {"local": True}
 """What a storage does not tell the next run."""
 
 
@@ -68,6 +82,8 @@ class Identity:
     lr_reptile: float = 1.0
     episode_init: EpisodeInit = "reptile"
     lr_schedule: Any = dataclasses.field(default=None, metadata=_OBJECT)
+    record: int | None = None
+    validation: Any = dataclasses.field(default=None, metadata=_OBJECT)
 
     def __post_init__(self) -> None:
         self._check_objects()
@@ -105,9 +121,11 @@ class Identity:
             check_once(self.problem.batches)
         if not isinstance(self.space, SearchSpace):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"space must be a SearchSpace, got {self.space!r}")
-        for name in ("data", "lr_schedule"):
+        for name in ("data", "lr_schedule", "validation"):
             if isinstance(value := getattr(self, name), str):
                 importing.check_reference(name, value)
+        if self.validation is not None and not isinstance(self.validation, str):
+            check_hashable("validation", self.validation)
         if self.lr_schedule is None:
             return
         if not isinstance(self.lr_schedule, str):
@@ -121,6 +139,13 @@ class Identity:
         for name in ("shards", "episode_length"):
             if (value := getattr(self, name)) is not None:
                 _set(self, name, check_count(name, value))
+        if self.record is not None:
+            _set(self, "record", check_count("record", self.record))
+            if self.record > self.steps_per_generation:
+                raise ValueError(
+                    f"record must be at most steps_per_generation={self.steps_per_generation}, "
+                    f"got {self.record}: it keeps every n-th step"
+                )
         _set(self, "seed", check_count("seed", self.seed, 0))
         if self.seed >= 2**32:
             raise ValueError(f"seed must be below 2**32, got {self.seed}")
@@ -148,6 +173,7 @@ class Place:
     wait: float = 0
     placement: str = "PACK"
     checkpoint_every: int = 1
+    stop: Stop | None = dataclasses.field(default=None, metadata=_LOCAL | _STOP)
     progress: bool | None = dataclasses.field(default=None, metadata=_LOCAL)
 
     def __post_init__(self) -> None:
@@ -168,6 +194,8 @@ class Place:
             value = getattr(self, name)
             if value is not None and not isinstance(value, kind):
                 raise TypeError(f"{name} must be None or {accepted}, got {value!r}")
+        if self.stop is not None and not isinstance(self.stop, Stop):  # pyright: ignore
+            raise TypeError(f"stop must be a gradhpo.Stop, got {self.stop!r}")
         if self.deadline is not None:
             _set(self, "deadline", _seconds("deadline", self.deadline))
         for name in ("start_deadline", "heartbeat"):

@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,8 @@ from gradhpo.parallel import layout_cache
 
 CHECKPOINTS, TABLES = "checkpoints", "tables"
 LOGS = "logs"
+STOP = "stop.txt"
+"""A file that asks the driver to end, and says who asks; anybody may write it."""
 PROBE = ".probe-"
 """How the file begins by which is seen that the folder can be written."""
 
@@ -212,6 +214,33 @@ class Storage:
         self.files.remove(left)
         return sorted(left)
 
+    def ask_to_stop(self, who: str) -> None:
+        """Ask the driver to end after the generation in flight.
+
+        Raises:
+          OSError: if that cannot be written.
+        """
+
+        def content(file: BinaryIO) -> None:
+            file.write(who.encode())
+
+        self.files.write(STOP, content)
+
+    def stop_request(self) -> str | None:
+        """Return who asked the driver to end; None where nobody did."""
+        with contextlib.suppress(OSError):
+            if self.files.exists(STOP):
+                with self.files.open(STOP) as file:
+                    text = file.read() or b""
+                return text.decode(errors="replace") or f"a file {STOP}"
+        return None
+
+    def forget_stop(self) -> None:
+        """Remove the request."""
+        with contextlib.suppress(OSError):
+            if self.files.exists(STOP):
+                self.files.remove([STOP])
+
     def log(self, facts: Mapping[str, Any]) -> None:
         """Add a line to the events; what cannot be written is left out."""
         line = json.dumps(facts, default=str).encode() + b"\n"
@@ -220,5 +249,6 @@ class Storage:
 
     def _is_ours(self, name: str) -> bool:
         """Whether a file can be there before the manifest is."""
-        begun = name.endswith(UNFINISHED) and any(name.startswith(f"{n}.") for n in self._texts)
+        texts = (*self._texts, STOP)
+        begun = name.endswith(UNFINISHED) and any(name.startswith(f"{n}.") for n in texts)
         return begun or name.startswith(".") or name in (*self._texts, LOCK, ALIVE, LOGS)

@@ -27,7 +27,9 @@ from gradhpo.cluster.settings import Identity, Place
 from gradhpo.cluster.space import SearchSpace
 from gradhpo.cluster.storage import Storage
 from gradhpo.files import Where
+from gradhpo.observers.telling import ended
 from gradhpo.timetable import EpisodeInit
+from gradhpo.watch import Stop
 
 
 class Sweep:
@@ -72,6 +74,11 @@ class Sweep:
       episode_init: as in `solve`: where an episode starts, "reptile" or "fresh".
       lr_schedule: a traceable function of the trial's step, counted from 0, or a reference to one:
         a factor on the space's `lr_hyper`.
+      record: keep the metrics of every n-th step of a generation, not of its last step alone:
+        `SweepResult.curves`.
+      validation: a function that gives the whole validation set as one batch of the validation
+        loss, from `Problem.data` (without arguments where there is none), or a reference to one:
+        its loss is measured after every generation, as "validation_loss", which `metric` may name.
       workers: how many processes (or gangs of them) hold shards, at most.
       resources: of each process: `num_cpus`, `num_gpus`, `memory`, or any of Ray's by name.
       processes: of each worker; several are one JAX job that holds one shard together.
@@ -93,6 +100,8 @@ class Sweep:
         "STRICT_SPREAD".
       checkpoint_every: generations from one checkpoint to the next: after a failure at most so many
         are computed again, and the one that was in flight. Tables are written after every one.
+      stop: a `gradhpo.Stop(patience=…, target=…, seconds=…)`: when to end after a generation that
+        is not the last one. A storage does not remember it; what is computed does not depend on it.
       progress: False for no output; see `run`.
 
     Raises:
@@ -120,6 +129,8 @@ class Sweep:
         lr_reptile: float = 1.0,
         episode_init: EpisodeInit = "reptile",
         lr_schedule: Any = None,
+        record: int | None = None,
+        validation: Any = None,
         *,
         workers: int = 1,
         resources: Mapping[str, float] | None = None,
@@ -134,6 +145,7 @@ class Sweep:
         wait: float = 0,
         placement: str = "PACK",
         checkpoint_every: int = 1,
+        stop: Stop | None = None,
         progress: bool | None = None,
     ) -> None:
         self.identity = Identity(
@@ -141,19 +153,21 @@ class Sweep:
             steps_per_generation=steps_per_generation, scheduler=scheduler,  # pyright: ignore
             metric=metric, mode=mode, seed=seed, shards=shards, batching=batching, mesh=mesh,
             data=data, episode_length=episode_length, lr_reptile=lr_reptile,
-            episode_init=episode_init, lr_schedule=lr_schedule,
+            episode_init=episode_init, lr_schedule=lr_schedule, record=record,
+            validation=validation,
         )  # fmt: skip
         self.place = Place(
             storage=storage,  # pyright: ignore[reportArgumentType]
             generations=generations, workers=workers, resources=resources, processes=processes,
             executor=executor, address=address, env=env, runtime_env=runtime_env,
             deadline=deadline, start_deadline=start_deadline, heartbeat=heartbeat, wait=wait,
-            placement=placement, checkpoint_every=checkpoint_every, progress=progress,
+            placement=placement, checkpoint_every=checkpoint_every, stop=stop, progress=progress,
         )  # fmt: skip
         settings.check_together(self.identity, self.place)
         known = claim.shards(self.storage, self.identity.population)
         self.layout = divide(self.identity, self.place.workers, known)
-        sent = {"problem": problem, "optimizer": optimizer, "lr_schedule": lr_schedule}
+        sent = {"problem": problem, "optimizer": optimizer}
+        sent |= {"lr_schedule": lr_schedule, "validation": validation}
         processes_of = self.place.for_processes(self.layout.shards)
         executors.check(executor, processes_of, sent, self.storage)
         self.identity = dataclasses.replace(self.identity, shards=self.layout.shards)
@@ -238,8 +252,9 @@ class Sweep:
         Args:
           callback: called as `callback(generation, table)` after each generation that this run
             computes, counted from 1, when it is saved; each column of the table is
-            `(population,)`.
-          observers: told of every event, see `events`; what one raises ends the run.
+            `(population,)`. What it raises ends the run.
+          observers: told of every event, see `events` and `gradhpo.observers`. If one raises an
+            error, that is told, once, and the sweep goes on.
           allow_changed: "data", "code" or both: what may be other than when the sweep began. It
             is written down with the generation, see `SweepResult.changes`.
 
@@ -262,10 +277,11 @@ class Sweep:
             try:
                 telling.to(EventLog(self.storage), *observers)
                 if callback is not None:
-                    telling.to(Callback(callback))
+                    telling.to(Callback(callback), strict=True)
                 if (before := lock.took_over) is not None:
                     telling.tell(Note(f"taken over from {before}, which had not let go"))
-                report = self._run(telling, allow_changed)
+                with ended(telling):
+                    report = self._run(telling, allow_changed)
                 return self._result(report)
             finally:
                 lock.release()
@@ -310,7 +326,11 @@ class Sweep:
         identity = self.identity
         scheduler = schedulers.describe(identity.scheduler).get("function")
         given = (identity.problem, identity.optimizer, scheduler, identity.data)
-        return [name for name in (*given, identity.lr_schedule) if isinstance(name, str)]
+        return [
+            name
+            for name in (*given, identity.lr_schedule, identity.validation)
+            if isinstance(name, str)
+        ]
 
     def _load_scheduler(self) -> None:
         importing.extend_path(self._folders)

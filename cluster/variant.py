@@ -21,6 +21,7 @@ from gradhpo.cluster.columns import DIVERGED, RESERVED
 from gradhpo.cluster.host_turns import DONATING, STATE, HostTurns
 from gradhpo.cluster.orders import Order, Prepared, Spec
 from gradhpo.cluster.timings import Timings
+from gradhpo.cluster.validation import with_validation
 from gradhpo.errors import check_hashable
 from gradhpo.host import check_once
 from gradhpo.optimizer import BilevelOptimizer
@@ -45,6 +46,9 @@ class Variant:
         self._timings = Timings()
         with self._timings("problem"):
             problem, optimizer = build(spec, arguments, data)
+            if (validation := spec.validation) is not None:
+                loaded = importing.load(validation) if isinstance(validation, str) else validation
+                problem = with_validation(problem, loaded)
         check_once(problem.batches)
         mesh = None if spec.mesh is None else make_mesh(**spec.mesh)
         if spec.mesh is not None and spec.mesh.get("data", 1) > 1:
@@ -68,7 +72,8 @@ class Variant:
         self._template = jax.eval_shape(init, keys, {}, self._data_shapes, pairs)
         self._check_settings()
         self.data: PyTree = None
-        self.host = HostTurns(self, spec.steps) if problem.batch is None else None
+        self._first: Any = None
+        self.host = HostTurns(self, spec.steps, spec.record) if problem.batch is None else None
 
     def trace(self, measure: bool = False) -> bool:
         """Trace the programs, in a layout that is given or known, or else measured now.
@@ -119,7 +124,7 @@ class Variant:
             small_compiles=sum(made.compiles for made in counts.values()),
             calibration_compiles=calibrated.compiles,
             warnings=notes,
-            columns=sorted(self._column_names()),
+            columns=sorted(names.shown(dict.fromkeys(self._column_names(), np.empty(0)))),
             data=identity,
             seconds=tuple(timed.seconds.items()),
         )
@@ -164,11 +169,7 @@ class Variant:
         The state's buffers become the new one's, and the state is gone.
         """
         place = self.population.place
-        per_slot = {
-            "trials": order.trials,
-            "fresh": order.fresh,
-            "changes": {n: _as_float32(order.changes.get(n), order) for n in self.settings},
-        }
+        per_slot = self._per_slot(order)
         rates = self.population.rates(order.lr_hyper if self._takes_rate else None)
         args = (place(per_slot), place(rates), np.uint32(self.spec.seed), self.data)
         if self.host is None:
@@ -177,9 +178,27 @@ class Variant:
             state, columns = self.host.run(order.shard, order.fresh, state, *args)
         columns = {name: np.array(to_host(column)) for name, column in columns.items()}
         for name, column in columns.items():
-            if name != DIVERGED and not name.startswith(names.HYPERPARAMS):
+            kept = name.startswith((names.HYPERPARAMS, names.CURVE + names.SEPARATOR))
+            if name != DIVERGED and not kept:
                 column[columns[DIVERGED] > 0] = np.nan
         return state, columns
+
+    def hyperparams_at(self, state: Arrays, order: Order) -> PyTree:
+        """Return the λ that the first step of a generation would be taken with, in slot 0."""
+        pairs = jax.tree.map(
+            lambda shape: jnp.zeros(shape.shape, shape.dtype),
+            self.population.first_pair_shapes(self.spec.slots),
+        )
+
+        def first(state: Arrays, per_slot: Arrays, seed: jax.Array) -> PyTree:
+            keys = self.trial_keys(per_slot["trials"], seed)
+            whole = self.begun(state, per_slot, keys, self.data, pairs)
+            return jax.tree.map(lambda leaf: leaf[0], whole.hyperparams)
+
+        if self._first is None:
+            self._first = jax.jit(first)
+        per_slot = self.population.place(self._per_slot(order))
+        return jax.device_get(self._first(state, per_slot, np.uint32(self.spec.seed)))
 
     def take(self, state: Arrays, slots: Sequence[int]) -> Rows:
         """Return the arrays of some slots, stacked in their order."""
@@ -217,6 +236,10 @@ class Variant:
                 )
         return self.population.place(dict(arrays))
 
+    def _per_slot(self, order: Order) -> dict[str, Any]:
+        changes = {n: _as_float32(order.changes.get(n), order) for n in self.settings}
+        return {"trials": order.trials, "fresh": order.fresh, "changes": changes}
+
     def unflatten(self, row: Mapping[str, Any]) -> BilevelState:
         """Return one slot's arrays as the `BilevelState` that they were."""
         leaves, structure = tree_flatten_with_path(self._template)
@@ -233,6 +256,8 @@ class Variant:
         whole, rows = run(whole, keys, rates, data)
         columns = {name: row[-1] for name, row in rows.items() if name != "stopped"}
         columns |= self.measured(whole, data)
+        if self.spec.record is not None:
+            columns |= names.curves_of(rows, self.spec.record, jnp.where)
         return self.packed(whole), columns
 
     def trial_keys(self, trials: jax.Array, seed: jax.Array) -> jax.Array:
@@ -400,6 +425,15 @@ def build(
         what = "data" if name == "data" else f"the choice {name!r}"
         raise ValueError(f"{what} is given, but neither problem nor optimizer takes it")
     return made[0], made[1]
+
+
+def by_name(trees: Sequence[PyTree]) -> dict[str, np.ndarray]:
+    """Return trees of one structure as stacked leaves by their dotted names."""
+    leaves, _ = tree_flatten_with_path(trees[0])
+    names = [dotted(path) or "hyperparams" for path, _ in leaves]
+    rows = zip(*(jax.tree.leaves(tree) for tree in trees), strict=True)
+    stacked = [np.stack([np.asarray(leaf) for leaf in row]) for row in rows]
+    return dict(zip(names, stacked, strict=True))
 
 
 def dotted(path: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sys
 import time
@@ -80,6 +81,11 @@ class RunFolder:
     def name(self) -> str:
         """How messages name it."""
         return f"checkpoint {self.address!r}"
+
+    def run(self, key: jax.Array) -> str:
+        """Return what tells this run from all others, in a few letters and digits."""
+        what = f"{self.address} {np.asarray(jax.random.key_data(key)).tolist()}"
+        return hashlib.sha256(what.encode()).hexdigest()[:16]
 
     def restored(
         self, program: Program, key: jax.Array, pair: Callable[[], PyTree]
