@@ -27,6 +27,7 @@ from gradhpo.cluster.events import Event, GenerationDone
 from gradhpo.cluster.executors import Executor
 from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.orders import Checkpoint, Order, Prepared, Result
+from gradhpo.cluster.stopping import Stopping
 from gradhpo.cluster.storage import Storage
 from gradhpo.state import METRICS
 
@@ -131,7 +132,8 @@ def run(
                 after(event.generation)
 
         rules = Rules(scheduler, SPACE, 0, "val_loss", 1)
-        made = Controller(Storage(storage), Journal(storage), stub, layout, rules, tell)
+        stopping = Stopping(Storage(storage), None, rules.metric, rules.sign, 0.0)
+        made = Controller(Storage(storage), Journal(storage), stub, layout, rules, tell, stopping)
         started = time.perf_counter()
         made.run(generations)
         return time.perf_counter() - started - stub.seconds, stub.seconds

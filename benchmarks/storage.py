@@ -1,7 +1,9 @@
 """What a sweep's checkpoints cost: share of a generation, MB/s against the disk's own, memory.
 
 Every row is a sweep in a process of its own, with checkpoints after every generation and with none
-but the last, one after the other; `dd` writes as many bytes to the same folder, with fsync.
+but the last, one after the other. The disk's own rate is that of `dd` with fsync, which writes as
+many bytes to the same folder in turns with a checkpoint in one file, and with two files side by
+side, as a worker with two shards writes them.
 
     python benchmarks/storage.py --output benchmarks/storage.md
 """
@@ -9,13 +11,13 @@ but the last, one after the other; `dd` writes as many bytes to the same folder,
 from __future__ import annotations
 
 import json
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import typer
+from measure import Report
 
 import gradhpo
 from gradhpo import checkpoints
@@ -32,7 +35,8 @@ from gradhpo.cluster import SearchSpace, Sweep, loguniform
 SLOTS, STEPS, BATCH, HIDDEN = 8, 10, 32, 2
 HEADER = (
     "weights a slot", "MB a generation", "files", "generation, s", "with checkpoints, s", "share",
-    "at the end, s", "MB/s written", "MB/s of dd", "of dd", "MB/s read", "peak, GB", "without, GB",
+    "at the end, s", "MB/s of dd", "one file, of dd", "two files, of dd", "MB/s read", "peak, GB",
+    "without, GB",
 )  # fmt: skip
 
 
@@ -83,29 +87,34 @@ def sweep(folder: str, weights: int, generations: int, every: int) -> dict[str, 
     }
 
 
-def disk(folder: Path, size: int, parts: int, rounds: int = 3) -> tuple[float, float, float]:
-    """Return MB/s of a checkpoint that is written, of dd, and of one that is read; medians."""
+def disk(folder: Path, size: int, rounds: int = 9) -> list[str]:
+    """Return MB/s of dd, what share of it checkpoints reach in one file and in two, and MB/s read.
+
+    Medians of rounds in which they take turns.
+    """
     rng = np.random.default_rng(0)
-    arrays = {str(i): rng.random(size // parts // 4, np.float32) for i in range(parts)}
-    rates: list[tuple[float, float, float]] = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        saved = checkpoints.save(folder, "written", arrays, {})
-        written = time.perf_counter()
-        checkpoints.load(folder, saved)
-        read = time.perf_counter()
-        (folder / saved.file).unlink()
-        counts = [f"bs={1 << 20}", f"count={max(1, size >> 20)}", "conv=fsync"]
-        began = time.perf_counter()
-        subprocess.run(
-            ["dd", "if=/dev/zero", f"of={folder}/dd", *counts], check=True, capture_output=True
-        )
-        ended = time.perf_counter()
-        (folder / "dd").unlink()
-        rates.append((written - started, ended - began, read - written))
-    mb = size / 1e6
-    seconds = [statistics.median(column) for column in zip(*rates, strict=True)]
-    return mb / seconds[0], mb / seconds[1], mb / seconds[2]
+    arrays = {str(i): rng.random(size // 4 // 4, np.float32) for i in range(4)}
+    halves = [{n: arrays[n] for n in part} for part in ("01", "23")]
+    seconds: list[tuple[float, float, float, float]] = []
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(rounds):
+            began = time.perf_counter()
+            saved = checkpoints.save(folder, "written", arrays, {})
+            one = time.perf_counter()
+            checkpoints.load(folder, saved)
+            read = time.perf_counter()
+            list(pool.map(lambda i: checkpoints.save(folder, f"half-{i}", halves[i], {}), range(2)))
+            two = time.perf_counter()
+            counts = [f"bs={1 << 20}", f"count={max(1, size >> 20)}", "conv=fsync"]
+            dd = ["dd", "if=/dev/zero", f"of={folder}/dd", *counts]
+            subprocess.run(dd, check=True, capture_output=True)
+            end = time.perf_counter()
+            seconds.append((one - began, two - read, end - two, read - one))
+            for path in folder.iterdir():
+                path.unlink()
+    mb, (_, _, by_dd, reading) = size / 1e6, map(statistics.median, zip(*seconds, strict=True))
+    shares = [statistics.median(row[2] / row[which] for row in seconds) for which in (0, 1)]
+    return [f"{mb / by_dd:.0f}", *(f"{share:.0%}" for share in shares), f"{mb / reading:.0f}"]
 
 
 def row(weights: int, generations: int, place: Path) -> list[str]:
@@ -121,14 +130,14 @@ def row(weights: int, generations: int, place: Path) -> list[str]:
             found = list(Path(folder).glob(f"checkpoints/{generations - 1:06d}/*"))
             size, files = sum(path.stat().st_size for path in found), len(found)
     with tempfile.TemporaryDirectory(dir=place) as folder:
-        written, dd, read = disk(Path(folder), size, parts=3)
+        rates = disk(Path(folder), size)
     plain, saving = measured[generations], measured[1]
     share = 1 - plain["generation"] / saving["generation"]
     return [
         f"{weights:,}", f"{size / 1e6:.0f}", str(files),
         f"{plain['generation']:.2f}", f"{saving['generation']:.2f}", f"{share:.1%}",
         f"{saving['end']:.2f}",
-        f"{written:.0f}", f"{dd:.0f}", f"{written / dd:.0%}", f"{read:.0f}",
+        *rates,
         f"{saving['peak']:.2f}", f"{plain['peak']:.2f}",
     ]  # fmt: skip
 
@@ -150,16 +159,16 @@ def main(
     for size in sizes:
         rows.append(row(size, generations, place))
         print(dict(zip(HEADER, rows[-1], strict=True)), flush=True)
-    lines = [HEADER, ["---"] * len(HEADER), *rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    about = (
-        f"{platform.platform()}, Python {platform.python_version()}, jax {jax.__version__}, "
-        f"gradhpo {gradhpo.__version__}, {len(jax.devices())} CPU device"
+    report = Report("Checkpoints", f"python benchmarks/storage.py {' '.join(map(str, sizes))}")
+    report.say(
+        f"{SLOTS} slots in one shard, Adam, {STEPS} steps a generation, medians of {generations} "
+        "generations, with checkpoints after every one and with none but the last, one after the "
+        'other. "At the end" is what the last generation, after which nothing computes, waits for '
+        "its files. dd writes as many bytes to the same folder, with fsync, in turns with "
+        "checkpoints in one file, and in two side by side, as a worker with two shards writes them."
     )
-    text = f"{__doc__.splitlines()[0] if __doc__ else ''}\n\n{about}\n\n{table}\n"
-    print(text)
-    if output is not None:
-        output.write_text(text)
+    report.table("A generation", list(HEADER), rows)
+    report.write(output)
 
 
 if __name__ == "__main__":

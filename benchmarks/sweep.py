@@ -17,6 +17,7 @@ import typer
 from measure import Report, cores
 
 from gradhpo.cluster import PBT, SearchSpace, Sweep, loguniform
+from gradhpo.cluster.events import Event, GenerationDone
 from gradhpo.cluster.storage import Storage
 
 
@@ -35,9 +36,22 @@ class Row(NamedTuple):
     """Where the start went, as the sweep says."""
 
 
+class Generations:
+    """Observes when generations were saved, and how long the first took to compute."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.first = 0.0
+
+    def observe(self, event: Event) -> None:
+        """Take note of one."""
+        if isinstance(event, GenerationDone):
+            self.first = self.first or event.seconds
+            self.times.append(time.perf_counter())
+
+
 def this_sweep(workers: int, n: int, steps: int, generations: int, again: bool = False) -> Row:
     """Measure a sweep through Ray, in two shards however many workers hold them."""
-    times: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         sweep = Sweep(
             problem="trials:problem",
@@ -53,14 +67,15 @@ def this_sweep(workers: int, n: int, steps: int, generations: int, again: bool =
             executor="ray",
             progress=False,
         )
-        started = time.perf_counter()
-        result = sweep.run(callback=lambda generation, table: times.append(time.perf_counter()))
+        seen = Generations()
+        result = sweep.run(observers=[seen])
         assert result.report is not None
         assert result.report.workers_lost == 0
         layout = str(json.loads(Storage(folder).programs.read_text())[0]["batching"])
-    seconds = np.diff(times)
+    seconds = np.diff(seen.times)
     name = f"this sweep, {workers} worker{'s' if workers > 1 else ''}{', again' * again}"
-    start, parts = times[0] - started, result.report.start()
+    # A generation is told when it is durable, which is one later.
+    start, parts = result.report.startup_seconds + seen.first, result.report.start()
     return Row(name, _rate(n, steps, seconds), start, len(seconds), layout, parts)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 from gradhpo import checkpoints
@@ -13,7 +12,8 @@ from gradhpo.cluster.events import Event
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.journal import Entry, Journal
 from gradhpo.cluster.storage import TABLES, Storage
-from gradhpo.lock import FolderLock, StorageInUse
+from gradhpo.files import Unreachable, Where
+from gradhpo.lock import StorageInUse
 
 
 class Finding(NamedTuple):
@@ -24,18 +24,21 @@ class Finding(NamedTuple):
     text: str
 
 
-def check_storage(storage: Path) -> Iterator[Finding]:
+def check_storage(storage: Where) -> Iterator[Finding]:
     """Verify a sweep's files, and repair what can be; nothing is imported.
 
     Where a driver holds the storage, nothing is repaired.
 
     Raises:
       SweepError: if there is no sweep.
+      Unreachable: if a store does not answer.
     """
-    if not storage.is_dir() or not Storage(storage).begun:
+    if not Storage(storage).begun:
         manifest.read(storage)  # which says so
     try:
-        lock = FolderLock(storage, "storage", "sweep")
+        lock = Storage(storage).lock()
+    except Unreachable:
+        raise
     except (StorageInUse, OSError) as error:  # a driver has it, or it cannot be written
         yield Finding(True, f"{error}. Nothing is repaired")
         yield from _verified(storage, Journal(storage))
@@ -46,7 +49,7 @@ def check_storage(storage: Path) -> Iterator[Finding]:
         lock.release()
 
 
-def _repaired(storage: Path) -> Iterator[Finding]:
+def _repaired(storage: Where) -> Iterator[Finding]:
     for left in Storage(storage).clear():
         yield Finding(True, f"{left}: left by a kill, removed")
     journal = Journal(storage)
@@ -82,7 +85,7 @@ def _before(journal: Journal, damaged: list[str]) -> _Before | None:
     return _Before(-1, []) if journal.last and journal.last[0]["generation"] == 0 else None
 
 
-def _descriptions(storage: Path) -> Iterator[Finding]:
+def _descriptions(storage: Where) -> Iterator[Finding]:
     told: list[Event] = []
     try:
         manifest.read(storage)
@@ -93,7 +96,7 @@ def _descriptions(storage: Path) -> Iterator[Finding]:
         yield Finding(True, str(event.line()))
 
 
-def _verified(storage: Path, journal: Journal) -> Iterator[Finding]:
+def _verified(storage: Where, journal: Journal) -> Iterator[Finding]:
     entries, good = list(journal.entries()), 0
     for what in journal.damaged:
         yield Finding(True, what)
@@ -113,7 +116,7 @@ def _verified(storage: Path, journal: Journal) -> Iterator[Finding]:
         elif file.startswith(f"{TABLES}/"):
             yield Finding(False, f"{found[0]}. The numbers of its generation; the sweep goes on")
         else:  # where one was dropped, that of before is long removed
-            gone = not (storage / file).exists()
+            gone = not Storage(storage).has(one)
             yield Finding(gone, f"{found[0]}. Only needed should the last generation be damaged")
     yield Finding(True, f"{storage}: {len(entries)} generations, {good} files are whole")
 
@@ -130,13 +133,15 @@ def _needed(entry: Entry) -> list[Saved]:
     return [*entry["checkpoints"], entry["table"]]
 
 
-def _damaged(storage: Path, files: list[Saved]) -> list[str]:
+def _damaged(storage: Where, files: list[Saved]) -> list[str]:
     """Return what is wrong with those that are not whole."""
     wrong: list[str] = []
     for saved in files:
         try:
-            right = checkpoints.checksum(storage / saved.file) == saved.sha256
+            right = checkpoints.checksum(storage, saved.file) == saved.sha256
             reason = None if right else "was cut short or changed"
+        except Unreachable:
+            raise
         except OSError as error:
             reason = f"cannot be read ({error.strerror})"
         if reason is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 from gradhpo.cluster import manifest, programs
@@ -12,12 +11,13 @@ from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.manifest import IDENTITY, STREAMS
 from gradhpo.cluster.storage import Storage
+from gradhpo.files import Where
 
-ALLOWED = {"data": ("data",), "code": ("problem", "optimizer", "lr_schedule")}
+ALLOWED = {"data": ("data",), "code": ("problem", "optimizer", "lr_schedule", "validation")}
 """What may be named otherwise, by what `allow_changed` has."""
 
 
-def open_folder(storage: Path) -> None:
+def open_folder(storage: Where) -> None:
     """Make the folder, and see that it can be written and is not of something else.
 
     Raises:
@@ -38,7 +38,7 @@ def open_folder(storage: Path) -> None:
         )
 
 
-def shards(storage: Path, population: int) -> int | None:
+def shards(storage: Where, population: int) -> int | None:
     """Return into how many shards a storage's sweep is divided; None where none is known."""
     try:
         known = manifest.read(storage)
@@ -49,7 +49,7 @@ def shards(storage: Path, population: int) -> int | None:
 
 
 def claim(
-    storage: Path,
+    storage: Where,
     mine: Mapping[str, Any],
     allowed: Collection[str],
     tell: Callable[[Event], None],
@@ -71,15 +71,14 @@ def claim(
       SweepError: if the storage holds another run.
     """
     files = Storage(storage)
-    path = files.manifest
     files.clear()
     try:
         theirs = manifest.read(storage)
     except SweepError as damaged:
-        if path.exists() or files.begun:
+        if files.manifest.exists() or files.begun:
             _prove(storage, mine, damaged)
             tell(Repaired(f"{damaged}: it is made again"))
-        manifest.write(path, mine)
+        manifest.write(files.manifest, mine)
         return set()
     accepted = {name for what in allowed for name in ALLOWED[what]}
     _compare(storage, mine, theirs, accepted)
@@ -87,7 +86,7 @@ def claim(
 
 
 def _compare(
-    storage: Path, mine: Mapping[str, Any], theirs: Mapping[str, Any], accepted: Collection[str]
+    storage: Where, mine: Mapping[str, Any], theirs: Mapping[str, Any], accepted: Collection[str]
 ) -> None:
     named = f"storage {str(storage)!r}"
     if theirs["streams"] != STREAMS:
@@ -112,7 +111,7 @@ def _compare(
         )
 
 
-def _prove(storage: Path, mine: Mapping[str, Any], damaged: SweepError) -> None:
+def _prove(storage: Where, mine: Mapping[str, Any], damaged: SweepError) -> None:
     """Raise unless what is left of a storage says that it is this run's."""
     if not Storage(storage).begun:
         return

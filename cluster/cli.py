@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shlex
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -13,16 +15,21 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from gradhpo import files
 from gradhpo.checkpoints import DamagedFile
-from gradhpo.cluster import event_log, manifest
+from gradhpo.cluster import event_log, manifest, optuna_study
 from gradhpo.cluster.check import check_storage
+from gradhpo.cluster.events import Importing, Stopped
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.printable import printable
 from gradhpo.cluster.result import SweepResult
 from gradhpo.cluster.settings import folder_of
+from gradhpo.cluster.storage import Storage
 from gradhpo.cluster.sweep import Sweep
-from gradhpo.lock import StorageInUse, holder
+from gradhpo.export import save_orbax, save_safetensors, write_script
+from gradhpo.lock import StorageInUse
+from gradhpo.observers.named import named
 
 STOPPED = 130
 """The exit status of a sweep that was told to stop before its end."""
@@ -37,10 +44,17 @@ app = typer.Typer(
     add_completion=False,
 )
 
-Storage = Annotated[Path, typer.Argument(help="The sweep's folder.")]
+Where = Annotated[str, typer.Argument(help="The sweep's folder, or its address.")]
 Generations = Annotated[int | None, typer.Option(help="In all; more than before extends.")]
 Workers = Annotated[int | None, typer.Option(help="Processes that hold shards.")]
 Allow = Annotated[list[str] | None, typer.Option(help="What may be other than before: data, code.")]
+Patience = Annotated[int | None, typer.Option(help="End after so many without a best so far.")]
+Target = Annotated[float | None, typer.Option(help="End at a metric this good.")]
+Seconds = Annotated[float | None, typer.Option(help="End when this run has taken so long.")]
+Track = Annotated[
+    list[str] | None,
+    typer.Option(help="csv=FILE, json=FILE, tensorboard=FOLDER, wandb=PROJECT, mlflow=EXPERIMENT."),
+]
 Plot = Annotated[Path | None, typer.Option(help="Draw all trials and the winner (PNG).")]
 
 
@@ -72,11 +86,15 @@ def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
 @clear_errors
 def sweep(
     file: Annotated[Path, typer.Argument(help="The arguments of Sweep, in TOML.")],
-    storage: Annotated[str | None, typer.Option(help="The sweep's folder.")] = None,
+    storage: Annotated[str | None, typer.Option(help="The sweep's folder, or its address.")] = None,
     generations: Generations = None,
     workers: Workers = None,
     executor: Annotated[str | None, typer.Option(help="auto, local, processes or ray.")] = None,
     allow_changed: Allow = None,
+    patience: Patience = None,
+    target: Target = None,
+    seconds: Seconds = None,
+    track: Track = None,
     plot: Plot = None,
 ) -> None:
     """Run the sweep that a TOML file describes; where its storage holds it already, go on.
@@ -88,19 +106,24 @@ def sweep(
         "generations": generations,
         "workers": workers,
         "executor": executor,
+        "stop": _stop(patience, target, seconds),
     }
     given = {name: value for name, value in changes.items() if value is not None}
-    _run(Sweep.from_toml(file, **given), plot, allow_changed)
+    _run(Sweep.from_toml(file, **given), plot, allow_changed, track)
 
 
 @app.command()
 @clear_errors
 def resume(
-    storage: Storage,
+    storage: Where,
     generations: Generations = None,
     workers: Workers = None,
     address: Annotated[str | None, typer.Option(help="Of a Ray cluster to join.")] = None,
     allow_changed: Allow = None,
+    patience: Patience = None,
+    target: Target = None,
+    seconds: Seconds = None,
+    track: Track = None,
     plot: Plot = None,
 ) -> None:
     """Go on with the sweep that a storage holds, or extend it with --generations.
@@ -108,20 +131,50 @@ def resume(
     This imports and runs the code that the storage names, and says so first.
     """
     changes = {"generations": generations, "workers": workers, "address": address}
+    changes["stop"] = _stop(patience, target, seconds)
     given = {name: value for name, value in changes.items() if value is not None}
-    _run(Sweep.from_storage(storage, **given), plot, allow_changed)
+    _run(Sweep.from_storage(storage, **given), plot, allow_changed, track)
 
 
 @app.command()
 @clear_errors
-def status(storage: Storage) -> None:
+def stop(storage: Where) -> None:
+    """Ask the driver of a sweep to end after the generation in flight, which is saved.
+
+    So does a file `stop.txt` in the sweep's folder. `resume` goes on.
+    """
+    place = folder_of(storage)
+    manifest.read(place)
+    who = Storage(place).files.holder()
+    if who is None:
+        sys.exit(printable(f"gradhpo: nobody runs {place}: there is nothing to stop"))
+    Storage(place).ask_to_stop(f"gradhpo stop on {socket.gethostname()}")
+    _say(f"{place}: {who} ends after the generation in flight")
+
+
+@app.command()
+@clear_errors
+def status(
+    storage: Where,
+    watch: Annotated[bool, typer.Option("--watch", help="Say it again until it is over.")] = False,
+    every: Annotated[float, typer.Option(help="Seconds between two looks of --watch.")] = 2.0,
+) -> None:
     """Say how far a sweep is, who runs it, and what happened to it; changes nothing."""
-    storage = folder_of(storage)
-    about, journal = manifest.read(storage), Journal(storage)
+    place = folder_of(storage)
+    _status(place)
+    with contextlib.suppress(KeyboardInterrupt):
+        while watch and Storage(place).files.holder():
+            time.sleep(every)
+            print("\x1b[2J\x1b[H" if sys.stdout.isatty() else "", flush=True)
+            _status(place)
+
+
+def _status(place: files.Where) -> None:
+    about, journal = manifest.read(place), Journal(place)
     done, total = journal.generation + 1, about["generations"]
-    who = holder(storage)
+    who = Storage(place).files.holder()
     state = f"running ({who})" if who else "complete" if done >= total else "not running"
-    _say(f"{storage}: {state}, {done} of {total} generations")
+    _say(f"{place}: {state}, {done} of {total} generations")
     _say(
         f"  {about['population']} trials in {about['shards']} shards, "
         f"{about['steps_per_generation']} steps a generation, metric {about['metric']}"
@@ -132,20 +185,22 @@ def status(storage: Storage) -> None:
     if who and done:
         seconds = journal.last[-1]["seconds"]
         _say(f"  the last generation took {seconds:.1f} s; {(total - done) * seconds:.0f} s left")
+    if journal.last and not who and (why := journal.last[-1].get("stopped")):
+        _say(f"  stopped: {why}")
     for what in journal.damaged:
         _say(f"  {what}")
-    told = [facts for facts in event_log.read(storage) if facts["event"] not in UNTOLD]
+    told = [facts for facts in event_log.read(place) if facts["event"] not in UNTOLD]
     for facts in told[-10:]:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts.pop("time")))
         event = facts.pop("event")
         _say(f"  {when} {event}: {', '.join(f'{k}={v}' for k, v in facts.items())}")
     if not who and done < total:
-        _say(f"To go on: gradhpo resume {shlex.quote(str(storage))}")
+        _say(f"To go on: gradhpo resume {shlex.quote(str(place))}")
 
 
 @app.command()
 @clear_errors
-def check(storage: Storage) -> None:
+def check(storage: Where) -> None:
     """Verify every file of a sweep, and repair what can be; exit status 1 if damage is left."""
     left = False
     for finding in check_storage(folder_of(storage)):
@@ -158,7 +213,7 @@ def check(storage: Storage) -> None:
 @app.command()
 @clear_errors
 def best(
-    storage: Storage,
+    storage: Where,
     output: Annotated[Path | None, typer.Option(help="Save its arrays (.npz).")] = None,
     plot: Plot = None,
 ) -> None:
@@ -176,13 +231,78 @@ def best(
     _draw(result, plot)
 
 
+@app.command()
+@clear_errors
+def doctor() -> None:
+    """Say what there is to use: devices, versions, extras; and what a sweep would take."""
+    from gradhpo.cluster import doctor
+
+    for line in doctor.findings():
+        _say(line)
+
+
+@app.command()
+@clear_errors
+def init(
+    folder: Annotated[Path, typer.Argument(help="Where; made if it is missing.")] = Path(),
+) -> None:
+    """Write a small problem.py and a sweep.toml that run as they are; replaces nothing."""
+    from gradhpo.cluster.starter import write_starter
+
+    for path in write_starter(folder):
+        _say(f"wrote {path}")
+    where = "" if folder == Path() else f"cd {shlex.quote(str(folder))} && "
+    _say(f"Next: {where}gradhpo sweep sweep.toml")
+
+
+@app.command()
+@clear_errors
+def export(
+    storage: Where,
+    optuna: Annotated[str | None, typer.Option(help="An Optuna storage: sqlite:///a.db")] = None,
+    study: Annotated[str | None, typer.Option(help="The study's name.")] = None,
+    safetensors: Annotated[Path | None, typer.Option(help="A file for the best trial.")] = None,
+    orbax: Annotated[Path | None, typer.Option(help="A folder for the best trial.")] = None,
+    script: Annotated[
+        Path | None, typer.Option(help="A .py for the best trial's λ(t); imports the sweep's code.")
+    ] = None,
+) -> None:
+    """Hand a sweep, finished or running, to other tools; its best trial to other programs."""
+    result = SweepResult.from_storage(storage)
+    if optuna is None and safetensors is None and orbax is None and script is None:
+        raise ValueError("say what to export: --optuna, --safetensors, --orbax or --script")
+    if optuna is not None:
+        made = optuna_study.export_study(result.where, optuna, study)
+        _say(f"Optuna: {len(made.trials)} trials in the study {made.study_name!r}")
+    if safetensors is not None:
+        _say(f"{safetensors}: {', '.join(save_safetensors(safetensors, result.best))}")
+    if orbax is not None:
+        save_orbax(orbax, result.best)
+        _say(f"{orbax}: params and hyperparams, for StandardCheckpointer().restore")
+    if script is not None:
+        known = manifest.read(result.where)
+        given = manifest.settings(known)
+        references = [given[name] for name in manifest.OBJECTS if name in given]
+        _say(Importing(references, known["sys_path"]).line())
+        write_script(script, result.trajectory())
+        _say(f"{script}: λ(t) of {result.best.number}; its numbers are in {script.stem}.npz")
+
+
+def _stop(patience: int | None, target: float | None, seconds: float | None) -> Any:
+    """Return the table that TOML would have."""
+    given = {"patience": patience, "target": target, "seconds": seconds}
+    return {name: value for name, value in given.items() if value is not None} or None
+
+
 def _say(text: str) -> None:
     """Print a line; what a terminal would obey in texts from a storage is shown, and not sent."""
     print(printable(text))
 
 
-def _run(made: Sweep, plot: Path | None, allowed: list[str] | None) -> None:
-    result = made.run(allow_changed=allowed or ())
+def _run(
+    made: Sweep, plot: Path | None, allowed: list[str] | None, track: list[str] | None
+) -> None:
+    result = made.run(observers=list(map(named, track or ())), allow_changed=allowed or ())
     _print_best(result)
     if (report := result.report) is not None:
         cached = f", {report.restores} times from JAX's cache" if report.restores else ""
@@ -193,7 +313,8 @@ def _run(made: Sweep, plot: Path | None, allowed: list[str] | None) -> None:
         )
         print("  to start: " + report.start())
     _draw(result, plot)
-    if result.generations < made.generations:
+    expected = any(isinstance(event, Stopped) and event.expected for event in made.events)
+    if result.generations < made.generations and not expected:
         sys.exit(STOPPED)
 
 

@@ -8,6 +8,7 @@ A table has an entry for each slot. What it is made of: the trials (`TRIAL`, `BO
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +34,9 @@ CHANGE = "change"
 SEPARATOR = "|"
 """In the columns of a decision's changes: `change|NAME|FIELD`."""
 
+CURVE = "curve"
+"""In the columns of metrics inside a generation: `curve|NAME`, `(slots, steps that are kept)`."""
+
 OF_TRIALS = (TRIAL, BORN, PARENT, LR_HYPER)
 """What a plan says of the trials before a generation; everything else is measured after it."""
 RESERVED = (
@@ -52,8 +56,30 @@ def setting(name: str) -> str:
     return name if name == LR_HYPER else HYPERPARAMS + name
 
 
+def curves_of(rows: Mapping[str, Any], every: int, where: Any) -> dict[str, Any]:
+    """Return every n-th step of a generation's rows, as columns; NaN after a divergence.
+
+    Args:
+      rows: by name, `(steps, slots)`, and under "stopped" where a slot has diverged.
+      every: n.
+      where: `jnp.where` or `np.where`.
+    """
+    kept = {name: row[every - 1 :: every] for name, row in rows.items()}
+    stopped = kept.pop("stopped")
+    return {
+        SEPARATOR.join((CURVE, name)): where(stopped, np.nan, row).astype(row.dtype).T
+        for name, row in kept.items()
+    }
+
+
+def curves(table: Mapping[str, np.ndarray]) -> Columns:
+    """Return what was kept inside a generation, by metric: `(slots, steps that are kept)`."""
+    begins = CURVE + SEPARATOR
+    return {n.removeprefix(begins): x for n, x in table.items() if n.startswith(begins)}
+
+
 def shown(table: Mapping[str, np.ndarray]) -> Columns:
-    """Return a table without its decision."""
+    """Return a table without its decision, and what was kept inside the generation."""
     return {n: x for n, x in table.items() if n != NEXT_PARENT and SEPARATOR not in n}
 
 

@@ -24,6 +24,7 @@ from gradhpo.cluster.journal import Best, Entry, Journal
 from gradhpo.cluster.orders import Import, Order, Result
 from gradhpo.cluster.schedulers import NEW, Decision, Scheduler, Table
 from gradhpo.cluster.space import LR_HYPER, Change, Changes, SearchSpace
+from gradhpo.cluster.stopping import Stopping
 from gradhpo.cluster.storage import CHECKPOINTS, Storage
 
 MOST_LOSSES = 10
@@ -125,6 +126,7 @@ class Controller:
       layout: the shards.
       rules: what decides.
       tell: takes events.
+      stopping: says after every generation whether there is a next one.
       changes: by generation, what was allowed to be other than before.
       every: generations from one checkpoint to the next.
     """
@@ -137,18 +139,18 @@ class Controller:
         layout: Layout,
         rules: Rules,
         tell: Tell,
+        stopping: Stopping,
         every: int = 1,
         changes: Mapping[int, list[str]] | None = None,
     ) -> None:
         self._storage, self._journal, self._executor = storage, journal, executor
         self._layout, self._rules, self._tell, self._every = layout, rules, tell, every
+        self._stopping, self._total = stopping, 0
         self._changes = changes or {}  # by generation, what was allowed to be other than before
         self._computed: list[Computed] = []
         """The oldest first: at most those since the last checkpoints, and one more."""
         self._written: dict[tuple[int, int], Saved] = {}
         """By shard and generation, the checkpoints that workers told of."""
-        self.stop = False
-        """Set to stop after the generation in flight."""
 
     def run(self, generations: int) -> None:
         """Run up to this many generations in all.
@@ -156,8 +158,8 @@ class Controller:
         Raises:
           SweepError: if it cannot go on.
         """
-        lost = 0
-        while self._journal.generation + 1 < generations and not self.stop:
+        lost, self._total = 0, generations
+        while self._journal.generation + 1 < generations and not self._stopping.reason:
             self._computed, self._written = [], {}
             durable = len(self._journal.durable) and self._journal.durable[-1]["generation"] + 1
             try:
@@ -177,7 +179,7 @@ class Controller:
         """Compute generations, until the last or until files are damaged."""
         try:
             plan = self._resumed()
-            while plan.generation < generations and not self.stop:
+            while plan.generation < generations and not self._stopping.reason:
                 plan = self._generation(plan)
             self._flush()
         except DamagedFile as error:
@@ -194,7 +196,7 @@ class Controller:
             entry = self._journal.durable[-1]
             plan = self._after(entry["generation"], self._storage.load(entry["table"])[0])
         tables = {entry["generation"]: entry["table"] for entry in self._journal.last}
-        while plan.generation <= self._journal.generation and not self.stop:
+        while plan.generation <= self._journal.generation and not self._stopping.reason:
             table = self._storage.load_table(plan.generation, tables.get(plan.generation))
             results = self._executor.run(self._orders(plan, save=False))
             self._compare(gather(plan, results, self._layout), table, plan.generation)
@@ -229,6 +231,7 @@ class Controller:
         best = self._best(plan, columns)
         seconds = time.perf_counter() - started
         self._computed.append(Computed(made, plan, columns, decision, best, seconds))
+        self._stopping.ask(plan.generation + 1, best)
         if settle:
             self._flush()
         return following(plan, decision, self._rules)
@@ -278,9 +281,13 @@ class Controller:
                     told[order.shard] = saved
             else:
                 told = []
-            self._commit(self._computed.pop(0), [one for one in told if one])
+            self._commit(self._computed.pop(0), [one for one in told if one], self._why())
 
-    def _commit(self, done: Computed, saved: list[Saved]) -> None:
+    def _why(self) -> str | None:
+        """Return why the sweep ends with what is committed now; None where it does not."""
+        return None if self._computed else self._stopping.reason
+
+    def _commit(self, done: Computed, saved: list[Saved], stopped: str | None = None) -> None:
         """Write a generation's table, and then its line: its states are durable."""
         generation = done.plan.generation
         try:
@@ -294,14 +301,17 @@ class Controller:
             }
             if what := self._changes.get(generation):
                 entry["changes"] = what
+            if stopped is not None and generation + 1 < self._total:
+                entry["stopped"] = stopped
             self._journal.append(entry)
         except OSError as error:
-            where = f"cannot write to the storage {self._storage.path}"
+            where = f"cannot write to the storage {self._storage}"
             raise SweepError(f"{where}: {error}") from error
         self._prune()
         self._written = {name: one for name, one in self._written.items() if name[1] > generation}
         best = entry["best"] and entry["best"]["score"] * self._rules.sign
-        self._tell(GenerationDone(generation + 1, done.columns, best, entry["seconds"]))
+        table = names.shown(done.columns)
+        self._tell(GenerationDone(generation + 1, table, best, entry["seconds"]))
 
     def _best(self, plan: Plan, columns: Columns) -> Best | None:
         """Return the best trial so far; one of this generation without its checkpoint."""
@@ -343,7 +353,7 @@ class Controller:
         if error.file.startswith(CHECKPOINTS) and error.file not in files:
             raise StateGone(str(error)) from error  # one that was not named yet
         if not self._journal.last:
-            raise SweepError(f"storage {str(self._storage.path)!r}: {error}") from error
+            raise SweepError(f"storage {str(self._storage)!r}: {error}") from error
         durable = self._journal.durable
         newest = durable[-1] if durable else None
         own = [saved.file for saved in _needed(newest)]
@@ -356,7 +366,7 @@ class Controller:
                 raise SweepError(
                     f"{error}. The generation before it is not whole either"
                     f"{f' ({missing[0]})' if missing else ''}. To compute the sweep again from its "
-                    f"beginning, move {self._storage.path} away"
+                    f"beginning, move {self._storage} away"
                 ) from error
         generation = -1 if before is None else before["generation"]
         self._tell(Damaged(str(error), generation + 1))
@@ -425,8 +435,9 @@ def gather(plan: Plan, results: list[Result], layout: Layout) -> Columns:
         **({} if plan.lr_hyper is None else {LR_HYPER: plan.lr_hyper}),
     }
     dtypes = {name: column.dtype for result in results for name, column in result.columns.items()}
+    shapes = {name: x.shape[1:] for result in results for name, x in result.columns.items()}
     for name, dtype in dtypes.items():
-        missing = np.full(layout.slots, np.nan if dtype.kind == "f" else 0, dtype)
+        missing = np.full((layout.slots, *shapes[name]), np.nan if dtype.kind == "f" else 0, dtype)
         table[name] = np.concatenate([result.columns.get(name, missing) for result in results])
     return table
 

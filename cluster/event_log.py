@@ -6,33 +6,35 @@ import contextlib
 import dataclasses
 import json
 import time
-from pathlib import Path
 from typing import Any
 
-from gradhpo.cluster.events import Event, GenerationDone
+from gradhpo.cluster.events import Begun, Event, Over, Progress
 from gradhpo.cluster.storage import Storage
+from gradhpo.files import Where
 
 
 class EventLog:
-    """An observer that adds a line of JSON for each event but the generations, in the journal."""
+    """An observer that adds a line of JSON for each event but those that the journal tells."""
 
-    def __init__(self, storage: Path) -> None:
+    def __init__(self, storage: Where) -> None:
         self._storage = Storage(storage)
 
     def observe(self, event: Event) -> None:
         """Add its line; a disk that is full loses the line, and nothing else."""
-        if isinstance(event, GenerationDone):
+        if isinstance(event, Begun | Over | Progress):
             return
         about = {"time": round(time.time(), 3), "event": event.name, **dataclasses.asdict(event)}
         self._storage.log(about)
 
 
-def read(storage: Path) -> list[dict[str, Any]]:
+def read(storage: Where) -> list[dict[str, Any]]:
     """Return the logged events, each a table with "time" and "event"; damaged lines left out."""
-    path, made = Storage(storage).events, list[dict[str, Any]]()
-    if not path.exists():
+    made = list[dict[str, Any]]()
+    try:
+        lines = Storage(storage).events.read_text(errors="replace").splitlines()
+    except FileNotFoundError:
         return made
-    for line in path.read_text(errors="replace").splitlines():
+    for line in lines:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # its writer was killed
             facts = json.loads(line)
             made.append({**facts, "time": float(facts["time"]), "event": str(facts["event"])})

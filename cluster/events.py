@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 
-from gradhpo.cluster import orders
+from gradhpo.cluster import columns, orders
+from gradhpo.observers.events import Begun, Event, ObserverFailed, Over, Progress
+from gradhpo.observers.telling import Observer, Telling
 
-
-@dataclasses.dataclass(frozen=True)
-class Event:
-    """Something that happened; its fields are plain values, but for a generation's table."""
-
-    name: ClassVar[str] = ""
-    """What the storage's log calls it."""
-
-    def line(self) -> str | None:
-        """Return it as a line for a person; None for what needs none."""
-        return None
+__all__ = [
+    "Begun",
+    "Callback",
+    "Changed",
+    "Damaged",
+    "Event",
+    "Finished",
+    "GenerationDone",
+    "Importing",
+    "Note",
+    "Observer",
+    "ObserverFailed",
+    "Over",
+    "Prepared",
+    "Progress",
+    "Repaired",
+    "Resumed",
+    "Running",
+    "Starting",
+    "Stopped",
+    "Stopping",
+    "Tell",
+    "Telling",
+    "WorkerLost",
+    "WorkerReady",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +143,7 @@ class Running(Event):
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerationDone(Event):
+class GenerationDone(Progress):
     """A generation is done, and saved."""
 
     generation: int
@@ -137,6 +154,40 @@ class GenerationDone(Event):
     """The metric of the best trial so far; None while every trial has diverged."""
     seconds: float
     name: ClassVar[str] = "generation"
+
+    @property
+    def first(self) -> int:
+        """Its number."""
+        return self.generation
+
+    @property
+    def last(self) -> int:
+        """Its number."""
+        return self.generation
+
+    def rows(self, after: int) -> Iterator[dict[str, Any]]:
+        """Yield the table's row of each slot."""
+        if self.generation > after:
+            names, table = list(self.table), zip(*self.table.values(), strict=True)
+            for slot, row in enumerate(table):
+                values = {name: x.item() for name, x in zip(names, row, strict=True)}
+                yield {"generation": self.generation, "slot": slot, **values}
+
+    def points(self, after: int) -> Iterator[tuple[int, dict[str, float]]]:
+        """Yield the best so far, and the median and extremes of what was measured."""
+        if self.generation > after:
+            drawn = {} if self.best is None else {"best": self.best}
+            drawn |= {"seconds": self.seconds, "diverged": self._diverged()}
+            for name in (*columns.measured(self.table), columns.LR_HYPER):
+                column = np.asarray(self.table.get(name, ()), float)
+                if name != columns.DIVERGED and len(finite := column[np.isfinite(column)]):
+                    drawn[f"median/{name}"] = float(np.median(finite))
+                    drawn[f"least/{name}"] = float(finite.min())
+                    drawn[f"greatest/{name}"] = float(finite.max())
+            yield self.generation, drawn
+
+    def _diverged(self) -> float:
+        return float((self.table[columns.DIVERGED] > 0).sum())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,11 +267,16 @@ class Stopped(Event):
     left: int
     how: str
     """The sentence that says how to go on."""
+    reason: str = ""
+    """What stopped it: a condition of `Stop`, who asked, a signal."""
+    expected: bool = False
+    """Whether that was a condition of `Stop`."""
     name: ClassVar[str] = "stopped"
 
     def line(self) -> str:
         """Say how to go on."""
-        return f"Stopped, {self.left} generations before the end. {self.how}"
+        why = f" ({self.reason})" if self.reason else ""
+        return f"Stopped, {self.left} generations before the end{why}. {self.how}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,17 +291,6 @@ Tell = Callable[[Event], None]
 """Takes an event."""
 
 
-class Observer(Protocol):
-    """What wants to know: a display, a log, a tracker of experiments."""
-
-    def observe(self, event: Event, /) -> Any:
-        """Take an event, in the driver's process, before the next one happens.
-
-        What it raises ends the run; what is saved stays.
-        """
-        ...
-
-
 class Callback:
     """An observer that calls `callback(generation, table)` when a generation is saved."""
 
@@ -256,48 +301,6 @@ class Callback:
         """Call it."""
         if isinstance(event, GenerationDone):
             self._callback(event.generation, dict(event.table))
-
-
-class Telling:
-    """Hands events to observers, one after another, and keeps all but the generations'.
-
-    A signal's event may come while another is told; it then waits for its turn.
-
-    Args:
-      kept: where events are kept.
-    """
-
-    def __init__(self, kept: list[Event]) -> None:
-        self._observers: list[Observer] = []
-        self.kept = kept
-        self._waiting: list[Event] = []
-        self._telling = False
-        self.generations = 0
-        """How many were computed."""
-
-    def to(self, *observers: Observer) -> None:
-        """Tell these too, from now on."""
-        self._observers += observers
-
-    def tell(self, event: Event) -> None:
-        """Tell all observers."""
-        self._waiting.append(event)
-        if self._telling:
-            return
-        self._telling = True
-        try:
-            while self._waiting:
-                self._tell(self._waiting.pop(0))
-        finally:
-            self._telling = False
-
-    def _tell(self, event: Event) -> None:
-        if isinstance(event, GenerationDone):
-            self.generations += 1
-        else:
-            self.kept.append(event)
-        for observer in self._observers:
-            observer.observe(event)
 
 
 def _fields(kind: type[Event]) -> tuple[dataclasses.Field[Any], ...]:

@@ -6,7 +6,6 @@ import abc
 import dataclasses
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from gradhpo.checkpoints import Saved
@@ -33,11 +32,13 @@ from gradhpo.cluster.local_ray import has_ray
 from gradhpo.cluster.orders import Order, Prepared, Result, Spec
 from gradhpo.cluster.processes import Processes, ProcessSettings, log_file
 from gradhpo.cluster.this_process import ThisProcess
+from gradhpo.files import Where
 
 ROOM_EVERY = 1.0
 """Seconds between two looks at how many workers could be held."""
 WHAT = {
     "start": "could not start",
+    "trace": "failed to trace the sweep's step",
     "prepare": "failed to compile the sweep's step",
     "export": "failed to hand over trials",
     "run": "failed to run a generation",
@@ -122,7 +123,7 @@ class FleetExecutor(Executor):
         self._room_looked = float("-inf")
 
     def prepare(self, layouts: Mapping[int, Any]) -> list[Prepared]:
-        """Compile each variant on one worker; the others load it when they first need it."""
+        """Compile each variant on one worker; others trace it meanwhile, and load it later."""
         self._layouts = dict(layouts)
         done = self._drive([Job("prepare", variant) for variant in layouts])
         return [self._shared(done[Job("prepare", variant)]) for variant in layouts]
@@ -226,6 +227,8 @@ class FleetExecutor(Executor):
                 self._raise(command)
 
     def _arguments(self, worker: int, job: Job) -> tuple[Any, ...]:
+        if job.kind == "trace":
+            return job.variant, self._layouts[job.variant]
         if job.kind == "prepare":
             return job.variant, self._layouts[job.variant], self._blobs.get(job.variant)
         if job.kind == "export":
@@ -265,7 +268,8 @@ class FleetExecutor(Executor):
     def _log(self, worker: int) -> dict[str, str]:
         """Return where a worker's prints are, if it made any such file."""
         log = log_file(self._storage, worker, 0, self._settings.processes)
-        return {"log": str(log)} if log.exists() else {}
+        elsewhere = any("log" in about for about in self._about.get(worker, ()))
+        return {"log": str(log)} if elsewhere or log.exists() else {}
 
     def _raise(self, fail: Fail) -> None:
         """Raise what a fleet ended with, saying where: the storage, and the worker's log."""
@@ -294,7 +298,7 @@ def _resolved(kind: str) -> str:
     return ("ray" if has_ray() else "local") if kind == "auto" else kind
 
 
-def check(kind: str, settings: ProcessSettings, sent: Mapping[str, Any]) -> None:
+def check(kind: str, settings: ProcessSettings, sent: Mapping[str, Any], storage: Where) -> None:
     """Raise unless an executor of this kind can run a sweep that sends these things to workers.
 
     Raises:
@@ -303,6 +307,11 @@ def check(kind: str, settings: ProcessSettings, sent: Mapping[str, Any]) -> None
     kind = _resolved(kind)
     if kind == "ray" and not has_ray():
         raise ImportError('executor="ray" needs Ray: pip install gradhpo[cluster]')
+    if kind != "local" and str(storage).startswith("memory:"):
+        raise ValueError(
+            f"storage {str(storage)!r} lives in this process, and dies with it: it needs "
+            f'executor="local", got {kind!r}'
+        )
     if kind in ("local", "processes") and settings.processes > 1:
         raise ValueError(f'processes is for Ray; executor="{kind}" has one in a worker')
     if kind == "processes":
@@ -319,7 +328,7 @@ def open_executor(
     tell: Tell,
 ) -> FleetExecutor:
     """Return the executor of this kind: "auto" is "ray" where it is installed, else "local"."""
-    incarnations = Incarnations(Path(spec.storage))
+    incarnations = Incarnations(spec.storage)
     kind = _resolved(kind)
     if kind == "local":
         settings = dataclasses.replace(settings, workers=1)

@@ -33,6 +33,8 @@ from gradhpo.cluster.commands import (
 )
 from gradhpo.cluster.failures import Superseded, SweepError
 
+EARLY = ("start", "trace", "prepare")
+"""What a worker does before it has any shard."""
 PATIENCE = 10.0
 """Seconds that a failed process of a worker waits for the others' word: one of them may be dead,
 and the failure only what follows."""
@@ -84,6 +86,8 @@ class _Worker:
     ready: bool = False
     variants: set[int] = dataclasses.field(default_factory=set[int])
     """Those whose programs it has."""
+    traced: set[int] = dataclasses.field(default_factory=set[int])
+    """Those that it was told to trace, or to prepare."""
     calls: dict[int, _Call] = dataclasses.field(default_factory=dict[int, _Call])
     """Under way, in the order in which they were sent, which is that in which they are done."""
 
@@ -148,7 +152,7 @@ class Fleet:
         self._look(now)
         for worker in self._workers.values():
             for call in worker.calls.values():
-                call.wanted = call.job.kind in ("start", "prepare")
+                call.wanted = call.job.kind in EARLY
         self._waiting = list(jobs)
         self._asked = set(self._waiting)
         self._unbalanced = balance
@@ -174,6 +178,7 @@ class Fleet:
             self._staff()
         if self._fail is None:
             self._place()
+            self._get_ahead()
         made = [*self._out, *([self._fail] if self._fail else [])]
         self._out, self._fail = [], None
         return made
@@ -259,7 +264,7 @@ class Fleet:
         limits, late = self._limits, self._now - worker.progress
         first = next(iter(worker.calls.values()), None)
         if first is not None:
-            early = first.job.kind in ("start", "prepare")
+            early = first.job.kind in EARLY
             limit = limits.start_deadline if early else limits.deadline
             if limit is not None and late > limit:
                 starts = first.job == START
@@ -331,6 +336,19 @@ class Fleet:
             else:
                 self._send(number, job)
 
+    def _get_ahead(self) -> None:
+        """Let idle workers trace what another compiles, and they will load."""
+        calls = [call for worker in self._workers.values() for call in worker.calls.values()]
+        compiled = {
+            c.job.variant for c in calls if c.job.kind == "prepare" and c.job in self._asked
+        }
+        for number in self.ready:
+            worker = self._workers[number]
+            ahead = sorted(compiled - worker.traced)
+            if ahead and not worker.calls:
+                worker.traced.add(ahead[0])
+                self._send(number, Job("trace", ahead[0]))
+
     def _gathering(self, ready: list[int]) -> bool:
         """Whether the first generation still waits for workers that are about to start."""
         assert self._gather_until is not None
@@ -374,6 +392,8 @@ class Fleet:
         if not worker.calls:
             worker.progress = self._now
         worker.calls[call] = _Call(job)
+        if job.kind == "prepare":
+            worker.traced.add(job.variant)
         self._out.append(Send(number, call, job))
 
 
@@ -406,11 +426,12 @@ def _sentence(job: Job, count: int, reason: str) -> str:
     where = {
         "start": "they started",
         "idle": "they were idle",
+        "trace": "the step was traced",
         "prepare": "the step was compiled or loaded",
     }.get(job.kind, f"shard {job.shard} ran")
     hint = "A process that is killed for memory, or crashes, looks like this"
     if "did not" in reason:
-        name = "start_deadline" if job.kind in ("start", "prepare") else "deadline"
+        name = "start_deadline" if job.kind in EARLY else "deadline"
         hint = f"If it only needs longer, give {name}= more seconds"
     elif "silent" in reason:
         hint = "If its Python code keeps the interpreter for so long, give heartbeat= more seconds"

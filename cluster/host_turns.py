@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from gradhpo.cluster.columns import curves_of
 from gradhpo.feed import HostFeed, Segment
 from gradhpo.host import Places
 from gradhpo.parallel import Population, chunks, compiled
@@ -59,8 +60,9 @@ class HostTurns:
     pairs a generation takes follows from its order and the state that it starts from.
     """
 
-    def __init__(self, variant: Variant, steps: int) -> None:
+    def __init__(self, variant: Variant, steps: int, record: int | None) -> None:
         self._variant, self._population, self._steps = variant, variant.population, steps
+        self._record = record
         self._feeds: dict[int, HostFeed] = {}
         self._calibrates = self._population.optimizer.calibration_period > 0
 
@@ -120,6 +122,8 @@ class HostTurns:
         generation = chunks.segments(feed, seeds, ages, runs, self._steps)
         state, rows = chunks.drive(state, generation, calibrate, take)
         columns = {name: row[-1] for name, row in rows.items() if name != "stopped"}
+        if self._record is not None:
+            columns |= curves_of(rows, self._record, np.where)
         return state, columns | self._run("end", self._end, state, data)
 
     def places(self, shard: int) -> Places:

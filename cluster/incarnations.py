@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from gradhpo.checkpoints import write_json
 from gradhpo.cluster.failures import Superseded
 from gradhpo.cluster.storage import Storage
+from gradhpo.files import Where
 
 RESERVE = 1000
 """Numbers that a driver reserves at a time; what it does not use is never used."""
@@ -23,14 +22,15 @@ RESERVE = 1000
 class Incarnations:
     """The driver's side: hands out numbers, and says whose a shard is."""
 
-    def __init__(self, storage: Path) -> None:
-        self._path = Storage(storage).incarnations
+    def __init__(self, storage: Where) -> None:
+        self._text = Storage(storage).incarnations
         content: dict[str, Any] = {"reserved": 0, "owners": {}}
-        if self._path.exists():
-            try:
-                content = json.loads(self._path.read_text())
-            except ValueError:  # damaged: the time is above all numbers that were given out
-                content["reserved"] = int(time.time())
+        try:
+            content = json.loads(self._text.read_text())
+        except FileNotFoundError:
+            pass
+        except ValueError:  # damaged: the time is above all numbers that were given out
+            content["reserved"] = int(time.time())
         self._next = self._reserved = int(content["reserved"])
         self._owners: dict[str, int] = content["owners"]
 
@@ -50,7 +50,7 @@ class Incarnations:
             self._write()
 
     def _write(self) -> None:
-        write_json(self._path, {"reserved": self._reserved, "owners": self._owners})
+        self._text.write_json({"reserved": self._reserved, "owners": self._owners})
 
 
 def check_owner(storage: Storage, shard: int, incarnation: int) -> None:

@@ -6,17 +6,14 @@ names, in one write, and fsync'd; a generation is done when its line is whole.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, BinaryIO, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from gradhpo.checkpoints import Saved
-from gradhpo.cluster.storage import Storage
-from gradhpo.commit import commit, sync_folder
+from gradhpo.cluster.storage import Storage, Text
+from gradhpo.files import Where
 
 
 class Best(TypedDict):
@@ -42,6 +39,8 @@ class Entry(TypedDict):
     seconds: float
     changes: NotRequired[list[str]]
     """What was allowed to be other than in the generation before: "data", "code"."""
+    stopped: NotRequired[str]
+    """Why the run ended here, before the sweep's end."""
 
 
 class Journal:
@@ -51,14 +50,14 @@ class Journal:
     line inside is replaced by what its table's own name proves.
     """
 
-    def __init__(self, storage: Path) -> None:
-        self.path = Storage(storage).journal
+    def __init__(self, storage: Where) -> None:
+        self._text = Storage(storage).journal
         self.damaged: list[str] = []
         self.last: list[Entry] = []
         """The last entries, from the last but one that has checkpoints on."""
-        for number, (entry, line) in enumerate(_read(self.path)):
+        for number, (entry, line) in enumerate(_read(self._text)):
             if entry is None:
-                which = f"{self.path.name}: line {number + 1}"
+                which = f"{self._text.name}: line {number + 1}"
                 self.damaged.append(f"{which} is damaged ({len(line)} bytes), and not used")
             else:
                 self.last = _recent([*self.last, entry])
@@ -78,43 +77,21 @@ class Journal:
 
         Raises:
           OSError: if it cannot be written; a part of a line is then taken back.
+          StorageInUse: if another driver has taken the storage over.
         """
-        new = not self.path.exists()
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            size = os.fstat(descriptor).st_size
-            line = encode(entry)
-            if size and not _ends_with_newline(self.path):
-                line = b"\n" + line  # after a line that was cut short
-            try:
-                written = os.write(descriptor, line)
-                if written != len(line):
-                    raise OSError(28, f"only {written} of {len(line)} bytes written")
-                os.fsync(descriptor)
-            except OSError:
-                with contextlib.suppress(OSError):
-                    os.ftruncate(descriptor, size)
-                raise
-        finally:
-            os.close(descriptor)
-        if new:
-            sync_folder(self.path.parent)
+        self._text.files.append(self._text.name, encode(entry))
         self.last = _recent([*self.last, entry])
 
     def drop_after(self, generation: int) -> None:
         """Forget the generations after this one, which are computed again."""
-        whole = [(entry, line) for entry, line in _read(self.path) if entry is not None]
+        whole = [(entry, line) for entry, line in _read(self._text) if entry is not None]
         kept = [line for entry, line in whole if entry["generation"] <= generation]
-
-        def content(file: BinaryIO) -> None:
-            file.writelines(line + b"\n" for line in kept)
-
-        commit(self.path, content)
+        self._text.files.replace(self._text.name, b"".join(line + b"\n" for line in kept))
         self.last = _recent([entry for entry, _ in whole if entry["generation"] <= generation])
 
     def entries(self) -> Iterator[Entry]:
         """Read all undamaged lines, from the first."""
-        return (entry for entry, _ in _read(self.path) if entry is not None)
+        return (entry for entry, _ in _read(self._text) if entry is not None)
 
 
 def _recent(entries: list[Entry]) -> list[Entry]:
@@ -128,15 +105,15 @@ def encode(entry: Entry) -> bytes:
     return hashlib.sha256(text).hexdigest()[:16].encode() + b" " + text + b"\n"
 
 
-def _read(path: Path) -> Iterator[tuple[Entry | None, bytes]]:
+def _read(text: Text) -> Iterator[tuple[Entry | None, bytes]]:
     """Read the lines, each with its entry; None for a damaged one."""
-    if not path.exists():
+    try:
+        lines = text.read_bytes().split(b"\n")
+    except FileNotFoundError:
         return
-    with open(path, "rb") as file:
-        for raw in file:
-            line = raw.rstrip(b"\n")
-            if line:
-                yield _decode(line), line
+    for line in lines:
+        if line:
+            yield _decode(line), line
 
 
 def _decode(line: bytes) -> Entry | None:
@@ -149,9 +126,3 @@ def _decode(line: bytes) -> Entry | None:
     if entry["best"] is not None:
         entry["best"]["checkpoint"] = Saved(*entry["best"]["checkpoint"])
     return entry
-
-
-def _ends_with_newline(path: Path) -> bool:
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"

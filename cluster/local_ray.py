@@ -39,6 +39,8 @@ def start_local_ray(cpus: float) -> bool:
     # Before the first import of Ray: addresses of this machine only, nothing reported.
     told = os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Workers have environments of their own, and take no process that Ray starts ahead.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     import ray
     from ray._private import ray_constants  # pyright: ignore[reportPrivateImportUsage]
 

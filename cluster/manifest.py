@@ -6,19 +6,18 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from gradhpo import checkpoints
 from gradhpo._version import __version__
 from gradhpo.checksums import of_arrays
 from gradhpo.cluster import importing
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.settings import Identity, Place
 from gradhpo.cluster.space import SearchSpace
-from gradhpo.cluster.storage import Storage
+from gradhpo.cluster.storage import Storage, Text
+from gradhpo.files import Where
 from gradhpo.state import PyTree
 
 IDENTITY = (
@@ -26,16 +25,20 @@ IDENTITY = (
     "x64",
 )
 """What makes a run this very run; the rest of a manifest may differ when it is resumed."""
-OBJECTS = ("problem", "optimizer", "data", "lr_schedule")
+OBJECTS = ("problem", "optimizer", "data", "lr_schedule", "validation")
 """What may be a reference, or an object of a program."""
 OLDER = {
     "episode_length": None,
     "lr_reptile": 1.0,
     "episode_init": "reptile",
     "lr_schedule": None,
+    "record": None,
+    "validation": None,
     "streams": None,
 }
 """What a manifest says that does not have these names yet."""
+NEWER = ("record", "validation")
+"""What identifies a sweep only where it is given: older storages were digested without."""
 STREAMS = "by trial and step"
 """How randomness is drawn; runs that drew it otherwise can be read, and not resumed."""
 
@@ -64,15 +67,15 @@ def describe(
     return json.loads(json.dumps(made))
 
 
-def read(storage: Path) -> dict[str, Any]:
+def read(storage: Where) -> dict[str, Any]:
     """Return a storage's manifest.
 
     Raises:
       SweepError: if there is none, or it is damaged.
     """
-    path = Storage(storage).manifest
+    text = Storage(storage).manifest
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(text.read_text())
         if not isinstance(manifest, dict):
             raise ValueError("not a table")
         made: dict[str, Any] = OLDER | manifest
@@ -82,22 +85,22 @@ def read(storage: Path) -> dict[str, Any]:
             raise ValueError(f"it has no {missing[0]!r}")
         return made
     except FileNotFoundError:
-        raise SweepError(f"there is no sweep in {str(storage)!r}: no {path.name}") from None
+        raise SweepError(f"there is no sweep in {str(storage)!r}: no {text.name}") from None
     except ValueError as error:
-        raise SweepError(f"{path} is damaged: {error}") from None
+        raise SweepError(f"{text} is damaged: {error}") from None
 
 
-def write(path: Path, content: Any) -> None:
-    """Write a small file of a storage, whole or not at all.
+def write(text: Text, content: Any) -> None:
+    """Write a small text of a storage, whole or not at all.
 
     Raises:
       OSError: if it cannot be written, naming the storage.
     """
     try:
-        checkpoints.write_json(path, content)
+        text.write_json(content)
     except OSError as error:
         raise OSError(
-            error.errno, f"storage {str(path.parent)!r} cannot be written: {error.strerror}"
+            error.errno, f"storage {text.files.address!r} cannot be written: {error.strerror}"
         ) from None
 
 
@@ -128,7 +131,9 @@ def space(manifest: Mapping[str, Any]) -> SearchSpace:
 
 def digest(manifest: Mapping[str, Any]) -> str:
     """Return what identifies the sweep of a manifest, in a few characters."""
-    text = json.dumps({name: manifest[name] for name in IDENTITY}, sort_keys=True)
+    known = {name: manifest[name] for name in IDENTITY}
+    known = {name: x for name, x in known.items() if name not in NEWER or x is not None}
+    text = json.dumps(known, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -39,6 +39,10 @@ class Spec:
     episode_init: EpisodeInit = "reptile"
     lr_schedule: Any = None
     """A function of a trial's step, or a reference to one: a factor on the outer rate."""
+    record: int | None = None
+    """Of which steps in a generation the metrics are kept: every n-th."""
+    validation: Any = None
+    """A function of the data that gives the validation set, or a reference to one."""
 
 
 class Import(NamedTuple):

@@ -4,41 +4,43 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from gradhpo._version import __version__
 from gradhpo.cluster import manifest
 from gradhpo.cluster.events import Changed, Event, Note, Repaired
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.orders import Prepared
 from gradhpo.cluster.storage import Storage
+from gradhpo.files import Where
 
 Entry = dict[str, Any]
-"""Of a variant: its "batching", the step "key", the checksum of its "data", and its "changes"."""
+"""Of a variant: its "batching", the step "key", the checksum of its "data", its "changes", and the
+version of "gradhpo"."""
 
 
-def read(storage: Path) -> list[Entry] | None:
+def read(storage: Where) -> list[Entry] | None:
     """Return what an earlier run wrote of each variant; None before the first generation.
 
     Raises:
       SweepError: if it is missing or damaged.
     """
-    path = Storage(storage).programs
+    text = Storage(storage).programs
     if not Storage(storage).begun:
         return None
     try:
-        entries = json.loads(path.read_text())
+        entries = json.loads(text.read_text())
         if not entries or any("batching" not in entry for entry in entries):
             raise ValueError("it names no layout")
         return entries
     except (OSError, ValueError, TypeError) as error:
         raise SweepError(
-            f"{path}, which says how the sweep's programs are laid out, is missing or damaged "
+            f"{text}, which says how the sweep's programs are laid out, is missing or damaged "
             f"({error})"
         ) from None
 
 
-def recovered(storage: Path, tell: Callable[[Event], None]) -> list[Entry] | None:
+def recovered(storage: Where, tell: Callable[[Event], None]) -> list[Entry] | None:
     """Return the same; where it is damaged, make it again from what the manifest says.
 
     Raises:
@@ -66,7 +68,7 @@ def recovered(storage: Path, tell: Callable[[Event], None]) -> list[Entry] | Non
 
 
 def keep(
-    storage: Path,
+    storage: Where,
     known: Sequence[Entry] | None,
     prepared: Sequence[Prepared],
     generation: int,
@@ -92,10 +94,13 @@ def keep(
     """
     its = manifest.digest(mine)
     about = ({"batching": p.batching, "key": p.key, "data": p.data} for p in prepared)
-    made: list[Entry] = json.loads(json.dumps([{**entry, "identity": its} for entry in about]))
+    more = {"identity": its, "gradhpo": __version__}
+    made: list[Entry] = json.loads(json.dumps([{**entry, **more} for entry in about]))
+    began = manifest.read(storage)["gradhpo"]
     changed: set[str] = set()
     for old, new in zip(known or [], made, strict=known is not None):
-        what = dict.fromkeys(sorted(renamed), "its name") | _changes(old, new, tell)
+        what = dict.fromkeys(sorted(renamed), "its name")
+        what |= _changes({"gradhpo": began, **old}, new, tell)
         if refused := [name for name in what if name not in allowed]:
             raise SweepError(_refusal(storage, refused, what))
         new["changes"] = [*old.get("changes", []), *([generation, name] for name in what)]
@@ -127,13 +132,16 @@ def _changes(old: Entry, new: Entry, tell: Callable[[Event], None]) -> dict[str,
     if "key" not in old:
         return {}
     what: dict[str, str] = {}
+    was, now = old["gradhpo"], new["gradhpo"]
     differing = [name for name in new["key"] if new["key"][name] != old["key"].get(name)]
     computed = [name for name in differing if name in ("computation", "shapes")]
     elsewhere = [name for name in differing if name not in computed]
-    if computed and "jax" not in differing:
+    if computed and "jax" not in differing and was == now:
         what["code"] = ", ".join(computed)
-    for name in elsewhere:
-        was, now = old["key"].get(name), new["key"][name]
+    told = {name: (old["key"].get(name), new["key"][name]) for name in elsewhere}
+    if computed and was != now:
+        told["gradhpo"] = was, now
+    for name, (was, now) in told.items():
         tell(
             Note(
                 f"{name} was {was} and is {now}: the last bits of results may differ from an "
@@ -149,7 +157,7 @@ def _changes(old: Entry, new: Entry, tell: Callable[[Event], None]) -> dict[str,
     return what
 
 
-def _refusal(storage: Path, refused: Sequence[str], what: Mapping[str, str]) -> str:
+def _refusal(storage: Where, refused: Sequence[str], what: Mapping[str, str]) -> str:
     said = {
         "code": "the problem or the optimizer computes something else than when the sweep in "
         f"{storage} began",

@@ -26,7 +26,8 @@ from gradhpo.cluster.settings import Identity
 from gradhpo.cluster.shard import ShardHost, slot_of
 from gradhpo.cluster.space import LR_HYPER, Change, SearchSpace
 from gradhpo.cluster.storage import Storage
-from gradhpo.cluster.variant import Variant, build, data_key
+from gradhpo.cluster.variant import Variant, build, by_name, data_key
+from gradhpo.files import Where
 from gradhpo.state import BilevelState, PyTree
 
 
@@ -58,6 +59,24 @@ class Turn(NamedTuple):
     lr_hyper: float | None
     changes: dict[str, tuple[float, float]]
     """By name of a hyperparameter, `(multiply, add)`: how it changed before the generation."""
+
+    def order(self, slots: int, fresh: bool) -> Order:
+        """Return what lets a shard take this generation in all of its slots."""
+        changes = {
+            name: Change(np.ones(slots, bool), np.full(slots, multiply), np.full(slots, add))
+            for name, (multiply, add) in self.changes.items()
+        }
+        return Order(
+            shard=0,
+            variant=0,
+            generation=self.generation,
+            trials=np.full(slots, self.trial, np.uint32),
+            parents=np.arange(slots, dtype=np.int32),
+            fresh=np.full(slots, fresh),
+            lr_hyper=None if self.lr_hyper is None else np.full(slots, self.lr_hyper),
+            changes=changes,
+            start=None,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +178,7 @@ class SweepResult:
     """The result of a sweep, complete or not.
 
     Args:
-      storage: the sweep's folder.
+      storage: the sweep's folder, or its address.
       spec: what its workers were told.
       layout: its shards.
       metric: its name.
@@ -173,7 +192,7 @@ class SweepResult:
 
     def __init__(
         self,
-        storage: Path,
+        storage: Where,
         spec: Spec,
         layout: Layout,
         metric: str,
@@ -181,7 +200,8 @@ class SweepResult:
         load_data: Callable[[], Any] = lambda: None,
         report: Report | None = None,
     ) -> None:
-        self._storage, self._spec, self._layout = Storage(storage), spec, layout
+        self._where, self._storage = storage, Storage(storage)
+        self._spec, self._layout = spec, layout
         self._metric, self._sign, self._load_data = metric, sign, load_data
         self.report = report
         self._entries = list(Journal(storage).entries())
@@ -189,7 +209,7 @@ class SweepResult:
             raise SweepError(f"no generation is done in {storage}")
 
     @classmethod
-    def from_storage(cls, storage: Path | str) -> SweepResult:
+    def from_storage(cls, storage: Where) -> SweepResult:
         """Return the result in a storage, without its program: no code is run or imported.
 
         `Trial.state`, `replay` and `data` import what the storage names, when they are asked for.
@@ -222,6 +242,36 @@ class SweepResult:
         """Generations that are done."""
         return self._entries[-1]["generation"] + 1
 
+    @property
+    def stopped(self) -> str | None:
+        """Why the last run ended before the sweep's end; None where it did not, or was killed."""
+        return self._entries[-1].get("stopped")
+
+    @property
+    def where(self) -> str:
+        """The sweep's folder, or its address."""
+        return str(self._storage)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all generations are done that the sweep was last to have."""
+        return self.generations >= manifest.read(self.where)["generations"]
+
+    @property
+    def metric(self) -> str:
+        """The name of the sweep's metric."""
+        return self._metric
+
+    @property
+    def sign(self) -> int:
+        """1 if the metric is minimized, -1 if maximized."""
+        return self._sign
+
+    @property
+    def space(self) -> SearchSpace:
+        """What was searched."""
+        return self._spec.space
+
     @functools.cached_property
     def table(self) -> Columns:
         """All generations' tables, one below the other: each column `(generations·population,)`.
@@ -241,6 +291,35 @@ class SweepResult:
             "variant": np.tile(np.repeat(variants, self._layout.slots), len(tables)),
             **whole,
         }
+
+    @functools.cached_property
+    def curves(self) -> Columns:
+        """What `record=n` kept: the metrics of every n-th step of each trial, in the table's form.
+
+        `generation`, `step` (in the generation, from 1), `slot` and `trial`, and the metrics of
+        that step, each `(generations·(steps // n)·population,)`; NaN from a divergence on.
+
+        Raises:
+          SweepError: if the sweep has no `record`.
+        """
+        if self._spec.record is None:
+            raise SweepError("the sweep keeps no steps: Sweep(record=n) keeps every n-th")
+        parts: list[Columns] = []
+        for generation in range(self.generations):
+            table = self._table(generation)
+            kept = names.curves(table)
+            n, points = next(iter(kept.values())).shape
+            step = self._spec.record * np.arange(1, points + 1)
+            parts.append(
+                {
+                    "generation": np.full(n * points, generation),
+                    "step": np.repeat(step, n),
+                    "slot": np.tile(np.arange(n), points),
+                    "trial": np.tile(table[TRIAL], points),
+                    **{name: rows.T.ravel() for name, rows in kept.items()},
+                }
+            )
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def to_pandas(self) -> Any:
         """Return the table as a `pandas.DataFrame`.
@@ -345,31 +424,39 @@ class SweepResult:
         """
         import jax
 
+        variant = self._winners_variant(self._spec.steps)
+        state = variant.zeros()
+        for index, turn in enumerate(self.schedule):
+            state, _ = variant.turn(state, turn.order(self._spec.slots, fresh=index == 0))
+        return jax.tree.map(np.asarray, _row(variant, state))
+
+    def trajectory(self) -> dict[str, np.ndarray]:
+        """Compute the winner again, step by step, and return the λ that each was taken with.
+
+        Returns:
+          By the dotted name of a leaf of λ (`"hyperparams"` where λ is a single array), an array
+          `(steps + 1, …)`: before each step, perturbations included, and after the last.
+          `gradhpo.export.write_script` makes a script of it.
+        """
+        variant = self._winners_variant(1)
+        state, values = variant.zeros(), list[PyTree]()
+        for index, turn in enumerate(self.schedule):
+            order = turn.order(self._spec.slots, fresh=index == 0)
+            for _ in range(self._spec.steps):
+                values.append(variant.hyperparams_at(state, order))
+                state, _ = variant.turn(state, order)
+                order = dataclasses.replace(order, fresh=np.zeros_like(order.fresh), changes={})
+        values.append(_row(variant, state).hyperparams)
+        return by_name(values)
+
+    def _winners_variant(self, steps: int) -> Variant:
+        """Return what computes the winner alone, so many steps at a time."""
         number = self._variant_of_slot(self._best()["slot"])
         importing.extend_path(self._spec.sys_path)
-        spec = dataclasses.replace(self._spec, batching=self._layouts[number])
+        spec = dataclasses.replace(self._spec, batching=self._layouts[number], steps=steps)
         variant = Variant(spec, spec.space.variants()[number], self._load_data())
         variant.prepare(None)
-        n, state = self._spec.slots, variant.zeros()
-        everywhere = np.ones(n, bool)
-        for index, turn in enumerate(self.schedule):
-            order = Order(
-                shard=0,
-                variant=0,
-                generation=turn.generation,
-                trials=np.full(n, turn.trial, np.uint32),
-                parents=np.arange(n, dtype=np.int32),
-                fresh=np.full(n, index == 0),
-                lr_hyper=None if turn.lr_hyper is None else np.full(n, turn.lr_hyper),
-                changes={
-                    name: Change(everywhere, np.full(n, multiply), np.full(n, add))
-                    for name, (multiply, add) in turn.changes.items()
-                },
-                start=None,
-            )
-            state, _ = variant.turn(state, order)
-        row = {name: leaf[0] for name, leaf in variant.take(state, [0]).items()}
-        return jax.tree.map(np.asarray, variant.unflatten(row))
+        return variant
 
     @functools.cached_property
     def data(self) -> PyTree:
@@ -464,11 +551,11 @@ class SweepResult:
         try:
             yield
         except DamagedFile as error:
-            raise DamagedFile(str(self._storage.path / error.file), error.reason) from None
+            raise DamagedFile(f"{self._storage}/{error.file}", error.reason) from None
 
     @functools.cached_property
     def _layouts(self) -> list[Any]:
-        entries = programs.read(self._storage.path)
+        entries = programs.read(self._where)
         if entries is None:
             return [self._spec.batching] * self._layout.variants
         return [entry["batching"] for entry in entries]
@@ -478,8 +565,13 @@ class SweepResult:
         return {entry["generation"]: entry["table"] for entry in self._entries}
 
 
+def _row(variant: Variant, state: Any) -> BilevelState:
+    """Return slot 0 of a state."""
+    return variant.unflatten({n: leaf[0] for n, leaf in variant.take(state, [0]).items()})
+
+
 def spec_of(
-    identity: Identity, storage: Path, layout: Layout, folders: tuple[str, ...], x64: bool
+    identity: Identity, storage: Where, layout: Layout, folders: tuple[str, ...], x64: bool
 ) -> Spec:
     """Return what the workers of a sweep are told."""
     given = {field.name: getattr(identity, field.name) for field in dataclasses.fields(Identity)}

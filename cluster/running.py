@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-from gradhpo.cluster import executors, programs
+from gradhpo.checkpoints import DamagedFile
+from gradhpo.cluster import columns, executors, manifest, programs
 from gradhpo.cluster.controller import Controller, Layout, Rules
 from gradhpo.cluster.events import (
+    Begun,
     Changed,
     Damaged,
     Finished,
+    GenerationDone,
     Resumed,
     Running,
     Starting,
     Stopped,
-    Stopping,
     Telling,
 )
+from gradhpo.cluster.events import Stopping as StopAsked
 from gradhpo.cluster.executors import Executor
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.orders import Spec
 from gradhpo.cluster.result import Report
 from gradhpo.cluster.settings import Identity, Place
+from gradhpo.cluster.stopping import Stopping
 from gradhpo.cluster.storage import Storage
 from gradhpo.cluster.timings import Timings
 from gradhpo.errors import UnreachedWarning, warn_user
@@ -48,6 +54,7 @@ class Run:
         self._storage = place.storage
         self._journal = Journal(place.storage)
         self._timings = Timings()
+        self._clock = time.monotonic()
 
     def go(
         self,
@@ -67,11 +74,20 @@ class Run:
           how_to_resume: returns the sentence that says how to go on.
         """
         tell, total = self._telling.tell, self._place.generations
-        if done := self._journal.generation + 1:
+        done = self._journal.generation + 1
+        tell(Begun("generation", done, total, dict(about), self._name(about), self._past))
+        if done:
             tell(Resumed(done, total))
         for what in self._journal.damaged:
             tell(Damaged(what, None))
+        storage, identity = Storage(self._storage), self._identity
+        asked = (storage, self._place.stop, identity.metric, identity.sign, self._clock)
+        stopping = Stopping(*asked)
+        best = self._journal.last[-1]["best"] if done else None
         if done >= total:
+            return None
+        if stopping.already(done, best):
+            tell(self._stopped(total, stopping, how_to_resume))
             return None
         tell(Starting())
         with self._timings("executor"):
@@ -86,13 +102,13 @@ class Run:
         try:
             with self._timings("workers"):
                 changes = programs.allowed_changes(self._prepare(executor, allowed, renamed, about))
-            controller = self._controller(executor, changes)
+            controller = self._controller(executor, changes, stopping)
             tell(Running(done))
             started = time.perf_counter()
 
             def stop(name: str) -> None:
-                controller.stop = True
-                tell(Stopping(name))
+                stopping.signal(name)
+                tell(StopAsked(name))
 
             with deferred(stop):
                 controller.run(total)
@@ -100,16 +116,33 @@ class Run:
             compiles = executor.xla_compiles()
         finally:
             executor.close()
+        stopping.forget()
         done = self._journal.generation + 1
-        tell(Stopped(done, total - done, how_to_resume()) if done < total else Finished(done))
+        early = done < total
+        tell(self._stopped(total, stopping, how_to_resume) if early else Finished(done))
         return Report.of(
             self._telling.kept,
             timings=self._timings.seconds,
             worker_compiles=compiles,
             startup_seconds=started - self._began,
             seconds=seconds,
-            generations=self._telling.generations,
+            generations=self._telling.progress,
         )
+
+    def _name(self, about: Mapping[str, Any]) -> str:
+        """Return what tells this sweep from all others, in a few letters and digits."""
+        what = f"{self._storage} {manifest.digest(about)}"
+        return hashlib.sha256(what.encode()).hexdigest()[:16]
+
+    def _past(self, after: int) -> Iterator[GenerationDone]:
+        """Yield the generations after a number that are done; without those that are damaged."""
+        for entry in self._journal.entries():
+            if entry["generation"] >= after:
+                with contextlib.suppress(DamagedFile):
+                    table = Storage(self._storage).load(entry["table"])[0]
+                    best = entry["best"] and entry["best"]["score"] * self._identity.sign
+                    done, seconds = entry["generation"] + 1, entry["seconds"]
+                    yield GenerationDone(done, columns.shown(table), best, seconds)
 
     def _prepare(
         self,
@@ -141,9 +174,18 @@ class Run:
             self._journal.drop_after(first - 1)
         return entries
 
-    def _controller(self, executor: Executor, changes: dict[int, list[str]]) -> Controller:
+    def _stopped(self, total: int, stopping: Stopping, how_to_resume: Callable[[], str]) -> Stopped:
+        done = self._journal.generation + 1
+        return Stopped(
+            done, total - done, how_to_resume(), stopping.reason or "", stopping.expected
+        )
+
+    def _controller(
+        self, executor: Executor, changes: dict[int, list[str]], stopping: Stopping
+    ) -> Controller:
         identity = self._identity
         about = (identity.scheduler, identity.space, identity.seed)
         rules = Rules(*about, identity.metric, identity.sign)
         what = (Storage(self._storage), self._journal, executor, self._layout, rules)
-        return Controller(*what, self._telling.tell, self._place.checkpoint_every, changes)
+        every = self._place.checkpoint_every
+        return Controller(*what, self._telling.tell, stopping, every, changes)

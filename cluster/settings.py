@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
@@ -20,10 +17,12 @@ from gradhpo.cluster.processes import ProcessSettings
 from gradhpo.cluster.schedulers import PBT, Scheduler
 from gradhpo.cluster.space import SearchSpace
 from gradhpo.errors import check_count, check_hashable, check_number
+from gradhpo.files import Where, where_of
 from gradhpo.host import check_once
 from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.problem import Problem
 from gradhpo.timetable import EpisodeInit, starts_fresh
+from gradhpo.watch import Stop
 
 PLACEMENTS = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 EXECUTORS = ("auto", "local", "processes", "ray")
@@ -40,8 +39,21 @@ def _written(write: Callable[[Any], Any], read: Callable[[Any], Any]) -> dict[st
     return {"written": Written(write, read)}
 
 
+def _stop(given: Any) -> Stop:
+    """Return a `Stop` from a table of TOML, or as it is."""
+    if isinstance(given, Stop):
+        return given
+    known = [field.name for field in dataclasses.fields(Stop)]
+    if not isinstance(given, Mapping) or not set(given) <= set(known):  # pyright: ignore
+        accepted = f"a table with some of {', '.join(known)}"
+        raise ValueError(f"stop must be {accepted}, got {given!r}")
+    table: dict[str, Any] = dict(given)  # pyright: ignore
+    return Stop(**table)
+
+
 _OBJECT = _written(importing.named, importing.reference_of)
-_LOCAL = {"local": True}
+_STOP = _written(dataclasses.asdict, _stop)
+_LOCAL: dict[str, Any] = {"local": True}
 """What a storage does not tell the next run."""
 
 
@@ -70,6 +82,8 @@ class Identity:
     lr_reptile: float = 1.0
     episode_init: EpisodeInit = "reptile"
     lr_schedule: Any = dataclasses.field(default=None, metadata=_OBJECT)
+    record: int | None = None
+    validation: Any = dataclasses.field(default=None, metadata=_OBJECT)
 
     def __post_init__(self) -> None:
         self._check_objects()
@@ -107,9 +121,11 @@ class Identity:
             check_once(self.problem.batches)
         if not isinstance(self.space, SearchSpace):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"space must be a SearchSpace, got {self.space!r}")
-        for name in ("data", "lr_schedule"):
+        for name in ("data", "lr_schedule", "validation"):
             if isinstance(value := getattr(self, name), str):
                 importing.check_reference(name, value)
+        if self.validation is not None and not isinstance(self.validation, str):
+            check_hashable("validation", self.validation)
         if self.lr_schedule is None:
             return
         if not isinstance(self.lr_schedule, str):
@@ -123,6 +139,13 @@ class Identity:
         for name in ("shards", "episode_length"):
             if (value := getattr(self, name)) is not None:
                 _set(self, name, check_count(name, value))
+        if self.record is not None:
+            _set(self, "record", check_count("record", self.record))
+            if self.record > self.steps_per_generation:
+                raise ValueError(
+                    f"record must be at most steps_per_generation={self.steps_per_generation}, "
+                    f"got {self.record}: it keeps every n-th step"
+                )
         _set(self, "seed", check_count("seed", self.seed, 0))
         if self.seed >= 2**32:
             raise ValueError(f"seed must be below 2**32, got {self.seed}")
@@ -135,7 +158,7 @@ class Identity:
 class Place:
     """Where a sweep runs, and how far: nothing here changes a number."""
 
-    storage: Path = dataclasses.field(metadata=_LOCAL)
+    storage: Where = dataclasses.field(metadata=_LOCAL)
     generations: int = dataclasses.field(metadata=_LOCAL)
     workers: int = 1
     resources: Mapping[str, float] | None = None
@@ -150,6 +173,7 @@ class Place:
     wait: float = 0
     placement: str = "PACK"
     checkpoint_every: int = 1
+    stop: Stop | None = dataclasses.field(default=None, metadata=_LOCAL | _STOP)
     progress: bool | None = dataclasses.field(default=None, metadata=_LOCAL)
 
     def __post_init__(self) -> None:
@@ -170,6 +194,8 @@ class Place:
             value = getattr(self, name)
             if value is not None and not isinstance(value, kind):
                 raise TypeError(f"{name} must be None or {accepted}, got {value!r}")
+        if self.stop is not None and not isinstance(self.stop, Stop):  # pyright: ignore
+            raise TypeError(f"stop must be a gradhpo.Stop, got {self.stop!r}")
         if self.deadline is not None:
             _set(self, "deadline", _seconds("deadline", self.deadline))
         for name in ("start_deadline", "heartbeat"):
@@ -228,25 +254,14 @@ def read(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     return arguments
 
 
-def folder_of(storage: Any) -> Path:
-    """Return the folder that `storage` names: "~" is the home folder, `file://…` a path.
+def folder_of(storage: Any) -> Where:
+    """Return the folder that `storage` names, or the store's address; see `where_of`."""
+    return where_of("storage", storage)
 
-    Raises:
-      TypeError: for what is no path.
-      ValueError: for an address that is no folder of this machine.
-    """
-    if not isinstance(storage, str | Path):
-        raise TypeError(f"storage must be the path of a folder, got {storage!r}")
-    text = str(storage)
-    if not re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
-        return Path(text).expanduser().absolute()
-    address = urlsplit(text)
-    if address.scheme != "file" or address.netloc:
-        raise ValueError(
-            "storage must be a folder that all workers see under one path, or file:///…, got "
-            f"{text!r}"
-        )
-    return Path(unquote(address.path))
+
+def below(storage: Where, *names: str) -> Where:
+    """Return what has these names below a folder or an address."""
+    return "/".join((storage, *names)) if isinstance(storage, str) else storage.joinpath(*names)
 
 
 def _described(

@@ -39,6 +39,8 @@ class ShardHost:
             jax.config.update("jax_enable_x64", spec.x64)
         self.spec, self.storage, self._data = spec, Storage(spec.storage), data
         self._variants: dict[int, Variant] = {}
+        self._traced: dict[int, Variant] = {}
+        """Of those that another worker compiles."""
         self._states: collections.OrderedDict[int, Held] = collections.OrderedDict()
         self._writer = Writer(self.storage)
         self._begun: dict[int, int] = {}
@@ -46,13 +48,21 @@ class ShardHost:
         compilations.watch()
         self._before = compilations.of_this_process()
 
+    def trace(self, variant: int, batching: Any) -> None:
+        """Get ahead with a variant that another worker compiles: import, and trace the programs."""
+        with _kept(UnreachedWarning):
+            made = self._made(variant, batching)
+            if made.trace():
+                self._traced[variant] = made
+
     def prepare(
         self, variant: int, batching: Any, blobs: Mapping[str, bytes] | None = None
     ) -> Prepared:
         """Get a variant's programs, in this layout; from `blobs` where there are any."""
-        arguments = self.spec.space.variants()[variant]
         with _kept(UnreachedWarning) as unreached:
-            made = Variant(dataclasses.replace(self.spec, batching=batching), arguments, self._data)
+            made = self._traced.pop(variant, None)
+            if made is None or made.population.batching != batching:
+                made = self._made(variant, batching)
             prepared = made.prepare(blobs)
         self._variants[variant] = made
         return prepared._replace(variant=variant, unreached=tuple(unreached))
@@ -144,6 +154,10 @@ class ShardHost:
             self._variants[variant] = Variant(self.spec, arguments, self._data)
         arrays = slot_of(*self.storage.load(checkpoint), slot)
         return self._variants[variant].unflatten(arrays)
+
+    def _made(self, variant: int, batching: Any) -> Variant:
+        arguments = self.spec.space.variants()[variant]
+        return Variant(dataclasses.replace(self.spec, batching=batching), arguments, self._data)
 
     def _state(self, shard: int, variant: int, generation: int, saved: Saved | None) -> Arrays:
         if generation < 0:

@@ -1,51 +1,114 @@
 """A sweep's storage: the one keeper of what lasts, which alone knows the names of its files.
 
-Nothing that lasts is written but by `gradhpo.commit` and `Journal.append`. A storage without
-renames would be another class with these methods and another `commit`.
+Nothing that lasts is written but by `Files`: in a folder by `gradhpo.commit`, in an object store
+as `gradhpo.bucket` says.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from gradhpo import checkpoints
 from gradhpo.checkpoints import DamagedFile, Saved
 from gradhpo.commit import UNFINISHED
-from gradhpo.lock import LOCK
+from gradhpo.files import Files, Held, Where, files_of, is_address
+from gradhpo.lock import ALIVE, LOCK, StorageInUse
+from gradhpo.parallel import layout_cache
 
 CHECKPOINTS, TABLES = "checkpoints", "tables"
+LOGS = "logs"
+STOP = "stop.txt"
+"""A file that asks the driver to end, and says who asks; anybody may write it."""
 PROBE = ".probe-"
 """How the file begins by which is seen that the folder can be written."""
+
+
+class Text(NamedTuple):
+    """A text that changes."""
+
+    files: Files
+    name: str
+
+    def __str__(self) -> str:
+        """Return where it is."""
+        return f"{self.files.address}/{self.name}"
+
+    def exists(self) -> bool:
+        """Whether it was ever written."""
+        return self.files.has(self.name)
+
+    def read_bytes(self) -> bytes:
+        """Return it; `FileNotFoundError` if there is none."""
+        return self.files.read(self.name)
+
+    def read_text(self, errors: str = "strict") -> str:
+        """Return it; `FileNotFoundError` if there is none."""
+        return self.read_bytes().decode(errors=errors)
+
+    def write_json(self, content: Any) -> None:
+        """Replace it, whole or not at all."""
+        checkpoints.write_json(self.files, self.name, content)
 
 
 class Storage:
     """The files of a sweep.
 
     Args:
-      path: the folder, seen by all of the sweep's processes under this name.
+      where: the folder, seen by all of the sweep's processes under this name, or the address of an
+        object store.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.manifest = self.path / "manifest.json"
+    def __init__(self, where: Where) -> None:
+        self.files = files_of(where)
+        self.manifest = Text(self.files, "manifest.json")
         """What the sweep is."""
-        self.programs = self.path / "programs.json"
+        self.programs = Text(self.files, "programs.json")
         """How its programs are laid out."""
-        self.events = self.path / "events.jsonl"
+        self.events = Text(self.files, "events.jsonl")
         """What happened, for people; nothing depends on it."""
-        self.journal = self.path / "journal.jsonl"
+        self.journal = Text(self.files, "journal.jsonl")
         """What is done."""
-        self.incarnations = self.path / "incarnations.json"
+        self.incarnations = Text(self.files, "incarnations.json")
         """Which worker owns which shard."""
-        self.logs = self.path / "logs"
-        """What workers print."""
+        self._texts = [
+            text.name
+            for text in (
+                self.manifest,
+                self.programs,
+                self.events,
+                self.journal,
+                self.incarnations,
+            )
+        ]
+
+    def __str__(self) -> str:
+        """Return where it is."""
+        return self.files.address
+
+    @property
+    def logs(self) -> Path:
+        """The folder of what workers print; an object store's is each worker's own machine."""
+        if not is_address(self.files.address):
+            return Path(self.files.address) / LOGS
+        which = hashlib.sha256(self.files.address.encode()).hexdigest()[:16]
+        return (layout_cache.folder() or Path(tempfile.gettempdir()) / "gradhpo") / LOGS / which
+
+    def lock(self, tell: Callable[[str], None] | None = None) -> Held:
+        """Take the lock that one driver at a time has; see `Files.lock`.
+
+        Raises:
+          StorageInUse: if another one has it.
+        """
+        return self.files.lock("storage", "sweep", self._texts, tell)
 
     # --- arrays ---------------------------------------------------------------------------------
 
@@ -60,19 +123,24 @@ class Storage:
         """Write a shard's state after a generation; it survives a crash when this returns."""
         stem = f"{CHECKPOINTS}/{generation:06d}/shard-{shard:04d}-i{incarnation}"
         about = {"shard": shard, "generation": generation, **about}
-        return checkpoints.save(self.path, stem, arrays, about)
+        return checkpoints.save(self.files, stem, arrays, about)
 
     def save_winner(
         self, generation: int, shard: int, incarnation: int, arrays: Mapping[str, np.ndarray]
     ) -> Saved:
         """Write the best trial's state alone, after a generation without checkpoints."""
         stem = f"{CHECKPOINTS}/{generation:06d}/winner-{shard:04d}-i{incarnation}"
-        return checkpoints.save(self.path, stem, arrays, {"alone": True})
+        return checkpoints.save(self.files, stem, arrays, {"alone": True})
 
     def save_table(self, generation: int, columns: Mapping[str, np.ndarray]) -> Saved:
-        """Write a generation's table, with the decision that was made from it."""
+        """Write a generation's table, with the decision that was made from it.
+
+        Raises:
+          StorageInUse: if another driver has taken the storage over.
+        """
+        self.files.check_held()
         stem = f"{TABLES}/{generation:06d}"
-        return checkpoints.save(self.path, stem, columns, {"generation": generation})
+        return checkpoints.save(self.files, stem, columns, {"generation": generation})
 
     def load(self, saved: Saved) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Return the arrays of a file that was saved here, and what was remembered with them.
@@ -80,7 +148,7 @@ class Storage:
         Raises:
           DamagedFile: if it is missing, cut short or changed.
         """
-        return checkpoints.load(self.path, saved)
+        return checkpoints.load(self.files, saved)
 
     def load_table(self, generation: int, saved: Saved | None = None) -> dict[str, np.ndarray]:
         """Return a generation's table; without its line in the journal, by what its name proves.
@@ -89,32 +157,25 @@ class Storage:
           DamagedFile: if it is missing, cut short or changed.
         """
         stem = f"{TABLES}/{generation:06d}"
-        found = saved or checkpoints.find(self.path, stem)
+        found = saved or checkpoints.find(self.files, stem)
         if found is None:
             raise DamagedFile(stem, "is missing, and its line is damaged")
         return self.load(found)[0]
 
     def has(self, saved: Saved) -> bool:
         """Whether a file is there, whatever is in it."""
-        return (self.path / saved.file).exists()
+        return self.files.exists(saved.file)
 
     def prune(self, oldest: int, keep: set[str]) -> None:
         """Remove the checkpoints of generations before `oldest`, but for the files in `keep`.
 
         No link is followed: what lies outside of the storage is not the sweep's to remove.
         """
-        root = self.path / CHECKPOINTS
-        if root.is_symlink() or not root.is_dir():
-            return
-        for folder in sorted(os.scandir(root), key=lambda entry: entry.name):
-            old = folder.name.isdecimal() and int(folder.name) < oldest
-            if old and folder.is_dir(follow_symlinks=False):
-                for file in os.scandir(folder.path):
-                    name = f"{CHECKPOINTS}/{folder.name}/{file.name}"
-                    if name not in keep and not file.is_dir(follow_symlinks=False):
-                        Path(file.path).unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # the best trial's is still there
-                    os.rmdir(folder.path)
+        for number in self.files.folders(CHECKPOINTS):
+            if number.isdecimal() and int(number) < oldest:
+                folder = f"{CHECKPOINTS}/{number}"
+                names = [f"{folder}/{name}" for name in self.files.names(folder)]
+                self.files.remove([name for name in names if name not in keep], folder)
 
     # --- descriptions ---------------------------------------------------------------------------
 
@@ -127,7 +188,7 @@ class Storage:
         """Return the names of what is there and no sweep's, where no file of one says otherwise."""
         if self.manifest.exists() or self.begun:
             return []
-        names = [path.name for path in self.path.iterdir()]
+        names = [*self.files.names(), *self.files.folders()]
         return [name for name in sorted(names) if not self._is_ours(name)]
 
     def probe(self) -> None:
@@ -136,10 +197,7 @@ class Storage:
         Raises:
           OSError: if that cannot be done.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        probe = self.path / f"{PROBE}{os.getpid()}"
-        probe.write_text("")
-        probe.unlink(missing_ok=True)
+        self.files.probe(f"{PROBE}{os.getpid()}")
 
     def clear(self) -> list[str]:
         """Remove what a driver that was killed had not finished; for one that has the lock.
@@ -147,30 +205,50 @@ class Storage:
         Returns:
           Which files.
         """
-        there = [*self.path.glob(f"*{UNFINISHED}"), *self.path.glob(f"{PROBE}*")]
-        unfinished = [path for path in there if self._is_ours(path.name)]
-        if not (tables := self.path / TABLES).is_symlink():
-            unfinished += tables.glob(f"*{UNFINISHED}")
-        if not (root := self.path / CHECKPOINTS).is_symlink():
-            folders = [folder for folder in root.glob("*") if not folder.is_symlink()]
-            unfinished += [file for folder in folders for file in folder.glob(f"*{UNFINISHED}")]
-        for path in unfinished:
-            path.unlink(missing_ok=True)
-        return sorted(str(path.relative_to(self.path)) for path in unfinished)
+        top = [name for name in self.files.names() if self._is_ours(name)]
+        left = [name for name in top if name.endswith(UNFINISHED) or name.startswith(PROBE)]
+        folders = [f"{CHECKPOINTS}/{number}" for number in self.files.folders(CHECKPOINTS)]
+        for folder in (TABLES, *folders):
+            names = self.files.names(folder)
+            left += [f"{folder}/{name}" for name in names if name.endswith(UNFINISHED)]
+        self.files.remove(left)
+        return sorted(left)
+
+    def ask_to_stop(self, who: str) -> None:
+        """Ask the driver to end after the generation in flight.
+
+        Raises:
+          OSError: if that cannot be written.
+        """
+
+        def content(file: BinaryIO) -> None:
+            file.write(who.encode())
+
+        self.files.write(STOP, content)
+
+    def stop_request(self) -> str | None:
+        """Return who asked the driver to end; None where nobody did."""
+        with contextlib.suppress(OSError):
+            if self.files.exists(STOP):
+                with self.files.open(STOP) as file:
+                    text = file.read() or b""
+                return text.decode(errors="replace") or f"a file {STOP}"
+        return None
+
+    def forget_stop(self) -> None:
+        """Remove the request."""
+        with contextlib.suppress(OSError):
+            if self.files.exists(STOP):
+                self.files.remove([STOP])
 
     def log(self, facts: Mapping[str, Any]) -> None:
         """Add a line to the events; what cannot be written is left out."""
         line = json.dumps(facts, default=str).encode() + b"\n"
-        with contextlib.suppress(OSError), open(self.events, "a+b") as file:
-            size = file.seek(0, os.SEEK_END)
-            if size:
-                file.seek(-1, os.SEEK_END)
-            cut = size > 0 and file.read(1) != b"\n"  # a line that was cut short
-            file.write(b"\n" + line if cut else line)
+        with contextlib.suppress(OSError, StorageInUse):
+            self.files.append(self.events.name, line, lasting=False)
 
     def _is_ours(self, name: str) -> bool:
         """Whether a file can be there before the manifest is."""
-        files = (self.manifest, self.programs, self.events, self.journal, self.incarnations)
-        names = [path.name for path in files]
-        begun = name.endswith(UNFINISHED) and any(name.startswith(f"{n}.") for n in names)
-        return begun or name.startswith(".") or name in (*names, LOCK, self.logs.name)
+        texts = (*self._texts, STOP)
+        begun = name.endswith(UNFINISHED) and any(name.startswith(f"{n}.") for n in texts)
+        return begun or name.startswith(".") or name in (*self._texts, LOCK, ALIVE, LOGS)

@@ -17,7 +17,7 @@ from gradhpo.cluster import claim, executors, importing, manifest, schedulers, s
 from gradhpo.cluster.display import Display
 from gradhpo.cluster.division import divide
 from gradhpo.cluster.event_log import EventLog
-from gradhpo.cluster.events import Callback, Event, Importing, Observer, Telling
+from gradhpo.cluster.events import Callback, Event, Importing, Note, Observer, Telling
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.orders import Spec
 from gradhpo.cluster.result import Report, SweepResult, spec_of
@@ -25,8 +25,11 @@ from gradhpo.cluster.running import Run
 from gradhpo.cluster.schedulers import Scheduler
 from gradhpo.cluster.settings import Identity, Place
 from gradhpo.cluster.space import SearchSpace
-from gradhpo.lock import FolderLock
+from gradhpo.cluster.storage import Storage
+from gradhpo.files import Where
+from gradhpo.observers.telling import ended
 from gradhpo.timetable import EpisodeInit
+from gradhpo.watch import Stop
 
 
 class Sweep:
@@ -49,8 +52,9 @@ class Sweep:
         their combinations.
       generations: how many. A larger number than before extends a sweep that is done.
       steps_per_generation: steps that a trial takes in one.
-      storage: a folder for all that must last, seen by all workers under this path; "~" and
-        `file:///…` are understood.
+      storage: a folder for all that must last, seen by all workers under this path ("~" and
+        `file:///…` are understood), or the address of an object store, such as
+        "s3://bucket/run".
       scheduler: `PBT`, `SuccessiveHalving`, `RandomSearch`, or any function of
         `(table, space, rng)`; see `schedulers`.
       metric: what is compared: one of the five metrics of a step, or a name of `Problem.metrics`.
@@ -70,6 +74,11 @@ class Sweep:
       episode_init: as in `solve`: where an episode starts, "reptile" or "fresh".
       lr_schedule: a traceable function of the trial's step, counted from 0, or a reference to one:
         a factor on the space's `lr_hyper`.
+      record: keep the metrics of every n-th step of a generation, not of its last step alone:
+        `SweepResult.curves`.
+      validation: a function that gives the whole validation set as one batch of the validation
+        loss, from `Problem.data` (without arguments where there is none), or a reference to one:
+        its loss is measured after every generation, as "validation_loss", which `metric` may name.
       workers: how many processes (or gangs of them) hold shards, at most.
       resources: of each process: `num_cpus`, `num_gpus`, `memory`, or any of Ray's by name.
       processes: of each worker; several are one JAX job that holds one shard together.
@@ -91,6 +100,8 @@ class Sweep:
         "STRICT_SPREAD".
       checkpoint_every: generations from one checkpoint to the next: after a failure at most so many
         are computed again, and the one that was in flight. Tables are written after every one.
+      stop: a `gradhpo.Stop(patience=…, target=…, seconds=…)`: when to end after a generation that
+        is not the last one. A storage does not remember it; what is computed does not depend on it.
       progress: False for no output; see `run`.
 
     Raises:
@@ -105,7 +116,7 @@ class Sweep:
         population: int,
         generations: int,
         steps_per_generation: int,
-        storage: str | Path,
+        storage: Where,
         scheduler: Scheduler | None = None,
         metric: str = "val_loss",
         mode: Literal["min", "max"] = "min",
@@ -118,6 +129,8 @@ class Sweep:
         lr_reptile: float = 1.0,
         episode_init: EpisodeInit = "reptile",
         lr_schedule: Any = None,
+        record: int | None = None,
+        validation: Any = None,
         *,
         workers: int = 1,
         resources: Mapping[str, float] | None = None,
@@ -132,6 +145,7 @@ class Sweep:
         wait: float = 0,
         placement: str = "PACK",
         checkpoint_every: int = 1,
+        stop: Stop | None = None,
         progress: bool | None = None,
     ) -> None:
         self.identity = Identity(
@@ -139,20 +153,23 @@ class Sweep:
             steps_per_generation=steps_per_generation, scheduler=scheduler,  # pyright: ignore
             metric=metric, mode=mode, seed=seed, shards=shards, batching=batching, mesh=mesh,
             data=data, episode_length=episode_length, lr_reptile=lr_reptile,
-            episode_init=episode_init, lr_schedule=lr_schedule,
+            episode_init=episode_init, lr_schedule=lr_schedule, record=record,
+            validation=validation,
         )  # fmt: skip
         self.place = Place(
             storage=storage,  # pyright: ignore[reportArgumentType]
             generations=generations, workers=workers, resources=resources, processes=processes,
             executor=executor, address=address, env=env, runtime_env=runtime_env,
             deadline=deadline, start_deadline=start_deadline, heartbeat=heartbeat, wait=wait,
-            placement=placement, checkpoint_every=checkpoint_every, progress=progress,
+            placement=placement, checkpoint_every=checkpoint_every, stop=stop, progress=progress,
         )  # fmt: skip
         settings.check_together(self.identity, self.place)
         known = claim.shards(self.storage, self.identity.population)
         self.layout = divide(self.identity, self.place.workers, known)
-        sent = {"problem": problem, "optimizer": optimizer, "lr_schedule": lr_schedule}
-        executors.check(executor, self.place.for_processes(self.layout.shards), sent)
+        sent = {"problem": problem, "optimizer": optimizer}
+        sent |= {"lr_schedule": lr_schedule, "validation": validation}
+        processes_of = self.place.for_processes(self.layout.shards)
+        executors.check(executor, processes_of, sent, self.storage)
         self.identity = dataclasses.replace(self.identity, shards=self.layout.shards)
         self._folders, self._foreign = importing.folders(), False
         self.events: list[Event] = []
@@ -167,8 +184,8 @@ class Sweep:
         raise AttributeError(f"'Sweep' object has no attribute {name!r}")
 
     @property
-    def storage(self) -> Path:
-        """The folder of all that lasts."""
+    def storage(self) -> Where:
+        """Where all is that lasts: a folder's path, or an address."""
         return self.place.storage
 
     @property
@@ -196,7 +213,7 @@ class Sweep:
         return made
 
     @classmethod
-    def from_storage(cls, storage: str | Path, **changes: Any) -> Sweep:
+    def from_storage(cls, storage: Where, **changes: Any) -> Sweep:
         """Return the sweep that a storage holds, to resume it; `run` imports what it names.
 
         Raises:
@@ -235,15 +252,16 @@ class Sweep:
         Args:
           callback: called as `callback(generation, table)` after each generation that this run
             computes, counted from 1, when it is saved; each column of the table is
-            `(population,)`.
-          observers: told of every event, see `events`; what one raises ends the run.
+            `(population,)`. What it raises ends the run.
+          observers: told of every event, see `events` and `gradhpo.observers`. If one raises an
+            error, that is told, once, and the sweep goes on.
           allow_changed: "data", "code" or both: what may be other than when the sweep began. It
             is written down with the generation, see `SweepResult.changes`.
 
         Raises:
           SweepError: if the storage holds another run, or the sweep cannot go on; with the
             worker's own traceback where one failed.
-          StorageInUse: if another driver holds the storage.
+          StorageInUse: if another driver holds the storage, or has taken over an object store.
           ValueError: for an unknown name in `allow_changed`.
           OSError: if the storage cannot be written.
         """
@@ -252,17 +270,21 @@ class Sweep:
             raise ValueError(f"allow_changed must be {accepted}, got {allow_changed!r}")
         claim.open_folder(self.storage)
         self.events = []
-        lock = FolderLock(self.storage, "storage", "sweep")
-        try:
-            telling = Telling(self.events)
-            with self._display() as display:
-                telling.to(display, EventLog(self.storage), *observers)
+        telling = Telling(self.events)
+        with self._display() as display:
+            telling.to(display)
+            lock = Storage(self.storage).lock(lambda text: telling.tell(Note(text)))
+            try:
+                telling.to(EventLog(self.storage), *observers)
                 if callback is not None:
-                    telling.to(Callback(callback))
-                report = self._run(telling, allow_changed)
-            return self._result(report)
-        finally:
-            lock.release()
+                    telling.to(Callback(callback), strict=True)
+                if (before := lock.took_over) is not None:
+                    telling.tell(Note(f"taken over from {before}, which had not let go"))
+                with ended(telling):
+                    report = self._run(telling, allow_changed)
+                return self._result(report)
+            finally:
+                lock.release()
 
     def result(self) -> SweepResult:
         """Return what is done so far, from the storage; nothing runs, and nothing is imported."""
@@ -304,7 +326,11 @@ class Sweep:
         identity = self.identity
         scheduler = schedulers.describe(identity.scheduler).get("function")
         given = (identity.problem, identity.optimizer, scheduler, identity.data)
-        return [name for name in (*given, identity.lr_schedule) if isinstance(name, str)]
+        return [
+            name
+            for name in (*given, identity.lr_schedule, identity.validation)
+            if isinstance(name, str)
+        ]
 
     def _load_scheduler(self) -> None:
         importing.extend_path(self._folders)

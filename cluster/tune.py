@@ -22,6 +22,7 @@ from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.space import SearchSpace
 from gradhpo.cluster.sweep import Sweep
 from gradhpo.cluster.worker import environment
+from gradhpo.files import Where
 
 try:
     from ray import tune
@@ -34,7 +35,7 @@ FIXED = {
 }
 
 
-def population_trainable(storage: str | Path, **settings: Any) -> Callable[[dict[str, Any]], None]:
+def population_trainable(storage: Where, **settings: Any) -> Callable[[dict[str, Any]], None]:
     """Return a trainable for `ray.tune.Tuner` that runs one `Sweep` in each Tune trial.
 
     A name in Tune's `param_space` that is an argument of `Sweep` replaces it for the trial; every
@@ -52,21 +53,21 @@ def population_trainable(storage: str | Path, **settings: Any) -> Callable[[dict
     those that copy checkpoints between trials cannot.
 
     Args:
-      storage: a folder that all nodes see; each trial's sweep lies in a folder below it, named
-        after the experiment and the trial.
+      storage: a folder that all nodes see, or the address of a store; each trial's sweep lies in
+        a folder below it, named after the experiment and the trial.
       **settings: the arguments of `Sweep`, by name, without those that say where it runs.
 
     Raises:
       ValueError: for `executor` or `workers`, here or in `param_space`.
     """
     _refuse_fixed(settings)
-    root = Path(storage).absolute()
+    root = settings_of.folder_of(storage)
     folder = Path.cwd()
 
     def population(config: dict[str, Any]) -> None:
         context = tune.get_context()
         _use(context.get_trial_resources().required_resources)
-        place = root / context.get_experiment_name() / context.get_trial_id()
+        place = settings_of.below(root, context.get_experiment_name(), context.get_trial_id())
         if folder.is_dir():  # references are looked up where they were given
             os.chdir(folder)
         _run(_sweep(settings, config, place))
@@ -74,7 +75,7 @@ def population_trainable(storage: str | Path, **settings: Any) -> Callable[[dict
     return population
 
 
-def _sweep(settings: Mapping[str, Any], config: Mapping[str, Any], place: Path) -> Sweep:
+def _sweep(settings: Mapping[str, Any], config: Mapping[str, Any], place: Where) -> Sweep:
     _refuse_fixed(config)
     accepted = settings_of.names()
     given: dict[str, Any] = {"progress": False, **settings}

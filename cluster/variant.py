@@ -21,6 +21,7 @@ from gradhpo.cluster.columns import DIVERGED, RESERVED
 from gradhpo.cluster.host_turns import DONATING, STATE, HostTurns
 from gradhpo.cluster.orders import Order, Prepared, Spec
 from gradhpo.cluster.timings import Timings
+from gradhpo.cluster.validation import with_validation
 from gradhpo.errors import check_hashable
 from gradhpo.host import check_once
 from gradhpo.optimizer import BilevelOptimizer
@@ -45,6 +46,9 @@ class Variant:
         self._timings = Timings()
         with self._timings("problem"):
             problem, optimizer = build(spec, arguments, data)
+            if (validation := spec.validation) is not None:
+                loaded = importing.load(validation) if isinstance(validation, str) else validation
+                problem = with_validation(problem, loaded)
         check_once(problem.batches)
         mesh = None if spec.mesh is None else make_mesh(**spec.mesh)
         if spec.mesh is not None and spec.mesh.get("data", 1) > 1:
@@ -60,31 +64,48 @@ class Variant:
             check_hashable("lr_schedule", self.schedule)
         self.optimizer = optimizer
         self.programs: dict[str, Any] = {}
+        self._lowered: dict[str, compiled.Lowered] = {}
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), spec.slots))
-        data_shape = jax.eval_shape(lambda: self.population.trace_data(jax.random.key(0)))
+        self._data_shapes = jax.eval_shape(self._make_data, np.uint32(0))
         pairs = self.population.first_pair_shapes(spec.slots)
-        self._template = jax.eval_shape(self.population.trace_init, keys, {}, data_shape, pairs)
+        init = self.population.trace_init
+        self._template = jax.eval_shape(init, keys, {}, self._data_shapes, pairs)
         self._check_settings()
         self.data: PyTree = None
-        self.host = HostTurns(self, spec.steps) if problem.batch is None else None
+        self._first: Any = None
+        self.host = HostTurns(self, spec.steps, spec.record) if problem.batch is None else None
+
+    def trace(self, measure: bool = False) -> bool:
+        """Trace the programs, in a layout that is given or known, or else measured now.
+
+        Returns:
+          Whether that is done: not where a layout would have to be measured, and may not be.
+        """
+        if not self._lowered:
+            with self._timings("layouts"):
+                rate = 1.0 if self._takes_rate else None
+                if self.population.resolve(lr_hyper=rate, measure=measure) == "auto":
+                    return False
+            with self._timings("tracing"):
+                made = {name: self._lower(name, *what) for name, what in self._parts().items()}
+            self._lowered = made
+        return True
 
     def prepare(self, blobs: Mapping[str, bytes] | None) -> Prepared:
         """Compile the programs, or load them from what another worker compiled."""
-        timed, notes = self._timings, list[str]()
+        if self._lowered:
+            self._timings = Timings()  # that was while another compiled
+        timed, notes, counts = self._timings, list[str](), dict[str, compiled.Counts]()
         start = compiled.counts()
-        with timed("layouts"):
-            self.population.resolve(lr_hyper=1.0 if self._takes_rate else None)
+        self.trace(measure=True)
         calibrated = compiled.counts().since(start)
-        with timed("data"), _noted(notes):
-            identity = self._place_data(blobs)
-        made_data = compiled.counts().since(start).since(calibrated)
-        with timed("tracing"):
-            lowered = {name: self._lower(name, *what) for name, what in self._parts().items()}
-        counts = {"data": made_data}
         with timed("loading" if blobs else "compiling"), _noted(notes):
-            jobs = [self._job(program, name, blobs) for name, program in lowered.items()]
-            for name, (program, done) in zip(lowered, compiled.together(jobs), strict=True):
+            jobs = [self._job(program, name, blobs) for name, program in self._lowered.items()]
+            for name, (program, done) in zip(self._lowered, compiled.together(jobs), strict=True):
                 self.programs[name], counts[name] = program, done
+        self._lowered = {}
+        with timed("data"):
+            identity = self._place_data(checked=blobs is None)
         turn = counts.pop("turn")
         shared = None
         if blobs is None and jax.process_count() == 1:
@@ -103,29 +124,22 @@ class Variant:
             small_compiles=sum(made.compiles for made in counts.values()),
             calibration_compiles=calibrated.compiles,
             warnings=notes,
-            columns=sorted(self._column_names()),
+            columns=sorted(names.shown(dict.fromkeys(self._column_names(), np.empty(0)))),
             data=identity,
             seconds=tuple(timed.seconds.items()),
         )
 
-    def _place_data(self, blobs: Mapping[str, bytes] | None) -> str:
-        """Make what all trials share, which the other programs are traced with.
-
-        Returns:
-          A checksum of it, where a program is compiled.
-        """
-        seed = np.uint32(self.spec.seed)
-        lowered = self._lower("data", self._make_data, (seed,))
-        self.programs["data"] = self._job(lowered, "data", blobs)()
-        data = self.programs["data"].run(self._make_data, seed)
+    def _place_data(self, checked: bool) -> str:
+        """Make what all trials share; return a checksum of it, where that is asked for."""
+        data = self.programs["data"].run(self._make_data, np.uint32(self.spec.seed))
         # Before it is placed: the same bytes in every layout.
-        identity = of_arrays(data) if blobs is None else ""
+        identity = of_arrays(data) if checked else ""
         self.data = self.population.place_shared(data)
         return identity
 
     def _parts(self) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-        """Return the programs but for the data's: by name, functions and arguments."""
-        state, some = self.zeros(), _one(0)
+        """Return the programs: by name, functions and arguments, of which shapes are enough."""
+        state, some = self.population.placed(self._shapes()), _one(0)
         example = self._example(state, self.population.rates(1.0 if self._takes_rate else None))
         parts: dict[str, tuple[Any, tuple[Any, ...]]] = {
             # The longest to compile comes first.
@@ -133,6 +147,7 @@ class Variant:
             "take": (_take, (state, some)),
             "put": (self._put, (state, some, self._zero_row())),
             "select": (self._select, (state, np.zeros(self.spec.slots, np.int32))),
+            "data": (self._make_data, (np.uint32(self.spec.seed),)),
         }
         return parts if self.host is None else {**parts, **self.host.parts(example)}
 
@@ -154,11 +169,7 @@ class Variant:
         The state's buffers become the new one's, and the state is gone.
         """
         place = self.population.place
-        per_slot = {
-            "trials": order.trials,
-            "fresh": order.fresh,
-            "changes": {n: _as_float32(order.changes.get(n), order) for n in self.settings},
-        }
+        per_slot = self._per_slot(order)
         rates = self.population.rates(order.lr_hyper if self._takes_rate else None)
         args = (place(per_slot), place(rates), np.uint32(self.spec.seed), self.data)
         if self.host is None:
@@ -167,9 +178,27 @@ class Variant:
             state, columns = self.host.run(order.shard, order.fresh, state, *args)
         columns = {name: np.array(to_host(column)) for name, column in columns.items()}
         for name, column in columns.items():
-            if name != DIVERGED and not name.startswith(names.HYPERPARAMS):
+            kept = name.startswith((names.HYPERPARAMS, names.CURVE + names.SEPARATOR))
+            if name != DIVERGED and not kept:
                 column[columns[DIVERGED] > 0] = np.nan
         return state, columns
+
+    def hyperparams_at(self, state: Arrays, order: Order) -> PyTree:
+        """Return the λ that the first step of a generation would be taken with, in slot 0."""
+        pairs = jax.tree.map(
+            lambda shape: jnp.zeros(shape.shape, shape.dtype),
+            self.population.first_pair_shapes(self.spec.slots),
+        )
+
+        def first(state: Arrays, per_slot: Arrays, seed: jax.Array) -> PyTree:
+            keys = self.trial_keys(per_slot["trials"], seed)
+            whole = self.begun(state, per_slot, keys, self.data, pairs)
+            return jax.tree.map(lambda leaf: leaf[0], whole.hyperparams)
+
+        if self._first is None:
+            self._first = jax.jit(first)
+        per_slot = self.population.place(self._per_slot(order))
+        return jax.device_get(self._first(state, per_slot, np.uint32(self.spec.seed)))
 
     def take(self, state: Arrays, slots: Sequence[int]) -> Rows:
         """Return the arrays of some slots, stacked in their order."""
@@ -207,6 +236,10 @@ class Variant:
                 )
         return self.population.place(dict(arrays))
 
+    def _per_slot(self, order: Order) -> dict[str, Any]:
+        changes = {n: _as_float32(order.changes.get(n), order) for n in self.settings}
+        return {"trials": order.trials, "fresh": order.fresh, "changes": changes}
+
     def unflatten(self, row: Mapping[str, Any]) -> BilevelState:
         """Return one slot's arrays as the `BilevelState` that they were."""
         leaves, structure = tree_flatten_with_path(self._template)
@@ -223,6 +256,8 @@ class Variant:
         whole, rows = run(whole, keys, rates, data)
         columns = {name: row[-1] for name, row in rows.items() if name != "stopped"}
         columns |= self.measured(whole, data)
+        if self.spec.record is not None:
+            columns |= names.curves_of(rows, self.spec.record, jnp.where)
         return self.packed(whole), columns
 
     def trial_keys(self, trials: jax.Array, seed: jax.Array) -> jax.Array:
@@ -324,7 +359,8 @@ class Variant:
             "fresh": np.ones(n, bool),
             "changes": {name: (np.zeros(n, bool), none, none) for name in self.settings},
         }
-        return state, place(per_slot), place(rates), np.uint32(self.spec.seed), self.data
+        data = self.population.placed(self._data_shapes, shared=True)
+        return state, place(per_slot), place(rates), np.uint32(self.spec.seed), data
 
     def _leaves(self, hyperparams: PyTree) -> Arrays:
         leaves = tree_flatten_with_path(hyperparams)[0]
@@ -389,6 +425,15 @@ def build(
         what = "data" if name == "data" else f"the choice {name!r}"
         raise ValueError(f"{what} is given, but neither problem nor optimizer takes it")
     return made[0], made[1]
+
+
+def by_name(trees: Sequence[PyTree]) -> dict[str, np.ndarray]:
+    """Return trees of one structure as stacked leaves by their dotted names."""
+    leaves, _ = tree_flatten_with_path(trees[0])
+    names = [dotted(path) or "hyperparams" for path, _ in leaves]
+    rows = zip(*(jax.tree.leaves(tree) for tree in trees), strict=True)
+    stacked = [np.stack([np.asarray(leaf) for leaf in row]) for row in rows]
+    return dict(zip(names, stacked, strict=True))
 
 
 def dotted(path: Any) -> str:

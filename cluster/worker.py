@@ -76,6 +76,10 @@ class Worker:
         self._host = ShardHost(spec, data)
         return about
 
+    def trace(self, variant: int, batching: Any) -> None:
+        """See `ShardHost.trace`."""
+        self._host.trace(variant, batching)
+
     def prepare(self, variant: int, batching: Any, blobs: Any) -> Any:
         """See `ShardHost.prepare`."""
         return self._host.prepare(variant, batching, blobs)

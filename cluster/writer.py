@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,7 +59,7 @@ class Writer:
           StorageFailed: if it cannot be written, or the one before could not.
         """
         self.wait(shard)
-        _on_storage(self._storage.path, check_owner, self._storage, shard, incarnation)
+        _on_storage(str(self._storage), check_owner, self._storage, shard, incarnation)
         save = self._storage.save_checkpoint
         args = (generation, shard, incarnation, arrays, about)
         self._flying[shard] = generation, self._submit(save, *args)
@@ -69,7 +68,7 @@ class Writer:
         self, shard: int, generation: int, incarnation: int, rows: Mapping[str, np.ndarray]
     ) -> Future[Saved]:
         """Begin to write the winner's arrays alone; what is returned gives `StorageFailed` too."""
-        _on_storage(self._storage.path, check_owner, self._storage, shard, incarnation)
+        _on_storage(str(self._storage), check_owner, self._storage, shard, incarnation)
         return self._submit(self._storage.save_winner, generation, shard, incarnation, rows)
 
     def newest(self, shard: int) -> tuple[Checkpoint, ...]:
@@ -102,11 +101,11 @@ class Writer:
 
     def _submit(self, save: Callable[..., Saved], *args: Any) -> Future[Saved]:
         self._pool = self._pool or ThreadPoolExecutor(THREADS, "gradhpo-checkpoint")
-        return self._pool.submit(_on_storage, self._storage.path, save, *args)
+        return self._pool.submit(_on_storage, str(self._storage), save, *args)
 
 
-def _on_storage(storage: Path, function: Callable[..., Any], *args: Any) -> Any:
+def _on_storage(storage: str, function: Callable[..., Any], *args: Any) -> Any:
     try:
         return function(*args)
     except OSError as error:
-        raise StorageFailed(error.errno, error.strerror, error.filename or str(storage)) from error
+        raise StorageFailed(error.errno, error.strerror, error.filename or storage) from error

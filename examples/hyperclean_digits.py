@@ -260,8 +260,9 @@ def main(
     with local_ray(workers) if ray else contextlib.nullcontext():
         for name, made in sweeps.items():
             report.say(f"{name}: gradhpo status {made.storage}")
-            if not resume and (made.storage / "manifest.json").exists():
-                shutil.rmtree(made.storage)  # an earlier demonstration's
+            folder = Path(made.storage)
+            if not resume and (folder / "manifest.json").exists():
+                shutil.rmtree(folder)  # an earlier demonstration's
             results[name] = made.run()
     report.table(
         "Data hyper-cleaning: each method's best trial by validation loss",

@@ -10,14 +10,15 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from gradhpo import container
 from gradhpo.commit import commit
+from gradhpo.files import Files, Opened, Unreachable, Where, files_of
 
 ENDING, OLD = ".arrays", ".npz"
 """Of files: those that are written, and those of older versions."""
@@ -45,14 +46,14 @@ class DamagedFile(RuntimeError):  # noqa: N818
 
 
 def save(
-    storage: Path, stem: str, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]
+    storage: Where | Files, stem: str, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]
 ) -> Saved:
     """Write arrays so that after a crash the file is there whole, or not at all.
 
     Its name is `{stem}-{checksum}.arrays`.
 
     Args:
-      storage: the folder of a sweep or a run.
+      storage: of a sweep or a run: a folder, or the address of a store.
       stem: the path below it, without an ending.
       arrays: by name; any NumPy dtype of plain numbers, bfloat16 and other ML dtypes too.
       about: what else to remember, as JSON.
@@ -67,8 +68,7 @@ def save(
         digest = container.write(file, arrays, about)
         return f"{Path(stem).name}-{digest[:SHOWN]}{ENDING}"
 
-    path = commit(storage / stem, content)
-    return Saved(str(path.relative_to(storage)), digest)
+    return Saved(files_of(storage).write(stem, content), digest)
 
 
 def write(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
@@ -80,22 +80,25 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]
     commit(path, content)
 
 
-def load(storage: Path, saved: Saved) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def load(storage: Where | Files, saved: Saved) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Return the arrays and what was remembered with them.
 
     Raises:
       DamagedFile: if the file is missing, or its checksum is not the one it was written with.
+      Unreachable: if a store does not answer.
     """
-    return _load(storage / saved.file, saved.file, saved.sha256)
+    files = files_of(storage)
+    return _load(lambda: files.open(saved.file), saved.file, saved.sha256)
 
 
-def load_named(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def load_named(storage: Where | Files, file: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Return the same of a file that `save` wrote, by the checksum in its own name.
 
     Raises:
       DamagedFile: if the file is missing, or not what its name says.
     """
-    return _load(path, path.name, path.stem.rpartition("-")[2])
+    files, stem = files_of(storage), PurePosixPath(file).stem
+    return _load(lambda: files.open(file), file, stem.rpartition("-")[2])
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -104,42 +107,40 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     Raises:
       DamagedFile: if it is missing, cut short or changed, or another kind of file.
     """
-    return _load(path, str(path))
+    return _load(lambda: open(path, "rb"), str(path))
 
 
-def find(storage: Path, stem: str) -> Saved | None:
+def find(storage: Where | Files, stem: str) -> Saved | None:
     """Return the undamaged file that was saved under `stem`; None where there is none."""
-    for path in listed((storage / stem).parent, f"{Path(stem).name}-*"):
-        digest = checksum(path)
-        if path.stem.endswith(digest[:SHOWN]):
-            return Saved(str(path.relative_to(storage)), digest)
+    folder, _, begun = stem.rpartition("/")
+    for name in sorted(files_of(storage).names(folder)):
+        path = PurePosixPath(folder, name)
+        if name.startswith(f"{begun}-") and path.suffix in (ENDING, OLD):
+            digest = checksum(storage, str(path))
+            if path.stem.endswith(digest[:SHOWN]):
+                return Saved(str(path), digest)
     return None
 
 
-def listed(folder: Path, pattern: str) -> list[Path]:
-    """Return files that `save` wrote, by the pattern of their names without an ending."""
-    return sorted(path for ending in (ENDING, OLD) for path in folder.glob(pattern + ending))
-
-
-def checksum(path: Path) -> str:
+def checksum(storage: Where | Files, file: str) -> str:
     """Return the SHA-256 of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with files_of(storage).open(file) as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a small JSON file, whole or not at all."""
-    text = json.dumps(content, indent=2) + "\n"
-
-    def whole(file: BinaryIO) -> None:
-        file.write(text.encode())
-
-    commit(path, whole)
+def write_json(storage: Where | Files, name: str, content: Any) -> None:
+    """Replace a small text by this as JSON, whole or not at all."""
+    files_of(storage).replace(name, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def _load(path: Path, name: str, sha256: str = "") -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _load(
+    opened: Callable[[], Opened], name: str, sha256: str = ""
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     try:
-        content = container.read(path)
+        with opened() as file:
+            content = container.read(file)
+    except Unreachable:
+        raise
     except OSError as error:
         raise DamagedFile(name, f"cannot be read ({error.strerror})") from None
     if not content.sha256.startswith(sha256):

@@ -14,15 +14,18 @@ The checksum is made while the bytes are written, and while they are read: they 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes  # comes with JAX
 import numpy as np
+
+from gradhpo.files import Opened
 
 MAGIC = b"gradhpo arrays 1\n"
 KIND = MAGIC[: MAGIC.index(b"1")]
@@ -63,21 +66,24 @@ def write(file: BinaryIO, arrays: Mapping[str, np.ndarray], about: Mapping[str, 
     with hashed:
         _put(file, hashed, head + bytes(_padding(len(head))))
         for array in plain.values():
-            # One array at a time is copied where it does not lie in C order.
-            _put(file, hashed, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            lying = np.ascontiguousarray(array)
+            _put(file, hashed, lying.reshape(-1).view(np.uint8).data)
             _put(file, hashed, bytes(_padding(array.nbytes)))
+            if not np.shares_memory(lying, array):  # one array at a time is copied
+                hashed.digest()
+        if hashed.threaded:
+            _flush(file)  # the disk works while the checksum is made
         _put(file, hashed, hashed.digest())
         return hashed.digest().hex()
 
 
-def read(path: Path) -> Content:
-    """Return the bytes of a file, whatever it is, and their checksums, in one pass.
+def read(file: Opened) -> Content:
+    """Return the bytes of an open file, whatever it is, and their checksums, in one pass.
 
     Raises:
       OSError: if it cannot be read.
     """
-    hashed = _Hashed()
-    with open(path, "rb") as file, hashed:
+    with _Hashed() as hashed:
         size = file.seek(0, 2)
         file.seek(0)
         data = _aligned(size)
@@ -86,7 +92,7 @@ def read(path: Path) -> Content:
         for first, last in [*_spans(0, end), (end, size)]:
             own = hashed.digest() if first == end else own
             part = data[first:last].data
-            if file.readinto(part) != len(part):  # pyright: ignore[reportAttributeAccessIssue]
+            if file.readinto(part) != len(part):
                 raise OSError(5, "it was cut short while it was read")
             before.result()
             before = hashed.update(part)
@@ -139,6 +145,11 @@ class _Hashed:
         if self._pool is not None:
             self._pool.shutdown()
 
+    @property
+    def threaded(self) -> bool:
+        """Whether there is a thread for it."""
+        return self._pool is not None
+
     def update(self, part: Any) -> Future[None]:
         """Take bytes, in order; they must not change until the future is done."""
         if len(part) >= CHUNK:
@@ -157,9 +168,14 @@ class _Hashed:
 
 def _put(file: BinaryIO, hashed: _Hashed, data: Any) -> None:
     for first, last in _spans(0, len(data)):
-        taken = hashed.update(data[first:last])
+        hashed.update(data[first:last])
         file.write(data[first:last])
-        taken.result()
+
+
+def _flush(file: BinaryIO) -> None:
+    file.flush()
+    with contextlib.suppress(OSError):  # no file of an operating system
+        os.fsync(file.fileno())
 
 
 def _spans(start: int, end: int) -> Iterator[tuple[int, int]]:

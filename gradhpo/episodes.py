@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -21,6 +21,8 @@ from gradhpo.errors import (
     check_number,
     stack,
 )
+from gradhpo.observers.steps import Steps
+from gradhpo.observers.telling import Observer, ended
 from gradhpo.problem import Problem
 from gradhpo.progress import Bar
 from gradhpo.state import METRICS, BilevelState, LossFn, PyTree
@@ -40,6 +42,7 @@ class Plan:
     callback: Callable[[int, BilevelState], Any] | None
     progress: bool | None
     key: jax.Array | None = None
+    observers: Iterable[Observer] = ()
 
     def __post_init__(self) -> None:
         check_count("M", self.M, minimum=0)
@@ -79,7 +82,10 @@ def run(
     def task(train_batch: PyTree, val_batch: PyTree) -> Task:
         return Task(train_batch, val_batch, train_loss_fn, val_loss_fn, plan.key)
 
-    with Bar(plan.progress, total=plan.M * plan.T, unit="step") as bar:
+    about = {"M": plan.M, "T": plan.T, "optimizer": type(optimizer).__name__}
+    tells = Steps(plan.observers, axis="episode", settings=about)
+    with Bar(plan.progress, total=plan.M * plan.T, unit="step") as bar, ended(tells.telling):
+        tells.begin(plan.M)
         for episode in range(1, plan.M + 1):
             first = (episode - 1) * plan.T
             state, fault = _begin(trial, state, phi)
@@ -93,6 +99,10 @@ def run(
                     state = optimizer.ready(state, given)
                 state, fault = _guarded_step(trial, state, fault, given, rates, np.int32(index))
             bar.advance(plan.T)
+            if plan.observers:
+                last = jax.device_get({name: state.metadata[name] for name in METRICS})
+                tells.add({name: np.asarray(value)[None] for name, value in last.items()})
+                tells.tell()
             if (message := _describe(np.asarray(fault), episode)) is not None:
                 warnings.warn(message, DivergenceWarning, stacklevel=3)
                 return state

@@ -9,11 +9,19 @@ import socket
 import time
 from pathlib import Path
 
-LOCK = "driver.lock"
+LOCK, ALIVE = "driver.lock", "driver.alive"
 
 
 class StorageInUse(RuntimeError):  # noqa: N818
     """Another process holds the folder."""
+
+
+def in_use(argument: str, address: str, user: str, holder: str) -> StorageInUse:
+    """Return the error that says who holds what an argument named, and what to do."""
+    return StorageInUse(
+        f"{argument} {address!r} is in use by another {user}: {holder}. Wait for it, "
+        f"stop it, or give another {argument}"
+    )
 
 
 class FolderLock:
@@ -35,6 +43,9 @@ class FolderLock:
       OSError: if the file system has no locks, or cannot be written; it is then not held.
     """
 
+    took_over: str | None = None
+    """Nobody: such a lock ends with its holder."""
+
     def __init__(self, folder: Path, name: str, user: str) -> None:
         self._descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -43,11 +54,7 @@ class FolderLock:
         except BlockingIOError:
             text = os.read(self._descriptor, 4096).decode(errors="replace")
             os.close(self._descriptor)
-            holder = holder_of(text)
-            raise StorageInUse(
-                f"{name} {str(folder)!r} is in use by another {user}: {holder}. Wait for it, "
-                f"stop it, or give another {name}"
-            ) from None
+            raise in_use(name, str(folder), user, holder_of(text)) from None
         except _NotWritten as error:
             self.release()
             raise OSError(

@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import chex
@@ -27,6 +27,7 @@ from gradhpo.errors import (
 from gradhpo.hypergradient import MODES, Mode, Validation, norm, validation
 from gradhpo.injected import check_initial_state
 from gradhpo.inner import InnerStep, Moved, is_optax, optimizer_at
+from gradhpo.observers.telling import Observer
 from gradhpo.reach import Ways, check_reach
 from gradhpo.recompiles import note_compile
 from gradhpo.remembered import about
@@ -311,6 +312,7 @@ class BilevelOptimizer(abc.ABC):
         progress: bool | None = None,
         *,
         key: jax.Array | None = None,
+        observers: Iterable[Observer] = (),
     ) -> BilevelState:
         """Train for `M` episodes of `T` steps, each from the initialization `φ`.
 
@@ -333,13 +335,16 @@ class BilevelOptimizer(abc.ABC):
             `state.metadata["val_loss"]`.
           progress: whether to draw a progress bar (needs tqdm); None draws one on a terminal.
           key: for losses that take a `key`: what they get differs at every step of every episode.
+          observers: told of the metrics of each episode's last step, see `gradhpo.observers`.
 
         Returns:
           The state after the last episode, with `params = φ`. If a loss or a norm stops being
           finite, the state before that step, after a `DivergenceWarning` that says which and when.
         """
         self.check_step(train_loss_fn, val_loss_fn, lr_hyper)
-        plan = episodes.Plan(M, self.T, lr_reptile, lr_hyper, callback, progress, key)
+        plan = episodes.Plan(
+            M, self.T, lr_reptile, lr_hyper, callback, progress, key, tuple(observers)
+        )
         return episodes.run(
             self, prepare(state), plan, get_train_batch, get_val_batch, train_loss_fn, val_loss_fn
         )
@@ -545,10 +550,11 @@ class StatelessMethod(HypergradientMethod):
         progress: bool | None = None,
         *,
         key: jax.Array | None = None,
+        observers: Iterable[Observer] = (),
     ) -> BilevelState:
         """Train for `M` episodes of `T` steps; the other arguments as in `BilevelOptimizer.run`."""
         self.check_step(train_loss_fn, val_loss_fn, lr_hyper)
-        plan = episodes.Plan(M, T, lr_reptile, lr_hyper, callback, progress, key)
+        plan = episodes.Plan(M, T, lr_reptile, lr_hyper, callback, progress, key, tuple(observers))
         draw = (get_train_batch, get_val_batch)
         return episodes.run(self, prepare(state), plan, *draw, train_loss_fn, val_loss_fn)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from gradhpo.checkpoints import DamagedFile
 from gradhpo.checksums import checksum
 from gradhpo.commit import UNFINISHED
 from gradhpo.errors import check_count, tracing, warn_user
-from gradhpo.lock import FolderLock
+from gradhpo.files import files_of, where_of
 from gradhpo.problem import READ_AGAIN, Problem
 from gradhpo.program import Program
 from gradhpo.solution import Solution, packed, templates, unpacked
@@ -27,6 +28,9 @@ KEPT = 2
 SECONDS = 60.0
 """Between two checkpoints, where nothing else is asked for."""
 NEVER = sys.maxsize
+PROBE = ".probe"
+SAVED = re.compile(r"[0-9]{8}-step-.*(\.arrays|\.npz)$")
+"""The names of checkpoints, those of older versions too."""
 SHARE = 20
 """How many times as long as writing it took is waited before the next one, at least."""
 
@@ -35,7 +39,7 @@ class RunFolder:
     """Holds a run's folder as a context, reads what is there, and saves to it now and then.
 
     Args:
-      folder: made if it is not there.
+      folder: a path, made if it is not there, or the address of a store.
       every: steps between checkpoints; None for one a minute, or more seldom, so that they take
         a twentieth of the time at most.
       problem: of the run.
@@ -43,17 +47,15 @@ class RunFolder:
 
     Raises:
       TypeError: if the folder is no path.
-      ValueError: for host data that cannot be read again.
+      ValueError: for host data that cannot be read again, or an address of another kind.
       StorageInUse: if another process has the folder.
     """
 
     def __init__(
         self, folder: Any, every: int | None, problem: Problem, kind: Mapping[str, Any]
     ) -> None:
-        try:
-            self.path = Path(folder)
-        except TypeError:
-            raise TypeError(f"checkpoint must be the path of a folder, got {folder!r}") from None
+        self._files = files_of(where_of("checkpoint", folder))
+        self.address = self._files.address
         if every is not None:
             check_count("every", every)
         if not problem.reopens:
@@ -67,8 +69,8 @@ class RunFolder:
         self._due = 0.0
 
     def __enter__(self) -> RunFolder:
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = FolderLock(self.path, "checkpoint", "run")
+        self._files.probe(PROBE)
+        self._lock = self._files.lock("checkpoint", "run", (), _say)
         self._due = time.monotonic() + SECONDS
         return self
 
@@ -78,7 +80,12 @@ class RunFolder:
     @property
     def name(self) -> str:
         """How messages name it."""
-        return f"checkpoint {str(self.path)!r}"
+        return f"checkpoint {self.address!r}"
+
+    def run(self, key: jax.Array) -> str:
+        """Return what tells this run from all others, in a few letters and digits."""
+        what = f"{self.address} {np.asarray(jax.random.key_data(key)).tolist()}"
+        return hashlib.sha256(what.encode()).hexdigest()[:16]
 
     def restored(
         self, program: Program, key: jax.Array, pair: Callable[[], PyTree]
@@ -94,8 +101,9 @@ class RunFolder:
           DamagedFile: if there are checkpoints, and all of them are damaged.
           ValueError: if they are of another problem or optimizer, or a run with other settings.
         """
-        for left in self.path.glob(f"*{UNFINISHED}"):
-            left.unlink()  # the folder is ours alone: whoever was writing it is dead
+        # The folder is ours alone: whoever was writing these is dead.
+        names = self._files.names()
+        self._files.remove([n for n in names if n.endswith(UNFINISHED) or n.startswith(PROBE)])
         found = self._newest()
         if found is None:
             return None
@@ -125,6 +133,9 @@ class RunFolder:
 
         If it cannot be written, a warning says so, and the run goes on.
 
+        Raises:
+          StorageInUse: if another process has taken a store over.
+
         Args:
           solution: what there is.
           told: whether the callback stopped the run there.
@@ -135,9 +146,10 @@ class RunFolder:
         started = time.monotonic()
         arrays, about = packed(solution)
         about = {**about, "kind": self._kind, "told": told, "diverged": any(now[2])}
-        number = max((int(path.name.split("-")[0]) for path in self._files()), default=0) + 1
+        number = max((int(name.split("-")[0]) for name in self._names()), default=0) + 1
         try:
-            checkpoints.save(self.path, f"{number:08d}-step-{solution.steps}", arrays, about)
+            self._files.check_held()
+            checkpoints.save(self._files, f"{number:08d}-step-{solution.steps}", arrays, about)
         except OSError as error:
             warn_user(
                 f"{self.name}: step {solution.steps} could not be saved, and the run goes on: "
@@ -146,36 +158,38 @@ class RunFolder:
             )
         else:
             self._saved = now
-            for path in self._files()[KEPT:]:
-                path.unlink()
+            self._files.remove(self._names()[KEPT:])
         ended = time.monotonic()
         self._due = ended + max(SECONDS, SHARE * (ended - started))
 
-    def _files(self) -> list[Path]:
+    def _names(self) -> list[str]:
         """Return the checkpoints, the newest first."""
-        return checkpoints.listed(self.path, f"{'[0-9]' * 8}-step-*")[::-1]
+        return [name for name in sorted(self._files.names(), reverse=True) if SAVED.match(name)]
 
     def _newest(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-        damaged: dict[Path, str] = {}
-        for path in self._files():
+        damaged: dict[str, str] = {}
+        for name in self._names():
             try:
-                found = checkpoints.load_named(path)
+                found = checkpoints.load_named(self._files, name)
             except DamagedFile as error:
-                damaged[path] = str(error)
+                damaged[name] = str(error)
                 continue
             if damaged:
                 told = "; ".join(damaged.values())
                 warn_user(
-                    f"{self.name} is damaged, and goes on from {path.name}: {told}",
+                    f"{self.name} is damaged, and goes on from {name}: {told}",
                     RuntimeWarning,
                 )
-                for file in damaged:
-                    file.unlink()
+                self._files.remove(damaged)
             return found
         if damaged:
             told = "; ".join(damaged.values())
-            raise DamagedFile(str(self.path), f"has no whole checkpoint ({told})")
+            raise DamagedFile(self.address, f"has no whole checkpoint ({told})")
         return None
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _moment(solution: Solution, told: bool) -> tuple[int, bool, list[int]]:

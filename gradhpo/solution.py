@@ -165,6 +165,26 @@ class Solution:
         if name not in self.record or name not in self.record_start:
             there = ", ".join(map(repr, self.record)) or "nothing"
             raise ValueError(f"name must be one of what was recorded, {there}; got {name!r}")
+        values = self.trajectory(run=run)[name]
+
+        def at(count: Any) -> jax.Array:
+            value = jnp.asarray(values)[jnp.clip(count, 0, len(values) - 1)]
+            return value if function is None else function(value)
+
+        return at
+
+    def trajectory(self, *, run: int | None = None) -> dict[str, np.ndarray]:
+        """Return what was recorded of λ before each step, and after the last.
+
+        Args:
+          run: which run, with a batch of keys.
+
+        Returns:
+          `{name: array}`, each `(steps + 1, …)`; `export.write_script` makes a script of it.
+
+        Raises:
+          ValueError: for a run that there is not.
+        """
         runs = np.shape(self.diverged_at)
         if (run is None) != (runs == ()) or (run is not None and run not in range(runs[0])):
             accepted = f"one of {runs[0]} runs" if runs else "None: there is one run"
@@ -172,14 +192,11 @@ class Solution:
         which = () if run is None else (run,)
         diverged = int(np.asarray(self.diverged_at)[which])
         steps = diverged - 1 if diverged else self.steps
-        rows = np.asarray(self.record[name])[:steps][(slice(None), *which)]
-        values = np.concatenate([np.asarray(self.record_start[name])[which][None], rows])
-
-        def at(count: Any) -> jax.Array:
-            value = jnp.asarray(values)[jnp.clip(count, 0, len(values) - 1)]
-            return value if function is None else function(value)
-
-        return at
+        found: dict[str, np.ndarray] = {}
+        for name, start in self.record_start.items():
+            rows = np.asarray(self.record[name])[:steps][(slice(None), *which)]
+            found[name] = np.concatenate([np.asarray(start)[which][None], rows])
+        return found
 
 
 def packed(solution: Solution) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

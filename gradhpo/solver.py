@@ -26,9 +26,11 @@ from gradhpo.errors import (
     warn_user,
 )
 from gradhpo.feed import HostFeed, Segment, device_feed
-from gradhpo.fingerprint import Fingerprint
+from gradhpo.fingerprint import Fingerprint, settings
 from gradhpo.host import Source, decode, encode, seeds_of
 from gradhpo.interrupts import deferred
+from gradhpo.observers.steps import Steps
+from gradhpo.observers.telling import Observer, ended
 from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.problem import Problem
 from gradhpo.program import Program
@@ -68,6 +70,7 @@ def solve(
     every: int | None = None,
     callback: Callable[..., Any] | None = None,
     progress: bool | None = None,
+    observers: Iterable[Observer] = (),
 ) -> Solution:
     """Run an optimizer on a problem for a number of steps, reproducibly to the bit.
 
@@ -108,19 +111,21 @@ def solve(
         names of `Problem.metrics` must be as before; with another `metric` or `mode` the best is
         looked for anew. The rates may be others; a problem or optimizer that computes something
         else is refused by the solution's `fingerprint`.
-      checkpoint: a folder in which the run is saved now and then, and at its end. Where it holds
-        this run already, the run goes on from there, in a new process too, to the bits of one
-        that was not interrupted; `resume` is then not looked at. The two newest checkpoints are
-        kept. Another key, problem, optimizer, rate or kind of episodes is refused (after a
-        divergence another rate is taken); `steps`, `stop`, `callback` and `eval_every` may change.
-        `batches` must be something that can be read again, or an iterator with `get_state` and
-        `set_state`.
+      checkpoint: a folder, or an address such as "s3://bucket/run", in which the run is saved now
+        and then, and at its end. Where it holds this run already, the run goes on from there, in
+        a new process too, to the bits of one that was not interrupted; `resume` is then not
+        looked at. The two newest checkpoints are kept. Another key, problem, optimizer, rate or
+        kind of episodes is refused (after a divergence another rate is taken); `steps`, `stop`,
+        `callback` and `eval_every` may change. `batches` must be something that can be read
+        again, or an iterator with `get_state` and `set_state`.
       every: steps between checkpoints; by default one a minute, or more seldom if writing one
         takes more than three seconds.
       callback: called as `callback(steps, state, evals)` at every evaluation, `evals` being what
         `problem.metrics` gave there; or, if it takes two arguments, without. Returning True stops.
         After a crash it is called again for evaluations since the last checkpoint.
       progress: whether to draw a progress bar (needs tqdm); None draws one on a terminal.
+      observers: told of the metrics of every step and of evaluations, chunk by chunk, see
+        `gradhpo.observers`; if one raises an error, a warning says so, and the run goes on.
 
     Returns:
       The state and the metrics of every step. If a metric of a step is not finite, a
@@ -136,7 +141,7 @@ def solve(
         if no hyperparameter would ever move.
       TypeError: for an argument of the wrong kind.
       DamagedFile: if no checkpoint in the folder is whole.
-      StorageInUse: if another process runs with this folder.
+      StorageInUse: if another process runs with this folder, or has taken over a store.
 
     Warns:
       UnreachedWarning: if a hyperparameter gets no hypergradient, whatever the numbers.
@@ -149,11 +154,7 @@ def solve(
     key = _check_key(key)
     optimizer.check_step(problem.train_loss, problem.val_loss, lr_hyper)
     timetable = Timetable.of(optimizer, episode_length)
-    if eval_every is not None:
-        check_count("eval_every", eval_every)
-    elif stop is not None:
-        raise ValueError("stop needs eval_every: it is asked at evaluations")
-    watch = Watch(metric, mode, stop, eval_every or steps + 1)
+    watch = Watch(metric, mode, stop, _check_every(eval_every, stop) or steps + 1)
     if callback is not None:
         check_callable("callback", callback)
     fresh = starts_fresh(episode_init, episode_length, lr_reptile)
@@ -184,7 +185,8 @@ def solve(
         first = 0 if resume is None else resume.steps
         if first > steps:
             raise ValueError(f"{source} has taken {first} steps already, more than steps={steps}")
-        run = _Run(program, key, rates, resume, watch, _called(callback), source)
+        tells = Steps(observers, key.shape, settings=kind() | {"optimizer": settings(optimizer)})
+        run = _Run(program, key, rates, resume, watch, _called(callback), source, tells)
         if folder is not None and found is not None:
             run.stop_as_before(folder.told and callback is not None)
         if first == steps or run.stopped:
@@ -194,7 +196,8 @@ def solve(
             segments = device_feed(first, steps)
         else:
             segments = _host_segments(data, timetable, key, resume, steps)
-        with Bar(progress, total=steps, unit="step", done=first) as bar:
+        with Bar(progress, total=steps, unit="step", done=first) as bar, ended(tells.telling):
+            tells.begin(steps, None if folder is None else folder.run(key))
             run.go(segments, steps, bar, folder)
         return run.solution()
 
@@ -221,8 +224,10 @@ class _Run:
         watch: Watch,
         callback: Callback,
         source: str,
+        tells: Steps,
     ) -> None:
         self.program, self.key, self.watch, self.callback = program, key, watch, callback
+        self._tells = tells
         self.stopped = self.told = False
         self._source = source
         """What `resume` is called in messages."""
@@ -256,6 +261,7 @@ class _Run:
             if resume.best is not None and watch.asks_as(resume.best):
                 self._best = resume.best
             self._eval_steps = resume.eval_steps.tolist()
+            tells.resume(metrics, self._eval_steps, resume.evals)
             self._evaluated = max(self._eval_steps, default=0)
             if program.batched:  # a run alone goes on, with a lower rate perhaps
                 self._diverged = np.array(resume.diverged_at)
@@ -307,7 +313,7 @@ class _Run:
             if folder is not None and self._state is not None:
                 folder.save(self.solution(), self.told)
         if asked and self.done < steps and not self.over:
-            again = "resume=solution" if folder is None else f"checkpoint={str(folder.path)!r}"
+            again = "resume=solution" if folder is None else f"checkpoint={folder.address!r}"
             warn_user(
                 f"{asked[0]}: stopped after step {self.done} of {steps}. To go on, call solve "
                 f"again with {again}",
@@ -315,6 +321,7 @@ class _Run:
             )
         else:
             self.finish(steps)
+        self._tells.tell()
 
     def stop_as_before(self, told: bool) -> None:
         """Stop where the run that is gone on with had stopped, if that still holds."""
@@ -387,6 +394,7 @@ class _Run:
         for array in jax.tree.leaves((values, record)):
             array[(self._diverged > 0) & (rows >= self._diverged)] = np.nan
         self._metrics.append(values)
+        self._tells.add(jax.tree.map(lambda x: x[: self._told_rows(n)], values))
         self._record.append(record)
         self.done += n
         seconds = time.perf_counter() - started
@@ -397,6 +405,13 @@ class _Run:
         else:
             self.done = int(self._diverged.max()) - 1
         return n
+
+    def _told_rows(self, n: int) -> int:
+        """Return how many of a chunk's rows observers are told of: none that is taken anew."""
+        if self.alive.any():
+            return n
+        last = int(self._diverged.max()) - (not self.program.batched)
+        return last - self.done
 
     def finish(self, steps: int) -> None:
         """Say so if the data ended early, and evaluate at the end if that was not done yet."""
@@ -415,6 +430,7 @@ class _Run:
             evals = jax.tree.map(np.asarray, self.program.evaluate(state, self.data))
             self._evals.append(jax.tree.map(lambda row: row[None], evals))
             self._eval_steps.append(self.done)
+            self._tells.evaluated(self.done, evals)
         self._evaluated = self.done
         self._best = self._better(state, evals)
         asked = self.callback(self.done, state, evals)
@@ -543,6 +559,14 @@ def _called(callback: Callable[..., Any] | None) -> Callback:
     except ValueError:  # a function of C, which does not say
         pass
     return callback
+
+
+def _check_every(eval_every: int | None, stop: Stop | None) -> int | None:
+    if eval_every is not None:
+        check_count("eval_every", eval_every)
+    elif stop is not None:
+        raise ValueError("stop needs eval_every: it is asked at evaluations")
+    return eval_every
 
 
 def _check_key(key: Any) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -14,24 +15,28 @@ from gradhpo.solution import Best
 
 @dataclasses.dataclass(frozen=True)
 class Stop:
-    """When `solve` ends before its last step; asked at every evaluation, of the same metric.
+    """When `solve` or a sweep ends early; asked at every evaluation, or after every generation.
 
     In a batch of keys the runs go on together until all of them would stop.
 
     Args:
-      patience: stop after so many evaluations in a row that were not the best so far.
+      patience: stop after so many evaluations (generations) in a row without a best so far.
       target: stop at a metric this good.
+      seconds: stop when this call has run for so long, compiling included.
 
     Raises:
-      ValueError: for neither, or a number out of range.
+      ValueError: for none of them, or a number out of range.
     """
 
     patience: int | None = None
     target: float | None = None
+    seconds: float | None = None
 
     def __post_init__(self) -> None:
-        if self.patience is None and self.target is None:
-            raise ValueError("Stop takes patience, target or both; got neither")
+        if self.patience is None and self.target is None and self.seconds is None:
+            raise ValueError("Stop takes patience, target or seconds; got none of them")
+        if self.seconds is not None:
+            check_number("seconds", self.seconds, 0, float("inf"), open_low=True)
         if self.patience is not None:
             check_count("patience", self.patience)
         if self.target is not None:
@@ -47,6 +52,7 @@ class Watch:
     stop: Stop | None
     every: int
     """Steps between evaluations."""
+    began: float = dataclasses.field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         if self.mode not in ("min", "max"):
@@ -90,4 +96,6 @@ class Watch:
         if self.stop.target is not None:
             good = score <= self.stop.target if self.mode == "min" else score >= self.stop.target
             ends |= good
+        if self.stop.seconds is not None:
+            ends |= time.monotonic() - self.began >= self.stop.seconds
         return bool((ends | ~alive).all())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -22,11 +23,13 @@ Batching: TypeAlias = "str | int"
 ACCEPTED = '"auto", "vmap", "map", a chunk size, "shard", or "shard/" before one of these'
 CHUNKS = (4, 16, 64)
 """The chunk sizes that "auto" tries."""
-AT_HAND = (2**19, 2**25)
-"""Bytes of the slots that a CPU computes at once, in the layouts that are worth a measurement.
+MODELLED = ("cpu",)
+"""Platforms on which a model of the step chooses, and nothing is measured."""
+AT_HAND = 2**23
+"""Bytes of the slots that a CPU best computes at once.
 
-With less, it is the many small operations that take the time, with more the memory. In
-benchmarks/population.md the fastest layout of every model lies in between, or is the nearest.
+With less, it is the many small operations that take the time, with more the memory: see
+benchmarks/population.md.
 """
 ROUNDS = 8
 ROUND_SECONDS = 0.03
@@ -148,8 +151,8 @@ def candidates(slots: int, mesh: Mesh | None) -> list[Layout]:
     return [Layout(w, shards, sharded) for w in within]
 
 
-def worth_measuring(found: list[Layout], slots: int, slot_bytes: float) -> list[Layout]:
-    """Return those of the layouts that may be the fastest on a CPU, by a model of the step.
+def likeliest(found: list[Layout], slots: int, slot_bytes: float) -> Layout:
+    """Return the layout that is likely to be the fastest on a CPU, by a model of the step.
 
     Args:
       found: layouts, those that need more memory last.
@@ -157,15 +160,10 @@ def worth_measuring(found: list[Layout], slots: int, slot_bytes: float) -> list[
       slot_bytes: that a step of one slot works on; see `working_set`.
     """
 
-    def bytes_of(layout: Layout) -> float:
-        return slot_bytes * layout.at_once(slots // layout.shards)
+    def distance(layout: Layout) -> float:
+        return abs(math.log(slot_bytes * layout.at_once(slots // layout.shards) / AT_HAND))
 
-    least, most = AT_HAND
-    kept = [layout for layout in found if least <= bytes_of(layout) <= most]
-    if kept:
-        return kept
-    below = [layout for layout in found if bytes_of(layout) < least]
-    return [below[-1] if below else found[0]]
+    return min(found, key=distance)
 
 
 def fastest(programs: dict[Layout, Compiled], *args: Any) -> Layout:

@@ -168,7 +168,7 @@ class DataParallel(BilevelOptimizer):
         losses = (given["train_loss_fn"], given["val_loss_fn"])
         self.check_step(*losses, given["lr_hyper"])
         rest = (given["lr_reptile"], given["lr_hyper"], given["callback"], given["progress"])
-        rest = (*rest, given["key"])
+        rest = (*rest, given["key"], tuple(given["observers"]))
         plan = episodes.Plan(given["M"], given.get("T", self.T), *rest)
         draw = (given["get_train_batch"], given["get_val_batch"])
         return episodes.run(self, prepare(self.place(state)), plan, *draw, *losses)

@@ -43,7 +43,7 @@ def remember(key: StepKey, batching: str) -> None:
     """Keep a layout, where there is room and permission."""
     if (path := _path(key)) is not None:
         with contextlib.suppress(OSError):
-            write_json(path, {"batching": batching})
+            write_json(path.parent, path.name, {"batching": batching})
 
 
 def _path(key: StepKey) -> Path | None:

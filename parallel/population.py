@@ -52,9 +52,9 @@ class Population:
       mesh: from `make_mesh`; slots are divided over its axis "trial".
       batching: "vmap": all slots at once; "map": one after another; an integer: so many at once;
         "shard": divided over the mesh, all of a device at once; "shard/map", "shard/16": divided,
-        then so. "auto" measures on a few steps those that a model of the step leaves over, and
-        takes the fastest ("map" at once where the trials convolve with kernels of their own on a
-        CPU), or what an earlier process found (see `layout_cache`); afterwards the attribute
+        then so. "auto" chooses on a CPU by a model of the step's memory ("map" where the trials
+        convolve with kernels of their own); elsewhere it measures them on a few steps, and takes
+        the fastest, or what an earlier process found (see `layout_cache`). Afterwards the attribute
         `batching` names it, and a run that must give the same bits passes that.
       data_key: a key from which `problem.data` makes the data shared by all slots; an array of
         `slots` keys makes data for each slot.
@@ -231,12 +231,16 @@ class Population:
         parents = jax.device_put(parents.astype(np.int32), self._replicated())
         return self._call("select", _gather, self.place(state), parents)
 
-    def resolve(self, state: BilevelState | None = None, lr_hyper: Any = None) -> Batching:
+    def resolve(
+        self, state: BilevelState | None = None, lr_hyper: Any = None, measure: bool = True
+    ) -> Batching:
         """Return the layout, found now where `batching` is "auto" and nothing has run yet.
 
         Args:
           state: what to measure on; by default a first state, made if there is need to measure.
           lr_hyper: as in `run`.
+          measure: whether to compile and measure where nothing else tells; "auto" is returned
+            where it would be needed and is not allowed.
         """
         if self._layout is None:
 
@@ -247,11 +251,12 @@ class Population:
             schedule, rate = schedule_and_rate(lr_hyper)
             if state is None:
                 shapes = self._argument_shapes(self.slots, self.rates(rate))
-                self._layout = self._calibrated(
-                    schedule, *shapes, measured=lambda: arguments(self.init(jax.random.key(0)))
-                )
+                made = (lambda: arguments(self.init(jax.random.key(0)))) if measure else None
+                self._layout = self._calibrated(schedule, *shapes, measured=made)
             else:
-                self._layout = self._calibrated(schedule, *arguments(state))
+                args = arguments(state)
+                measured = (lambda: args) if measure else None
+                self._layout = self._calibrated(schedule, *args, measured=measured)
         return self.batching
 
     def compile(self, state: BilevelState, steps: int, lr_hyper: Any = None) -> Compiled:
@@ -506,9 +511,7 @@ class Population:
         self, steps: int, schedule: Any, seeds: np.ndarray, state: BilevelState, *args: Any
     ) -> tuple[BilevelState, dict[str, np.ndarray]]:
         assert self._feed is not None
-        if self._layout is None:
-            self._layout = self._calibrated(schedule, *self._whole((state, *args)))
-        layout = self._layout
+        layout = self._resolved(schedule, *self._whole((state, *args)))
 
         def take(state: BilevelState, segment: Segment, n: np.int32) -> Any:
             function = self.trace_chunk(schedule, segment.apart)
@@ -526,9 +529,8 @@ class Population:
     # --- programs -------------------------------------------------------------------------------
 
     def _program(self, steps: int, schedule: Any, *args: Any) -> Compiled:
-        if self._layout is None:
-            self._layout = self._calibrated(schedule, *args)
-        return self._generation_program(steps, schedule, self._layout, *args)
+        layout = self._resolved(schedule, *args)
+        return self._generation_program(steps, schedule, layout, *args)
 
     def _call(self, name: Any, function: Callable[..., Any], *args: Any, layout: str = "") -> Any:
         return self._compiled(name, function, args, layout).run(function, *args)
@@ -559,15 +561,21 @@ class Population:
         """Return all arguments of `_function`."""
         return args if self._feed is None else (*args, *self.chunk_arguments(CALIBRATION_STEPS))
 
+    def _resolved(self, schedule: Any, *args: Any) -> Layout:
+        """Return the layout, found now on these arrays where it is not known."""
+        self._layout = self._layout or self._calibrated(schedule, *args, measured=lambda: args)
+        assert self._layout is not None
+        return self._layout
+
     def _calibrated(
-        self, schedule: Any, *args: Any, measured: Callable[[], tuple[Any, ...]] | None = None
-    ) -> Layout:
+        self, schedule: Any, *args: Any, measured: Callable[[], tuple[Any, ...]] | None
+    ) -> Layout | None:
         """Return the fastest layout: known, or measured now and remembered.
 
         Args:
           schedule: of the step size of λ.
           *args: of `_function`; shapes are enough.
-          measured: what makes arrays to measure on, where they are not given.
+          measured: gives arrays to measure on; without it None is returned where that is needed.
         """
         found = self._candidates(self.slots, schedule, *args)
         if len(found) == 1:
@@ -578,14 +586,15 @@ class Population:
         for layout in found:
             if str(layout.name) == known:
                 return layout
+        if measured is None:
+            return None
         lowered = [first, *(self._lowered(schedule, layout, *args) for layout in found[1:])]
         made = compiled.together(program.compile for program in lowered)
         programs = {x: program for x, (program, _) in zip(found, made, strict=True)}
         limit = fit.memory_limit(self.mesh)
         fitting = {x: program for x, program in programs.items() if program.bytes_needed() <= limit}
         with jax.disable_jit(False):
-            arrays = args if measured is None else measured()
-            best = layouts.fastest(fitting or {found[0]: programs[found[0]]}, *arrays)
+            best = layouts.fastest(fitting or {found[0]: programs[found[0]]}, *measured())
         _FASTEST[first.key] = str(best.name)
         if alone:
             layout_cache.remember(first.key, str(best.name))
@@ -598,12 +607,11 @@ class Population:
     def _candidates(self, slots: int, schedule: Any, *args: Any) -> list[Layout]:
         """Return the layouts that "auto" chooses from, the one that needs the most memory last.
 
-        A model of the step leaves out what cannot be the fastest on a CPU. `vmap` over the kernels
-        of trials groups their convolutions, which a CPU takes one after another: then only "map" is
-        left.
+        On a CPU a model of the step chooses one. `vmap` over the kernels of trials groups their
+        convolutions, which a CPU takes one after another: there it is "map".
         """
         found = layouts.candidates(slots, self.mesh)
-        if compiled.devices_of(args)[0].platform != "cpu" or len(found) == 1:
+        if compiled.devices_of(args)[0].platform not in layouts.MODELLED or len(found) == 1:
             return found
         function = self._function(CALIBRATION_STEPS, schedule, found[-1])
         program = jax.make_jaxpr(function)(*args)
@@ -611,7 +619,7 @@ class Population:
             return found[:1]
         own = slots // found[-1].shards
         slot_bytes = working_set.slot_bytes(program, args[0], slots, own)
-        return layouts.worth_measuring(found, slots, slot_bytes)
+        return [layouts.likeliest(found, slots, slot_bytes)]
 
     def _arguments(
         self, state: BilevelState, keys: Any, lr_hyper: Any, check_rate: bool = True
@@ -661,24 +669,16 @@ class Population:
 
     def _argument_shapes(self, slots: int, rates: Rates) -> tuple[Any, ...]:
         """Return all arguments of `_function` as shapes, where they will lie."""
-
-        def placed(tree: PyTree, sharding: Any) -> PyTree:
-            def place(x: Any) -> jax.ShapeDtypeStruct:
-                return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-            return jax.tree.map(place, tree)
-
         data = jax.eval_shape(self.trace_data, self._data_key)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), slots))
         state = jax.eval_shape(self.trace_init, keys, {}, data, self.first_pair_shapes(slots))
-        data_lies = self.sharding if self._per_slot_data else self._replicated()
-        args = (*placed((state, keys, rates), self.sharding), placed(data, data_lies))
+        placed = self.placed
+        args = (*placed((state, keys, rates)), placed(data, shared=not self._per_slot_data))
         if self._feed is None:
             return args
         lanes = [slots] if self.own_batches else []
         host = self._feed.source.form.shapes(*lanes, self._feed.capacity(slots if lanes else None))
-        lies = self.sharding if lanes else self._replicated()
-        return (*args, placed(host, lies), placed(np.int32(0), self._replicated()))
+        return (*args, placed(host, shared=not lanes), placed(np.int32(0), shared=True))
 
     # --- placement ------------------------------------------------------------------------------
 
@@ -697,6 +697,16 @@ class Population:
 
     def _replicated(self) -> Any:
         return None if self.mesh is None else NamedSharding(self.mesh, P())
+
+    def placed(self, tree: PyTree, shared: bool = False) -> PyTree:
+        """Return the shapes of arrays as `place` and `place_shared` lay them."""
+        sharding = self._replicated() if shared else self.sharding
+
+        def place(x: Any) -> jax.ShapeDtypeStruct:
+            weak = getattr(x, "weak_type", False)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding, weak_type=weak)
+
+        return jax.tree.map(place, tree)
 
     def place(self, tree: PyTree) -> PyTree:
         """Return arrays with a slot axis where the population's lie."""

@@ -24,9 +24,6 @@ if os.environ.get("QUICK_COMPILE"):
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path += [str(EXAMPLES), str(EXAMPLES / "papers")]
 
-# A sweep's workers have an environment of their own, and take no process that Ray started ahead.
-os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-
 # What one run of the tests measured must not decide what another one tests.
 os.environ["GRADHPO_CACHE"] = "off"
 

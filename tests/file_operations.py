@@ -21,9 +21,11 @@ import numpy as np
 
 from gradhpo.cluster import shard
 from gradhpo.cluster.orders import Prepared
+from gradhpo.observers import CSV
 from tests.sweeps import sweep
 
-OPERATIONS = ("open", "fsync", "replace", "unlink", "mkdir", "rmdir", "write", "ftruncate")
+OPERATIONS = ("open", "fsync", "replace", "unlink", "mkdir", "rmdir")
+OPERATIONS += ("write", "ftruncate", "truncate")
 SIZE = 4000
 """Numbers of a trial's state: 16 kB."""
 
@@ -73,13 +75,19 @@ class Variant:
         return {".params": params, ".rate": rate}, columns
 
 
-def run(folder, every):
-    """Run the sweep to its end; return what it found, as a digest."""
+def run(folder, every, rows=None):
+    """Run the sweep to its end; return what it found, as a digest, with a tracker's file if any."""
     changes = {"population": 6, "shards": 2, "generations": 5, "checkpoint_every": every}
-    result = sweep(folder, **changes).run()
+    trackers = [] if rows is None else [CSV(rows)]
+    result = sweep(folder, **changes).run(observers=trackers)
     digest = hashlib.sha256(str(result.best.lineage).encode())
     for name, array in [*result.table.items(), *result.best.arrays.items()]:
         digest.update(name.encode() + array.tobytes())
+    if rows is not None:
+        digest.update(rows.read_bytes())
+        starts = [line.split(b",")[:2] for line in rows.read_bytes().splitlines()[1:]]
+        whole = itertools.product(range(1, 6), range(6))
+        assert [tuple(map(int, start)) for start in starts] == list(whole), "each row once"
     return digest.hexdigest()
 
 
@@ -123,7 +131,7 @@ def life(folder, every, slow, number=None):
                 slow_disk()
             if number is not None:
                 killed_at(number)
-            found = run(folder / "run", every)
+            found = run(folder / "run", every, folder / "run/rows.csv")
             Path(folder / "found").write_text(found)
             os._exit(0)
         except BaseException:

@@ -116,3 +116,21 @@ def slow():
         return jax.pure_callback(wait, train, train), val
 
     return dataclasses.replace(problem(), batch=batch)
+
+
+def slow_disk_problem():
+    """The same; the first process that asks for it, and writes its number down, has a slow disk."""
+    try:
+        file = os.open(os.environ["SLOW_DISK"], os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    except FileExistsError:
+        return problem()
+    os.write(file, str(os.getpid()).encode())
+    os.close(file)
+    fsync = os.fsync
+
+    def slowly(descriptor):
+        time.sleep(0.1)
+        fsync(descriptor)
+
+    os.fsync = slowly
+    return problem()

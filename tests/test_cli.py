@@ -49,13 +49,15 @@ def folder(tmp_path):
 
 @pytest.mark.slow
 def test_a_sweep_from_beginning_to_end(folder):
-    started = gradhpo("sweep", "sweep.toml", "--executor", "local", cwd=folder)
+    track = ("--track", "csv=runs/a.csv")
+    started = gradhpo("sweep", "sweep.toml", "--executor", "local", *track, cwd=folder)
     assert started.returncode == 0, started.stderr
     assert "generation 4/4: val_loss best" in started.stderr
     assert "the step was compiled 1 times" in started.stdout
     assert "\x1b" not in started.stderr + started.stdout  # not a terminal
-    more = gradhpo("resume", "runs/a", "--generations", 6, "--plot", "a.png", cwd=folder)
+    more = gradhpo("resume", "runs/a", "--generations", 6, "--plot", "a.png", *track, cwd=folder)
     assert more.returncode == 0, more.stderr
+    assert len((folder / "runs/a.csv").read_text().splitlines()) == 1 + 6 * 8
     assert "4 generations are done; going on" in more.stderr
     assert (folder / "a.png").stat().st_size > 10_000
     status = gradhpo("status", "runs/a", cwd=folder).stdout

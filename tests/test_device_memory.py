@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from gradhpo.cluster.controller import Rules, first_plan, orders
@@ -20,6 +21,7 @@ from tests.quick import slow_but
 from tests.sweeps import sweep
 
 SLOTS = 64
+INNER, OUTER = optax.adam(1e-3), optax.adam(1e-2)
 SPACE = SearchSpace({"log_decay": loguniform(1e-4, 1, stored="log")})
 
 
@@ -48,6 +50,45 @@ def test_a_generation_needs_its_state_little_more_than_once(batching):
     assert needs["turn"] < 1.6, needs
     assert needs["select"] < 2.1, needs
     assert needs["put"] < 1.1, needs
+
+
+@pytest.mark.compiler
+@pytest.mark.slow
+def test_all_slots_at_once_need_what_a_loop_by_hand_needs():
+    """4.6 states: the step's own temporaries, of every slot at the same time."""
+    made, state = variant("vmap")
+    loop = jax.jit(jax.vmap(_trial_by_hand), donate_argnums=0)
+    keys = jax.random.split(jax.random.key(0), SLOTS)
+    memory = loop.lower(jax.vmap(_begin_by_hand)(keys), keys).compile().memory_analysis()
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    assert made.programs["turn"].bytes_needed() < 1.05 * needed
+    assert needed > 3 * state
+
+
+def _begin_by_hand(key):
+    w, lam = wide_problems.problem(64).init(key)
+    return w, lam, INNER.init(w), OUTER.init(lam)
+
+
+def _trial_by_hand(carry, key):
+    """Three One-Step steps: what the loss after a step says of the decay."""
+    problem = wide_problems.problem(64)
+
+    def step(carry, key):
+        w, lam, inner, outer = carry
+        train, val = problem.batch(key)
+
+        def after(lam):
+            gradient = jax.grad(problem.train_loss)(w, lam, train)
+            updates, new = INNER.update(gradient, inner, w)
+            moved = optax.apply_updates(w, updates)
+            return problem.val_loss(moved, lam, val), (moved, new)
+
+        (loss, (moved, new)), gradient = jax.value_and_grad(after, has_aux=True)(lam)
+        updates, outer = OUTER.update(gradient, outer, lam)
+        return (moved, optax.apply_updates(lam, updates), new, outer), loss
+
+    return jax.lax.scan(step, carry, jax.random.split(key, 3))
 
 
 def test_moving_one_slot_moves_one():

@@ -9,7 +9,6 @@ import pytest
 
 from gradhpo.cluster import event_log, events
 from gradhpo.cluster.display import Display
-from gradhpo.cluster.storage import Storage
 from tests.sweeps import sweep
 
 PAGE = Path(__file__).parent.parent / "docs" / "cluster.md"
@@ -41,11 +40,11 @@ def kinds(told):
 def test_observers_are_told_of_everything_in_order(ran):
     _, first, second, _ = ran
     done = ["GenerationDone"] * 2
-    usual = ["Starting", "WorkerReady", "Prepared", "Running", *done, "Finished"]
-    assert kinds(first) == usual
-    assert kinds(second) == ["Resumed", *usual]
-    assert second[0] == events.Resumed(2, 4)
-    assert first[2].batching == "map"
+    usual = ["Starting", "WorkerReady", "Prepared", "Running", *done, "Finished", "Over"]
+    assert kinds(first) == ["Begun", *usual]
+    assert kinds(second) == ["Begun", "Resumed", *usual]
+    assert second[1] == events.Resumed(2, 4)
+    assert first[3].batching == "map"
 
 
 def test_a_generation_has_its_table_and_the_best_so_far(ran):
@@ -64,22 +63,37 @@ def test_a_generation_has_its_table_and_the_best_so_far(ran):
 def test_the_log_has_all_but_generations(ran):
     storage, first, second, _ = ran
     logged = event_log.read(storage)
-    told = [e for e in (*first, *second) if not isinstance(e, events.GenerationDone)]
+    untold = events.Begun | events.GenerationDone | events.Over
+    told = [e for e in (*first, *second) if not isinstance(e, untold)]
     assert [facts["event"] for facts in logged] == [event.name for event in told]
     assert logged[4]["generation"] == 2
-    with open(Storage(storage).events, "a") as file:
+    with open(storage / "events.jsonl", "a") as file:
         file.write('[1]\n{"time": "x", "event": 3}\n{"time": 1, "ev')  # as a kill leaves it
     assert event_log.read(storage) == logged
 
 
-def test_what_an_observer_raises_ends_the_run_and_what_is_saved_stays(tmp_path):
+def test_what_an_observer_raises_is_told_once_and_stops_nothing(tmp_path):
     class Full:
         def observe(self, event):
             if isinstance(event, events.GenerationDone):
                 raise RuntimeError("no more")
 
+    kept = Kept()
+    assert sweep(tmp_path, generations=3).run(observers=[Full(), kept]).generations == 3
+    (failed,) = [e for e in kept.told if isinstance(e, events.ObserverFailed)]
+    assert "Full" in failed.observer
+    assert failed.error == "RuntimeError: no more"
+    assert "observer failed" in {facts["event"] for facts in event_log.read(tmp_path)}
+
+
+def test_what_a_callback_raises_ends_the_run_and_what_is_saved_stays(tmp_path):
+    def full(generation, table):
+        raise RuntimeError("no more")
+
+    kept = Kept()
     with pytest.raises(RuntimeError, match="no more"):
-        sweep(tmp_path, generations=2).run(observers=[Full()])
+        sweep(tmp_path, generations=2).run(full, observers=[kept])
+    assert kept.told[-1] == events.Over("RuntimeError: no more")
     assert sweep(tmp_path, generations=2).result().generations == 1
 
 

@@ -73,7 +73,9 @@ class World:
         worker, job = command.worker, command.job
         self.sends += 1
         assert worker in self.has, "told before it was there"
-        if job.kind != "prepare":
+        if job.kind == "trace":
+            assert job.variant not in self.has[worker], "told to get ahead with what it has"
+        elif job.kind != "prepare":
             assert self.owner[job.shard] == worker, "told before it owned the shard"
             assert job.variant in self.has[worker], "told before it had the programs"
             assert job in self.asked
@@ -448,3 +450,19 @@ def test_the_first_generation_waits_a_little_for_all_workers():
     assert not only(Send, fleet.ask(4, [Job("run", 0, 0), Job("run", 0, 1)]))
     out = fleet.step(5, Answered(2, starts[1].call))
     assert {c.worker for c in only(Send, out)} == {1, 2}
+
+
+def test_idle_workers_trace_what_another_one_compiles():
+    fleet = Fleet(Limits(3), 3, itertools.count(1).__next__)
+    starts = only(Start, fleet.ask(0, [Job("prepare", 0)]))
+    out = fleet.step(1, *(Answered(c.worker, c.call) for c in starts[:2]))
+    assert {c.worker: c.job.kind for c in only(Send, out)} == {1: "prepare", 2: "trace"}
+    compiling, tracing = only(Send, out)
+    assert not fleet.step(2)  # once
+    out = fleet.step(3, Answered(2, tracing.call), Answered(3, starts[2].call))
+    assert [(c.worker, c.job.kind) for c in only(Send, out)] == [(3, "trace")]
+    fleet.step(4, Answered(1, compiling.call))
+    out = fleet.ask(5, [Job("run", 0, shard) for shard in range(3)])
+    assert {(c.worker, c.job.kind) for c in only(Send, out)} == {
+        (1, "run"), (2, "prepare"), (3, "prepare"),
+    }  # fmt: skip

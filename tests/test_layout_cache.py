@@ -26,8 +26,14 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
+@pytest.fixture
+def measured(monkeypatch):
+    """Measure, as on a GPU."""
+    monkeypatch.setattr(batching, "MODELLED", ())
+
+
 @pytest.mark.slow
-def test_a_layout_is_remembered_and_a_damaged_entry_ignored(cache):
+def test_a_layout_is_remembered_and_a_damaged_entry_ignored(cache, measured):
     first, compiles = resolved()
     assert compiles > 2  # two layouts, and the first state to measure on
     assert resolved() == (first, 0)
@@ -70,17 +76,31 @@ def test_a_cache_that_cannot_be_written_costs_nothing(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("slots", "slot_bytes", "expected"),
     [
-        (8, 5e3, ["vmap"]),
-        (64, 1.2e5, [16, "vmap"]),
-        (512, 1.2e5, [16, 64]),
-        (64, 1.1e6, ["map", 4, 16]),
-        (512, 2.2e4, [64, "vmap"]),
-        (8, 1e9, ["map"]),
+        (8, 5e3, "vmap"),
+        (64, 1.2e5, "vmap"),
+        (512, 1.2e5, 64),
+        (64, 1.1e6, 4),
+        (512, 2.2e4, "vmap"),
+        (8, 1e9, "map"),
     ],
 )
-def test_only_layouts_that_may_be_the_fastest_are_measured(slots, slot_bytes, expected):
-    found = batching.worth_measuring(batching.candidates(slots, None), slots, slot_bytes)
-    assert [layout.within for layout in found] == expected
+def test_a_cpu_takes_as_many_slots_at_once_as_are_at_hand(slots, slot_bytes, expected):
+    found = batching.candidates(slots, None)
+    assert batching.likeliest(found, slots, slot_bytes).within == expected
+
+
+def test_where_a_model_chooses_nothing_is_compiled():
+    trials = Population(wide_problems.problem(), wide_problems.optimizer(), SLOTS)
+    before = compiled.counts()
+    assert trials.resolve() in ("map", 4, "vmap")
+    assert compiled.counts() == before
+
+
+def test_what_would_have_to_be_measured_stays_open(measured):
+    trials = Population(wide_problems.problem(), wide_problems.optimizer(), SLOTS)
+    before = compiled.counts()
+    assert trials.resolve(measure=False) == "auto"
+    assert compiled.counts() == before
 
 
 def test_a_step_works_on_its_state_and_its_largest_array():

@@ -243,7 +243,9 @@ def test_a_change_that_is_meant_goes_on():
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(ValueError, match="every needs checkpoint"):
         solve(PROBLEM, OPTIMIZER, 4, KEY, every=2)
-    with pytest.raises(TypeError, match="checkpoint must be the path of a folder, got 3"):
+    with pytest.raises(
+        TypeError, match="checkpoint must be the path of a folder or an address, got 3"
+    ):
         solve(PROBLEM, OPTIMIZER, 4, KEY, checkpoint=3)
     with pytest.raises(ValueError, match="every must be at least 1"):
         solve(PROBLEM, OPTIMIZER, 4, KEY, checkpoint=tmp_path, every=0)

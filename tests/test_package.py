@@ -29,7 +29,7 @@ def python(executable, *arguments, cwd):
 
 
 def test_import_starts_no_backend_and_needs_no_extra(tmp_path):
-    assert python(sys.executable, "-c", CHECK, cwd=tmp_path).strip() == "0.2.0"
+    assert python(sys.executable, "-c", CHECK, cwd=tmp_path).strip() == "0.3.0"
 
 
 @pytest.mark.slow
@@ -37,16 +37,16 @@ def test_wheel_and_sdist_in_a_bare_environment(tmp_path):
     python(sys.executable, "-m", "build", "--outdir", str(tmp_path), str(ROOT), cwd=tmp_path)
     (sdist,), (wheel,) = tmp_path.glob("*.tar.gz"), tmp_path.glob("*.whl")
     with tarfile.open(sdist) as archive:
-        assert "gradhpo-0.2.0/docs/recipes.md" in archive.getnames()
+        assert "gradhpo-0.3.0/docs/recipes.md" in archive.getnames()
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names} == {"gradhpo", "gradhpo-0.2.0.dist-info"}
+    assert {name.split("/")[0] for name in names} == {"gradhpo", "gradhpo-0.3.0.dist-info"}
     assert {"gradhpo/py.typed", "gradhpo/parallel/__init__.py"} <= set(names)
     python(sys.executable, "-m", "venv", "bare", cwd=tmp_path)
     bare = str(tmp_path / "bare/bin/python")
     # Bytecode of all of JAX and SciPy is most of the time, and the least of it is imported.
     install = ("-m", "pip", "install", "--quiet", "--no-compile")
     python(bare, *install, str(sdist), cwd=tmp_path)
-    assert python(bare, "-c", CHECK, cwd=tmp_path).strip() == "0.2.0"
+    assert python(bare, "-c", CHECK, cwd=tmp_path).strip() == "0.3.0"
     again = ("--force-reinstall", "--no-deps", str(wheel))
     python(bare, *install, *again, cwd=tmp_path)
-    assert python(bare, "-c", CHECK, cwd=tmp_path).strip() == "0.2.0"
+    assert python(bare, "-c", CHECK, cwd=tmp_path).strip() == "0.3.0"

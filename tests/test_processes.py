@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gradhpo.cluster import SweepError, executors
+from gradhpo.cluster import Sweep, SweepError, executors
 from gradhpo.cluster.commands import Again
 from gradhpo.cluster.this_process import ThisProcess
 from tests import sweep_problems
@@ -47,6 +47,36 @@ def test_a_killed_and_a_stopped_worker_change_nothing(tmp_path, reference):
     assert result.report.compiles == 1  # later incarnations load it
     assert not any(map(alive, hit))
     assert not workers(made)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["slow", "fast"])
+def test_a_crowded_worker_and_a_slow_disk_end_in_the_same_checkpoints(
+    tmp_path, monkeypatch, killed
+):
+    """They are never at the same generation: one writes what does not fit, the other comes late."""
+    slow = tmp_path / "slow"
+    monkeypatch.setenv("SLOW_DISK", str(slow))
+    changes = {"shards": 3, "checkpoint_every": 3, "generations": LONG}
+    made = on_processes(
+        tmp_path / "sweep", problem="tests.sweep_problems:slow_disk_problem", **changes
+    )
+
+    def disturb(generation, table):
+        del table
+        if generation in (1, 5):  # until the next generation the other one has all three shards
+            chosen = [
+                p for p in workers(made) if (p == int(slow.read_text())) == (killed == "slow")
+            ]
+            for pid in chosen[:1]:
+                os.kill(pid, signal.SIGKILL)
+
+    result = made.run(disturb)
+    assert result.report.workers_lost >= 1
+    undisturbed = sweep(tmp_path / "reference", **changes).run()
+    assert_same_tables(result, undisturbed)
+    resumed = Sweep.from_storage(tmp_path / "sweep", generations=LONG + 2).run()
+    assert len(resumed.table["generation"]) > len(result.table["generation"])
 
 
 class LosesRows(ThisProcess):

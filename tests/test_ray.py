@@ -16,6 +16,7 @@ import pytest
 # As a sweep does before it starts a Ray of its own: this machine's addresses only.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 ray = pytest.importorskip("ray")
 
 from gradhpo.cluster import PBT, SearchSpace, SweepError, events  # noqa: E402

@@ -38,9 +38,10 @@ def loss(w, lam, batch):
     return jnp.mean((x @ w - y) ** 2)
 
 
-@pytest.mark.parametrize("page", ["models"])
+@pytest.mark.parametrize("page", ["models", "trackers"])
 @pytest.mark.slow
-def test_the_code_of_a_page_runs(page):
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     run(DOCS / f"{page}.md")
 
 

@@ -28,7 +28,8 @@ def run(page):
 
 
 @pytest.mark.slow
-def test_a_plain_loop_takes_the_steps_of_the_run():
+def test_a_plain_loop_takes_the_steps_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the page writes a script
     made = run("retraining.md")
     again = made["train"](made["moving"], (made["x"][:30], made["y"][:30]))
     np.testing.assert_allclose(again, made["solution"].state.params, rtol=1e-4, atol=1e-6)

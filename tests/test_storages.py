@@ -27,7 +27,7 @@ from gradhpo.cluster import (
 from gradhpo.cluster.check import check_storage
 from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.printable import printable
-from gradhpo.cluster.settings import Identity, Place, names
+from gradhpo.cluster.settings import Identity, Place, below, folder_of, names
 from tests import sweep_problems
 from tests.quick import slow_but
 from tests.sweeps import SPACE, assert_same_tables, sweep
@@ -151,6 +151,26 @@ def test_other_code_can_be_allowed(tmp_path):
     assert result.changes == [(1, "code")]
 
 
+@pytest.mark.parametrize("where", ["manifest.json", "programs.json"])
+def test_a_storage_of_another_version_goes_on(storage, reference, where):
+    """That computes otherwise, as far as its programs tell; as with another JAX."""
+    programs = json.loads((storage / "programs.json").read_text())
+    for entry in programs:
+        entry["key"]["computation"] = "another"
+    if where == "manifest.json":  # as versions before 0.3 left it
+        del programs[0]["gradhpo"]
+        about = json.loads((storage / where).read_text())
+        (storage / where).write_text(json.dumps(about | {"gradhpo": "0.2.0"}))
+    else:
+        programs[0]["gradhpo"] = "0.2.0"
+    (storage / "programs.json").write_text(json.dumps(programs))
+    made = sweep(storage, generations=GENERATIONS)
+    assert_same_tables(made.run(), reference)
+    notes = [event.what for event in told(made, events.Note)]
+    assert any("gradhpo was 0.2.0 and is" in text for text in notes)
+    assert made.run().changes == []
+
+
 def test_a_storage_without_the_checksum_goes_on(storage, reference):
     path = storage / "programs.json"
     entries = json.loads(path.read_text())
@@ -264,9 +284,21 @@ def test_where_a_storage_is(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert sweep("~/runs/a").storage == tmp_path / "runs/a"
     assert sweep(f"file://{tmp_path}/my%20run").storage == tmp_path / "my run"
-    for address in ("s3://bucket/run", "gs://bucket/run", "file://host/run", Path("s3://b/c")):
-        with pytest.raises(ValueError, match="storage must be a folder"):
+    for address, what in (
+        ("ftp://host/run", "be a folder"),
+        ("file://host/run", "be a folder"),
+        ("s3://bucket", "name a folder in a bucket"),
+        ("s3://bucket/run?versionId=1", r"be an address without any of \['\?'\]"),
+        (Path("s3://b/c"), "be a text where it is an address"),
+    ):
+        with pytest.raises(ValueError, match=f"storage must {what}"):
             sweep(address)
+    for address in ("s3://bucket/run", "s3://bucket//run/"):
+        assert folder_of(address) == "s3://bucket/run"
+    assert below("s3://bucket/run", "a", "b") == "s3://bucket/run/a/b"
+    with pytest.raises(ValueError, match="without credentials") as caught:
+        sweep("s3://key:hush@bucket/run")
+    assert "hush" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

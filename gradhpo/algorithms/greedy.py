@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ import optax
 from gradhpo.errors import check_number
 from gradhpo.hypergradient import Mode, validation
 from gradhpo.inner import Moved
+from gradhpo.observers.telling import Observer
 from gradhpo.optimizer import Estimate
 from gradhpo.state import BilevelState, LossFn, PyTree
 from gradhpo.task import Task
@@ -92,6 +93,7 @@ class GreedyOptimizer(UnrollingMethod):
         progress: bool | None = None,
         *,
         key: jax.Array | None = None,
+        observers: Iterable[Observer] = (),
     ) -> BilevelState:
         """Train for `M` episodes of one step each, `unroll_steps` inner steps; see the base class.
 
@@ -101,7 +103,8 @@ class GreedyOptimizer(UnrollingMethod):
             message = "GreedyOptimizer.run ignores lr_hyper: outer_optimizer has the step size"
             warnings.warn(message, UserWarning, stacklevel=2)
         draw = (get_train_batch, get_val_batch, train_loss_fn, val_loss_fn)
-        return super().run(state, M, *draw, lr_reptile, None, callback, progress, key=key)
+        rest = (lr_reptile, None, callback, progress)
+        return super().run(state, M, *draw, *rest, key=key, observers=observers)
 
     def estimate(self, state: BilevelState, task: Task) -> Estimate:
         """Return eq. 6 with the weights after T inner steps."""

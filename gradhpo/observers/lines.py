@@ -1,0 +1,64 @@
+"""Text files that grow by lines, each of a number, and are cut short by what is killed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Found(NamedTuple):
+    """Where the lines of a file end, all in bytes but for the numbers."""
+
+    last: int
+    """The last number; 0 for none."""
+    before: int
+    """The number before it."""
+    start: int
+    """Where the lines of the last number begin."""
+
+
+def ends(path: Path, number_of: Callable[[bytes], int], header: bool = False) -> Found:
+    """Return what the last whole line is of; what follows it was cut short.
+
+    Args:
+      path: the file.
+      number_of: returns the number of a whole line.
+      header: whether the first line is none of them.
+    """
+    if not path.exists():
+        return Found(0, 0, 0)
+    position = start = number = before = 0
+    with open(path, "rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            if header and position == 0:
+                start = len(line)
+            elif (found := number_of(line)) != number:
+                start, before, number = position, number, found
+            position += len(line)
+    return Found(number, before, start)
+
+
+def trim(path: Path, found: Found) -> int:
+    """Remove the lines of the last number, which may not all be there; return the one before."""
+    if path.exists():
+        os.truncate(path, found.start)
+    return found.before
+
+
+def append(path: Path, lines: bytes) -> None:
+    """Add lines, in one write.
+
+    Raises:
+      OSError: if they cannot be written whole.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        written = os.write(descriptor, lines)
+    finally:
+        os.close(descriptor)
+    if written != len(lines):
+        raise OSError(28, f"only {written} of {len(lines)} bytes written")

@@ -1,0 +1,281 @@
+"""Trackers get every number once, whatever fails, is killed or goes on."""
+
+import csv
+import importlib.util
+import json
+import struct
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gradhpo
+from gradhpo.observers import CSV, JSONLines, MLflow, OtherRunError, StepsDone, TensorBoard, WandB
+from gradhpo.observers.named import named
+from tests.small import BATCH, INNER, OUTER, start, train_loss, val_loss
+from tests.sweeps import sweep
+
+PROBLEM = gradhpo.Problem(
+    start, train_loss, val_loss, batch=lambda key: (BATCH, BATCH),
+    metrics=lambda w, lam: {"norm": abs(w).sum(), "of": {"first": w[0], "all": w}},
+)  # fmt: skip
+OPTIMIZER = gradhpo.OneStepOptimizer(INNER, OUTER)
+
+
+def needs(module):
+    missing = importlib.util.find_spec(module) is None
+    return pytest.mark.skipif(missing, reason=f"{module} is not installed (the extra trackers)")
+
+
+def solve(steps, key=None, **settings):
+    key = jax.random.key(0) if key is None else key
+    return gradhpo.solve(PROBLEM, OPTIMIZER, steps, key, progress=False, **settings)
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def read_json(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class Trackers:
+    """The real packages, and what each of them says that it was given: best by generation."""
+
+    def __init__(self, kind, folder):
+        self.kind, self.folder = kind, folder
+
+    def make(self):
+        if self.kind == "csv":
+            return CSV(self.folder / "a.csv")
+        if self.kind == "json":
+            return JSONLines(self.folder / "a.jsonl")
+        if self.kind == "tensorboard":
+            return TensorBoard(self.folder / "board")
+        if self.kind == "mlflow":
+            return MLflow("digits", str(self.folder / "mlruns"))
+        return WandB("digits", self.folder, mode="offline", settings={"silent": True})
+
+    def read(self, name):
+        """Return the steps and values of a series, as they were written."""
+        return getattr(self, f"_{self.kind}")(name)
+
+    def _tensorboard(self, name):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        found = EventAccumulator(str(self.folder / "board"), size_guidance={"scalars": 0})
+        return [(event.step, event.value) for event in found.Reload().Scalars(name)]
+
+    def _mlflow(self, name):
+        import mlflow
+
+        client = mlflow.MlflowClient(str(self.folder / "mlruns"))
+        where = client.get_experiment_by_name("digits").experiment_id
+        (run,) = client.search_runs([where])
+        assert run.info.status == "FINISHED"
+        assert run.data.params["population"] == "12"
+        return [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)]
+
+    def _wandb(self, name):
+        from wandb.proto.wandb_internal_pb2 import Record
+
+        rows = []
+        for path in sorted(self.folder.glob("wandb/offline-run-*/*.wandb")):
+            for record in map(Record.FromString, records_of_wandb(path.read_bytes())):
+                items = {i.key or i.nested_key[0]: i.value_json for i in record.history.item}
+                if name in items:
+                    rows.append((record.history.step.num, json.loads(items[name])))
+        return rows
+
+
+def records_of_wandb(data):
+    """Yield the records of W&B's file, a log as LevelDB has it, after a header of its own."""
+    position, block, head, record = 7, 32768, 7, b""
+    while position + head <= len(data):
+        if (left := block - position % block) < head:
+            position += left
+            continue
+        length, kind = struct.unpack("<HB", data[position + 4 : position + head])
+        part = data[position + head : position + head + length]
+        position += head + length
+        record = part if kind in (1, 2) else record + part
+        if kind in (1, 4):
+            yield record
+
+
+REAL = [
+    pytest.param("tensorboard", marks=[needs("tensorboardX"), needs("tensorboard")]),
+    pytest.param("mlflow", marks=[needs("mlflow"), pytest.mark.slow]),
+    pytest.param("wandb", marks=[needs("wandb"), pytest.mark.slow]),
+]
+
+
+@pytest.mark.filterwarnings("default")  # of other people's packages
+@pytest.mark.parametrize("kind", REAL)
+def test_a_sweep_that_goes_on_is_written_once_by_the_real_package(tmp_path, kind, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a database takes 20 s to be made
+    trackers = Trackers(kind, tmp_path)
+    storage = tmp_path / "sweep"
+    sweep(storage, generations=2).run(observers=[trackers.make()])
+    sweep(storage, generations=3).run()  # nobody watches
+    result = sweep(storage, generations=5).run(observers=[trackers.make()])
+    losses = result.table["val_loss"].reshape(5, -1)
+    best = np.minimum.accumulate(losses.min(axis=1))
+    for name, expected in (("best", best), ("median/val_loss", np.median(losses, axis=1))):
+        steps, values = zip(*trackers.read(name), strict=True)
+        assert steps == (1, 2, 3, 4, 5)
+        np.testing.assert_allclose(values, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["csv", "json"])
+def test_a_file_cut_short_is_gone_on_with(tmp_path, kind):
+    trackers, storage = Trackers(kind, tmp_path), tmp_path / "sweep"
+    sweep(storage, generations=3).run(observers=[trackers.make()])
+    path = trackers.make().path
+    path.write_bytes(path.read_bytes()[:-30])  # as a kill leaves it
+    result = sweep(storage, generations=4).run(observers=[trackers.make()])
+    rows = read_csv(path) if kind == "csv" else read_json(path)
+    assert len(rows) == 4 * 12
+    for name in ("val_loss", "trial", "hyperparams.log_rate", "test_loss"):
+        found = np.asarray([row[name] for row in rows]).astype(result.table[name].dtype)
+        np.testing.assert_array_equal(found, result.table[name], err_msg=name)
+    assert [int(row["generation"]) - 1 for row in rows] == result.table["generation"].tolist()
+    assert [int(row["slot"]) for row in rows] == result.table["slot"].tolist()
+
+
+def test_what_an_observer_misses_it_gets_later(tmp_path):
+    class Flaky(JSONLines):
+        def write(self, event, after):
+            if event.last == 2 and not self.failed:
+                self.failed = True
+                with open(self.path, "a") as file:
+                    file.write('{"generation": 2, "trial')
+                raise OSError("the disk is full")
+            super().write(event, after)
+
+    flaky = Flaky(tmp_path / "a.jsonl")
+    flaky.failed = False
+    sweep(tmp_path / "sweep", generations=4).run(observers=[flaky])
+    rows = read_json(flaky.path)
+    assert [row["generation"] for row in rows] == np.repeat([1, 2, 3, 4], 12).tolist()
+
+
+def test_a_solve_gives_a_row_for_each_step_with_its_evaluations(tmp_path):
+    path = tmp_path / "a.csv"
+    found = solve(9, eval_every=4, observers=[CSV(path)])
+    rows = read_csv(path)
+    assert [int(row["step"]) for row in rows] == list(range(1, 10))
+    for name, values in found.metrics.items():
+        assert [float(row[name]) for row in rows] == [float(x) for x in values]
+    assert [row["norm"] != "" for row in rows] == [n in (4, 8, 9) for n in range(1, 10)]
+    firsts = [float(row["of.first"]) for row in rows if row["of.first"]]
+    assert firsts == [float(x) for x in found.evals["of"]["first"]]
+    assert "of.all" not in rows[0]
+
+
+def test_a_batch_of_runs_has_a_row_for_each(tmp_path):
+    keys = jax.random.split(jax.random.key(0), 3)
+    found = solve(2, keys, observers=[JSONLines(tmp_path / "a.jsonl")])
+    rows = read_json(tmp_path / "a.jsonl")
+    assert [(row["step"], row["run"]) for row in rows] == [(s, r) for s in (1, 2) for r in range(3)]
+    assert [row["val_loss"] for row in rows] == found.metrics["val_loss"].ravel().tolist()
+    event = StepsDone("step", 1, found.metrics)
+    assert dict(event.points(1))[2]["val_loss/1"] == found.metrics["val_loss"][1, 1]
+
+
+def test_a_solve_goes_on_with_its_file_and_another_is_refused(tmp_path):
+    path = tmp_path / "a.csv"
+    part = solve(4, eval_every=2, observers=[CSV(path)])
+    whole = solve(7, eval_every=2, resume=part, observers=[CSV(path)])
+    rows = read_csv(path)
+    assert [float(row["val_loss"]) for row in rows] == whole.metrics["val_loss"].tolist()
+    assert [row["norm"] != "" for row in rows] == [n in (2, 4, 6, 7) for n in range(1, 8)]
+    with pytest.raises(OtherRunError, match=r"a.csv'\) holds another run, up to step 7"):
+        solve(4, observers=[CSV(path)])
+    assert read_csv(path) == rows
+
+
+def test_a_step_that_diverged_is_told_when_it_is_taken_anew(tmp_path):
+    path, plain, key = tmp_path / "a.csv", gradhpo.OneStepOptimizer(INNER), jax.random.key(0)
+
+    def bad_at_the_fourth(step):
+        return jnp.where(step == 3, jnp.inf, 1e-3)
+
+    def run(rate, **settings):
+        about = {"lr_hyper": rate, "progress": False, "observers": [CSV(path)]}
+        return gradhpo.solve(PROBLEM, plain, 6, key, **about, **settings)
+
+    with pytest.warns(gradhpo.DivergenceWarning):
+        bad = run(bad_at_the_fourth)
+    assert bad.steps == 3
+    assert [row["step"] for row in read_csv(path)] == ["1", "2", "3"]
+    good = run(1e-3, resume=bad)
+    rows = read_csv(path)
+    assert [float(row["val_loss"]) for row in rows] == good.metrics["val_loss"].tolist()
+    assert [int(row["step"]) for row in rows] == list(range(1, 7))
+
+
+def test_a_run_of_a_folder_is_known_again_before_its_first_checkpoint(tmp_path):
+    path, folder = tmp_path / "a.jsonl", tmp_path / "run"
+
+    class KilledError(Exception):
+        pass
+
+    def kill(steps, state):
+        if steps == 6:
+            raise KilledError
+
+    about = {"eval_every": 3, "checkpoint": folder, "every": 100}
+    with pytest.raises(KilledError):
+        solve(9, **about, callback=kill, observers=[JSONLines(path)])
+    assert len(read_json(path)) == 3
+    found = solve(9, **about, observers=[JSONLines(path)])
+    rows = read_json(path)
+    assert [row["step"] for row in rows] == list(range(1, 10))
+    assert [row["val_loss"] for row in rows] == found.metrics["val_loss"].tolist()
+
+
+def test_episodes_are_told_too(tmp_path):
+    state = OPTIMIZER.init(*start())
+    draw = lambda: BATCH  # noqa: E731
+    about = (state, 3, 2, draw, draw, train_loss, val_loss)
+    OPTIMIZER.run(*about, progress=False, observers=[CSV(tmp_path / "a.csv")])
+    rows = read_csv(tmp_path / "a.csv")
+    assert [int(row["episode"]) for row in rows] == [1, 2, 3]
+    assert all(float(row["val_loss"]) > 0 for row in rows)
+
+
+def test_an_error_of_an_observer_of_a_solve_is_warned_of_once():
+    class Broken:
+        def observe(self, event):
+            raise OSError("gone")
+
+        def __str__(self):
+            return "Broken()"
+
+    with pytest.warns(RuntimeWarning, match=r"observer Broken\(\) failed: OSError: gone") as told:
+        assert solve(3, eval_every=1, observers=[Broken()]).steps == 3
+    assert len(told) == 1
+    with pytest.raises(TypeError, match="observers must have a method observe, got 3"):
+        solve(3, observers=[3])
+
+
+def test_trackers_by_a_word(tmp_path):
+    assert str(named(f"csv={tmp_path}/a=b.csv")) == f"CSV('{tmp_path}/a=b.csv')"
+    assert isinstance(named("json=a.jsonl"), JSONLines)
+    for wrong in ("csv", "csv=", "excel=a"):
+        with pytest.raises(ValueError, match=f"track must be one of csv=…, json=.* got '{wrong}'"):
+            named(wrong)
+
+
+def test_what_is_not_installed_is_said_with_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install mlflow-skinny, or .*gradhpo\[trackers\]"):
+        MLflow("a")
+    with pytest.raises(ImportError, match="TensorBoard needs tensorboardX"):
+        TensorBoard("a")
+    with pytest.raises(ImportError, match="WandB needs wandb"):
+        WandB("a")

@@ -1,0 +1,158 @@
+"""Storages on a real server of S3, on this machine's loopback."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gradhpo import bucket, checkpoints, objects
+from gradhpo.bucket import Bucket
+from gradhpo.cluster import StorageInUse, events
+from gradhpo.cluster.check import check_storage
+from gradhpo.cluster.storage import Storage
+from tests.s3_server import s3_server
+from tests.sweeps import assert_same_tables, lost, sweep, workers
+
+for needed in ("s3fs", "moto"):
+    pytest.importorskip(needed)
+ROOT = Path(__file__).parent.parent
+GENERATIONS = 5
+
+
+@pytest.fixture(scope="module")
+def server():
+    """The environment in which the server is found; this process has it too."""
+    with s3_server() as env, pytest.MonkeyPatch.context() as patch:
+        for name, value in env.items():
+            patch.setenv(name, value)
+        yield env
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The small sweep, undisturbed, in a folder."""
+    return sweep(tmp_path_factory.mktemp("reference"), generations=GENERATIONS).run()
+
+
+def test_a_sweep_ends_as_in_a_folder_and_goes_on_there(server, reference):
+    address = "s3://bucket/team/run"
+    sweep(address, generations=2).run()
+    made = sweep(address, generations=GENERATIONS)
+    assert_same_tables(made.run(), reference)
+    assert any(isinstance(event, events.Resumed) for event in made.events)
+    assert all(finding.whole for finding in check_storage(address))
+    store = Bucket(address)
+    assert len(store.folders("checkpoints")) <= 3  # older ones are pruned
+    secret = server["AWS_SECRET_ACCESS_KEY"].encode()
+    for text in ("manifest.json", "programs.json", "journal.jsonl", "events.jsonl"):
+        assert secret not in store.read(text)
+
+
+def test_a_second_driver_is_refused(server):
+    address = "s3://bucket/held"
+    held = Storage(address).lock()
+    with pytest.raises(StorageInUse, match=f"process {os.getpid()} on host"):
+        sweep(address).run()
+    held.release()
+
+
+def test_a_large_object_is_sent_in_parts_and_is_there_whole_or_not_at_all(server, monkeypatch):
+    monkeypatch.setattr(bucket, "ONE_PUT", 1 << 20)
+    monkeypatch.setattr(objects, "PART", 5 << 20)  # the smallest that S3 takes
+    store, large = Bucket("s3://bucket/large"), np.arange(2_000_000)
+    saved = checkpoints.save(store, "tables/a", {"x": large}, {})
+    np.testing.assert_array_equal(checkpoints.load(store, saved)[0]["x"], large)
+    assert checkpoints.checksum(store, saved.file) == saved.sha256
+    calls = []
+
+    def content(file):
+        calls.append(file)
+        file.write(bytes(12 << 20))
+        if len(calls) == 2:
+            raise OSError(5, "in the middle")
+        return "b-0.arrays"
+
+    with pytest.raises(OSError, match="in the middle"):
+        store.write("tables/b", content)
+    calls[1].close()
+    assert store.names("tables") == [saved.file.rpartition("/")[2]]
+
+
+def test_errors_name_the_storage_and_no_credentials(server):
+    with pytest.raises(OSError, match="storage 's3://nowhere/run' cannot be written") as caught:
+        sweep("s3://nowhere/run").run()
+    assert server["AWS_ACCESS_KEY_ID"] not in str(caught.value)
+
+
+def operations(what, folder, server, *numbers):
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.store_operations", what, folder, *map(str, numbers)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, **server, "JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("every", "first", "step"), [(1, 7, 43), (3, 20, 61)])
+def test_sigkill_at_any_request_changes_no_bit(server, tmp_path, every, first, step):
+    assert int(operations("kills", tmp_path, server, every, first, step)[-1]) > 60 / step
+
+
+@pytest.mark.slow
+def test_a_driver_that_was_frozen_while_another_took_over_changes_nothing(server, tmp_path):
+    """SIGSTOP before a request, or after it; the text that it ends with says who took over."""
+    *said, count = operations("freezes", tmp_path, server, 1, 10, 45)
+    assert int(count) >= 2
+    assert all("was taken over from this sweep" in text for text in said)
+
+
+@pytest.mark.slow
+def test_sigkill_of_a_worker_on_this_machine(server, reference):
+    made, hit = sweep("s3://bucket/processes", **on_two("processes")), []
+
+    def disturb(generation, table):
+        del table
+        if generation == 2:
+            hit.append(workers(made)[0])
+            os.kill(hit[0], signal.SIGKILL)
+
+    assert_same_tables(made.run(disturb), reference)
+    assert any("SIGKILL" in reason for reason in lost(made))
+    ready = [event for event in made.events if isinstance(event, events.WorkerReady)]
+    assert all(Path(event.log).exists() for event in ready)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_sigkill_of_a_worker_in_ray(server, reference):
+    ray = pytest.importorskip("ray")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        made, hit = sweep("s3://bucket/ray", **on_two("ray")), []
+
+        def disturb(generation, table):
+            del table
+            if generation == 2:
+                hit.append(workers(made)[0])
+                os.kill(hit[0], signal.SIGKILL)
+
+        assert_same_tables(made.run(disturb), reference)
+        assert lost(made)
+    finally:
+        ray.shutdown()
+
+
+def on_two(executor):
+    return {"executor": executor, "workers": 2, "generations": GENERATIONS}
