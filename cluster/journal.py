@@ -55,11 +55,16 @@ class Journal:
         self.damaged: list[str] = []
         self.last: list[Entry] = []
         """The last entries, from the last but one that has checkpoints on."""
+        expected = 0  # at most: a damaged line may be of a generation
         for number, (entry, line) in enumerate(_read(self._text)):
+            which = f"{self._text.name}: line {number + 1}"
             if entry is None:
-                which = f"{self._text.name}: line {number + 1}"
                 self.damaged.append(f"{which} is damaged ({len(line)} bytes), and not used")
+                expected += 1
             else:
+                if entry["generation"] > expected:
+                    self.damaged.append(f"{which}: the generations before it are missing")
+                expected = entry["generation"] + 1
                 self.last = _recent([*self.last, entry])
 
     @property
@@ -106,14 +111,16 @@ def encode(entry: Entry) -> bytes:
 
 
 def _read(text: Text) -> Iterator[tuple[Entry | None, bytes]]:
-    """Read the lines, each with its entry; None for a damaged one."""
+    """Read the lines, each with its entry, None for a damaged one; of a generation's the last."""
     try:
-        lines = text.read_bytes().split(b"\n")
+        lines = [line for line in text.read_bytes().split(b"\n") if line]
     except FileNotFoundError:
         return
-    for line in lines:
-        if line:
-            yield _decode(line), line
+    entries = [_decode(line) for line in lines]
+    last = {entry["generation"]: index for index, entry in enumerate(entries) if entry}
+    for index, (entry, line) in enumerate(zip(entries, lines, strict=True)):
+        if entry is None or last[entry["generation"]] == index:
+            yield entry, line
 
 
 def _decode(line: bytes) -> Entry | None:

@@ -12,7 +12,7 @@ from gradhpo.cluster.events import Changed, Event, Note, Repaired
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.orders import Prepared
 from gradhpo.cluster.storage import Storage
-from gradhpo.files import Where
+from gradhpo.files import Unreachable, Where
 
 Entry = dict[str, Any]
 """Of a variant: its "batching", the step "key", the checksum of its "data", its "changes", and the
@@ -33,6 +33,8 @@ def read(storage: Where) -> list[Entry] | None:
         if not entries or any("batching" not in entry for entry in entries):
             raise ValueError("it names no layout")
         return entries
+    except Unreachable:
+        raise
     except (OSError, ValueError, TypeError) as error:
         raise SweepError(
             f"{text}, which says how the sweep's programs are laid out, is missing or damaged "
@@ -96,7 +98,7 @@ def keep(
     about = ({"batching": p.batching, "key": p.key, "data": p.data} for p in prepared)
     more = {"identity": its, "gradhpo": __version__}
     made: list[Entry] = json.loads(json.dumps([{**entry, **more} for entry in about]))
-    began = manifest.read(storage)["gradhpo"]
+    began = manifest.read(storage).get("gradhpo")
     changed: set[str] = set()
     for old, new in zip(known or [], made, strict=known is not None):
         what = dict.fromkeys(sorted(renamed), "its name")
@@ -138,14 +140,14 @@ def _changes(old: Entry, new: Entry, tell: Callable[[Event], None]) -> dict[str,
     elsewhere = [name for name in differing if name not in computed]
     if computed and "jax" not in differing and was == now:
         what["code"] = ", ".join(computed)
-    told = {name: (old["key"].get(name), new["key"][name]) for name in elsewhere}
+    bits = "the last bits of results may differ from an undisturbed run's"
+    for name in elsewhere:
+        tell(Note(f"{name} was {old['key'].get(name)} and is {new['key'][name]}: {bits}"))
     if computed and was != now:
-        told["gradhpo"] = was, now
-    for name, (was, now) in told.items():
         tell(
             Note(
-                f"{name} was {was} and is {now}: the last bits of results may differ from an "
-                "undisturbed run's"
+                f"gradhpo was {was} and is {now}, whose programs are others: {bits}. Whether the "
+                "problem and the optimizer compute what they did cannot be told"
             )
         )
     if not old.get("data"):

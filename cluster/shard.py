@@ -39,8 +39,8 @@ class ShardHost:
             jax.config.update("jax_enable_x64", spec.x64)
         self.spec, self.storage, self._data = spec, Storage(spec.storage), data
         self._variants: dict[int, Variant] = {}
-        self._traced: dict[int, Variant] = {}
-        """Of those that another worker compiles."""
+        self._traced: dict[int, tuple[Variant, list[str]]] = {}
+        """Of those that another worker compiles, with what was told of unreached ones."""
         self._states: collections.OrderedDict[int, Held] = collections.OrderedDict()
         self._writer = Writer(self.storage)
         self._begun: dict[int, int] = {}
@@ -50,22 +50,23 @@ class ShardHost:
 
     def trace(self, variant: int, batching: Any) -> None:
         """Get ahead with a variant that another worker compiles: import, and trace the programs."""
-        with _kept(UnreachedWarning):
+        with _kept(UnreachedWarning) as unreached:
             made = self._made(variant, batching)
             if made.trace():
-                self._traced[variant] = made
+                self._traced[variant] = made, unreached
 
     def prepare(
         self, variant: int, batching: Any, blobs: Mapping[str, bytes] | None = None
     ) -> Prepared:
         """Get a variant's programs, in this layout; from `blobs` where there are any."""
+        made, before = self._traced.pop(variant, (None, list[str]()))
+        if made is not None and batching not in ("auto", made.population.batching):
+            made, before = None, []
         with _kept(UnreachedWarning) as unreached:
-            made = self._traced.pop(variant, None)
-            if made is None or made.population.batching != batching:
-                made = self._made(variant, batching)
+            made = made or self._made(variant, batching)
             prepared = made.prepare(blobs)
         self._variants[variant] = made
-        return prepared._replace(variant=variant, unreached=tuple(unreached))
+        return prepared._replace(variant=variant, unreached=(*before, *unreached))
 
     def run(self, order: Order, incarnation: int, rows: Mapping[int, Rows] | None = None) -> Result:
         """Execute an order, and begin to write its checkpoint if it says so.

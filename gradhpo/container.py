@@ -14,8 +14,8 @@ The checksum is made while the bytes are written, and while they are read: they 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -174,8 +174,11 @@ def _put(file: BinaryIO, hashed: _Hashed, data: Any) -> None:
 
 def _flush(file: BinaryIO) -> None:
     file.flush()
-    with contextlib.suppress(OSError):  # no file of an operating system
-        os.fsync(file.fileno())
+    try:
+        descriptor = file.fileno()
+    except io.UnsupportedOperation:  # no file of an operating system
+        return
+    os.fsync(descriptor)
 
 
 def _spans(start: int, end: int) -> Iterator[tuple[int, int]]:

@@ -44,10 +44,11 @@ class Folder(Files):
         return [e.name for e in self._entries(folder) if e.is_dir(follow_symlinks=False)]
 
     def remove(self, names: Collection[str], folder: str | None = None) -> None:
-        """Remove links themselves."""
+        """Remove links themselves, and nothing behind one."""
         for name in names:
-            (self.path / name).unlink(missing_ok=True)
-        if folder is not None:
+            if not self._behind_link(name):
+                (self.path / name).unlink(missing_ok=True)
+        if folder is not None and not self._behind_link(folder):
             with contextlib.suppress(OSError):  # something is left in it
                 os.rmdir(self.path / folder)
 
@@ -117,14 +118,11 @@ class Folder(Files):
         return holder(self.path)
 
     def _entries(self, folder: str) -> list[os.DirEntry[str]]:
-        path = self.path
-        for part in Path(folder).parts:
-            path /= part
-            if path.is_symlink():
-                return []
-        if not path.is_dir():
-            return []
-        return sorted(os.scandir(path), key=lambda entry: entry.name)
+        path = self.path / folder
+        return sorted(os.scandir(path), key=lambda entry: entry.name) if path.is_dir() else []
+
+    def _behind_link(self, name: str) -> bool:
+        return any((self.path / folder).is_symlink() for folder in Path(name).parents)
 
 
 def _ends_with_newline(path: Path) -> bool:

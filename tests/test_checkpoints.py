@@ -1,6 +1,8 @@
 """Files and journal lines that were cut or changed are noticed, and nothing is unpickled."""
 
+import errno
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -283,3 +285,30 @@ def test_every_bit_of_a_file_without_a_checksum_in_its_name_is_guarded(tmp_path)
         checkpoints.read(path)
     with pytest.raises(DamagedFile, match=r"other: cannot be read"):
         checkpoints.read(tmp_path / "other")
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_what_the_disk_could_not_write_is_not_saved(tmp_path, monkeypatch, failing):
+    """Linux tells of an error once: whoever asks first must pass it on."""
+    calls, fsync = itertools.count(1), os.fsync
+
+    def failed(descriptor):
+        if next(calls) == failing:
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failed)
+    with pytest.raises(OSError, match="Input/output error"):
+        checkpoints.save(tmp_path, "large", {"x": np.zeros(3 << 20)}, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_generation_that_is_told_twice_counts_once_and_one_that_is_missing_is_told(tmp_path):
+    """As a damaged object of a store may leave a journal."""
+    made = journal.Journal(tmp_path)
+    entries = [entry(generation) for generation in (0, 1, 2, 0, 1, 2, 3, 5)]
+    for one in entries:
+        made.append(one)
+    again = journal.Journal(tmp_path)
+    assert [one["generation"] for one in again.entries()] == [0, 1, 2, 3, 5]
+    assert again.damaged == ["journal.jsonl: line 5: the generations before it are missing"]
