@@ -1,11 +1,16 @@
 """What `batching="auto"` chooses from, how it finds out, and that it remembers."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
 
+from gradhpo.cluster import SearchSpace, loguniform
+from gradhpo.cluster.shard import ShardHost
 from gradhpo.parallel import Population, batching, compiled, layout_cache, population, working_set
 from tests import wide_problems
+from tests.sweeps import sweep
 
 SLOTS = 8
 
@@ -107,3 +112,19 @@ def test_a_step_works_on_its_state_and_its_largest_array():
     state = jnp.zeros((3, 10))
     program = jax.make_jaxpr(jax.vmap(lambda w: (w, jnp.outer(w, w).sum())))(state)
     assert working_set.slot_bytes(program, state, 3, 3) == 40 + 400
+
+
+def test_a_worker_that_traced_and_then_compiles_tells_what_is_unreached(tmp_path):
+    """The one that compiled died meanwhile."""
+    made = wide_problems.problem()
+
+    def init(key):
+        weights, lam = made.init(key)
+        return weights, {**lam, "unused": jnp.float32(0)}
+
+    space = SearchSpace({"log_decay": loguniform(1e-4, 1, stored="log")})
+    problem, optimizer = dataclasses.replace(made, init=init), wide_problems.optimizer()
+    host = ShardHost(sweep(tmp_path, space=space, problem=problem, optimizer=optimizer)._spec())
+    host.trace(0, "map")
+    (told,) = host.prepare(0, "map").unreached
+    assert "unused" in told
