@@ -75,7 +75,7 @@ class Run:
         """
         tell, total = self._telling.tell, self._place.generations
         done = self._journal.generation + 1
-        tell(Begun("generation", done, total, dict(about), self._name(about), self._past))
+        tell(Begun("generation", done, total, _told(about), self._name(about), self._past))
         if done:
             tell(Resumed(done, total))
         for what in self._journal.damaged:
@@ -189,3 +189,10 @@ class Run:
         what = (Storage(self._storage), self._journal, executor, self._layout, rules)
         every = self._place.checkpoint_every
         return Controller(*what, self._telling.tell, stopping, every, changes)
+
+
+def _told(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a manifest for observers: of the workers' environment, secrets maybe, names alone."""
+    how = dict(about["how"])
+    how |= {name: list(how[name]) for name in ("env", "runtime_env") if how.get(name)}
+    return {**about, "how": how}

@@ -146,6 +146,22 @@ def test_a_file_cut_short_is_gone_on_with(tmp_path, kind):
     assert [int(row["slot"]) for row in rows] == result.table["slot"].tolist()
 
 
+def test_observers_get_the_names_of_the_workers_environment_and_no_values(tmp_path):
+    told = []
+
+    class Keeps:
+        def observe(self, event):
+            told.append(event)
+
+    env, more = {"WANDB_API_KEY": "a secret"}, {"env_vars": {"TOKEN": "a secret"}}
+    made = sweep(tmp_path / "sweep", generations=1, env=env, runtime_env=more)
+    made.run(observers=[Keeps()])
+    how = told[0].settings["how"]
+    assert (how["env"], how["runtime_env"]) == (["WANDB_API_KEY"], ["env_vars"])
+    assert "a secret" not in repr(told)
+    assert "a secret" in (tmp_path / "sweep" / "manifest.json").read_text()
+
+
 def test_what_an_observer_misses_it_gets_later(tmp_path):
     class Flaky(JSONLines):
         def write(self, event, after):
