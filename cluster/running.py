@@ -183,7 +183,7 @@ class Run:
         """
         changed = any(isinstance(event, Changed) for event in self._telling.kept)
         entries = [entry for entry in self._journal.last if entry["generation"] == first]
-        return any(changed or entry.get("changes") != changes for entry in entries)
+        return any(changed or (changes and changes != entry.get("changes")) for entry in entries)
 
     def _stopped(self, total: int, stopping: Stopping, how_to_resume: Callable[[], str]) -> Stopped:
         done = self._journal.generation + 1

@@ -157,8 +157,8 @@ class RunFolder:
             what = f"step {solution.steps} could not be saved"
             if self._saved == now:
                 what = f"checkpoints before step {solution.steps} could not be removed"
-            told = f"{self.name}: {what}, and the run goes on: {error.strerror}"
-            warn_user(told, RuntimeWarning)
+            text = f"{self.name}: {what}, and the run goes on: {error.strerror}"
+            warn_user(text, RuntimeWarning)
         ended = time.monotonic()
         self._due = ended + max(SECONDS, SHARE * (ended - started))
 
