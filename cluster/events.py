@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from gradhpo.cluster import columns, orders
-from gradhpo.observers.events import Begun, Event, ObserverFailed, Over, Progress
+from gradhpo.observers.events import Begun, Event, GoneBack, ObserverFailed, Over, Progress
 from gradhpo.observers.telling import Observer, Telling
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Event",
     "Finished",
     "GenerationDone",
+    "GoneBack",
     "Importing",
     "Note",
     "Observer",

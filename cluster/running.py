@@ -15,8 +15,10 @@ from gradhpo.cluster.events import (
     Begun,
     Changed,
     Damaged,
+    Event,
     Finished,
     GenerationDone,
+    GoneBack,
     Resumed,
     Running,
     Starting,
@@ -75,7 +77,7 @@ class Run:
         """
         tell, total = self._telling.tell, self._place.generations
         done = self._journal.generation + 1
-        tell(Begun("generation", done, total, dict(about), self._name(about), self._past))
+        tell(Begun("generation", done, total, _told(about), self._name(about), self._past))
         if done:
             tell(Resumed(done, total))
         for what in self._journal.damaged:
@@ -169,10 +171,19 @@ class Run:
         first = durable[-1]["generation"] + 1 if durable else 0
         args = (prepared, first, allowed, renamed, about, tell)
         entries = programs.keep(self._storage, known, *args)
-        changed = any(isinstance(event, Changed) for event in self._telling.kept)
-        if changed and first <= self._journal.generation:  # their states came before the change
+        if self._before_change(first, programs.allowed_changes(entries).get(first)):
+            tell(GoneBack(first))  # first, since what a kill leaves of a journal is told again
             self._journal.drop_after(first - 1)
         return entries
+
+    def _before_change(self, first: int, changes: list[str] | None) -> bool:
+        """Whether generations from the first that has no states on came before a change.
+
+        One that an earlier run allowed counts too, if it was killed before it dropped them.
+        """
+        changed = any(isinstance(event, Changed) for event in self._telling.kept)
+        entries = [entry for entry in self._journal.last if entry["generation"] == first]
+        return any(changed or (changes and changes != entry.get("changes")) for entry in entries)
 
     def _stopped(self, total: int, stopping: Stopping, how_to_resume: Callable[[], str]) -> Stopped:
         done = self._journal.generation + 1
@@ -188,4 +199,18 @@ class Run:
         rules = Rules(*about, identity.metric, identity.sign)
         what = (Storage(self._storage), self._journal, executor, self._layout, rules)
         every = self._place.checkpoint_every
-        return Controller(*what, self._telling.tell, stopping, every, changes)
+
+        def tell(event: Event) -> None:
+            self._telling.tell(event)
+            back = event.generation if isinstance(event, Damaged) else None
+            if back is not None and any(generation > back for generation in changes):
+                self._telling.tell(GoneBack(back))  # computed again, but not as it was
+
+        return Controller(*what, tell, stopping, every, changes)
+
+
+def _told(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a manifest for observers: of the workers' environment, secrets maybe, names alone."""
+    how = dict(about["how"])
+    how |= {name: list(how[name]) for name in ("env", "runtime_env") if how.get(name)}
+    return {**about, "how": how}

@@ -87,8 +87,9 @@ class Sweep:
         "auto": "ray" where it is installed, else "local".
       address: of a Ray cluster to join, or "auto"; by default `RAY_ADDRESS`, and without that a
         Ray of this machine only, started here and stopped again.
-      env: environment variables of the workers.
-      runtime_env: more of Ray's runtime environment, such as `working_dir` or `pip`.
+      env: environment variables of the workers. They stand in the storage's manifest: no secrets.
+      runtime_env: more of Ray's runtime environment, such as `working_dir` or `pip`; in the
+        manifest, too.
       deadline: seconds after which a worker that has not finished a shard's generation is replaced;
         None, by default, for no such limit: a worker may be as slow as it likes while it lives.
       start_deadline: the same for starting, and for compiling a variant.

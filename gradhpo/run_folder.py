@@ -131,7 +131,8 @@ class RunFolder:
     def save(self, solution: Solution, told: bool) -> None:
         """Write a checkpoint, unless it is there, and remove the older ones but one.
 
-        If it cannot be written, a warning says so, and the run goes on.
+        If the folder or its store refuses, or does not answer, a warning says so, and the run goes
+        on.
 
         Raises:
           StorageInUse: if another process has taken a store over.
@@ -146,19 +147,18 @@ class RunFolder:
         started = time.monotonic()
         arrays, about = packed(solution)
         about = {**about, "kind": self._kind, "told": told, "diverged": any(now[2])}
-        number = max((int(name.split("-")[0]) for name in self._names()), default=0) + 1
         try:
+            number = max((int(name.split("-")[0]) for name in self._names()), default=0) + 1
             self._files.check_held()
             checkpoints.save(self._files, f"{number:08d}-step-{solution.steps}", arrays, about)
-        except OSError as error:
-            warn_user(
-                f"{self.name}: step {solution.steps} could not be saved, and the run goes on: "
-                f"{error.strerror}",
-                RuntimeWarning,
-            )
-        else:
             self._saved = now
             self._files.remove(self._names()[KEPT:])
+        except OSError as error:
+            what = f"step {solution.steps} could not be saved"
+            if self._saved == now:
+                what = f"checkpoints before step {solution.steps} could not be removed"
+            text = f"{self.name}: {what}, and the run goes on: {error.strerror}"
+            warn_user(text, RuntimeWarning)
         ended = time.monotonic()
         self._due = ended + max(SECONDS, SHARE * (ended - started))
 

@@ -161,6 +161,33 @@ def test_one_run_goes_on_from_a_store(address):
     held.release()
 
 
+@pytest.mark.parametrize(
+    ("silent", "told", "newest"),
+    [(lambda steps, listing: steps >= 4, "step [468] could not be saved", "00000001-step-2"),
+     (lambda steps, listing: (steps, listing) == (6, 2),
+      "checkpoints before step 6 could not be removed", "00000004-step-8")],
+)  # fmt: skip
+def test_one_run_goes_on_where_a_store_does_not_answer(address, monkeypatch, silent, told, newest):
+    ls, done, listings = MemoryFileSystem.ls, [0], []
+
+    def unanswered(self, *args, **settings):
+        listings.append(done[-1])
+        if silent(done[-1], listings.count(done[-1])):  # a checkpoint is written between two
+            raise TimeoutError("no answer")
+        return ls(self, *args, **settings)
+
+    monkeypatch.setattr(MemoryFileSystem, "ls", unanswered)
+    problem = Problem(start, train_loss, val_loss, batch=lambda key: (BATCH, BATCH))
+    with pytest.warns(RuntimeWarning, match=f"{told}, and the run goes on: no answer"):
+        found = solve(
+            problem, build("one-step", outer=True)[0], 8, jax.random.key(0), checkpoint=address,
+            every=2, eval_every=2, callback=lambda steps, state, evals: done.append(steps),
+        )  # fmt: skip
+    monkeypatch.undo()
+    assert found.steps == 8
+    assert max(Bucket(address).names()).startswith(newest)
+
+
 def test_a_bucket_of_something_else_is_refused(address):
     fsspec.filesystem("memory").pipe_file(f"{address}/thesis.tex", b"important")
     with pytest.raises(SweepError, match=r"holds no sweep \(it has 'thesis.tex'\)"):

@@ -1,6 +1,8 @@
 """Trackers get every number once, whatever fails, is killed or goes on."""
 
+import contextlib
 import csv
+import functools
 import importlib.util
 import json
 import struct
@@ -11,10 +13,13 @@ import numpy as np
 import pytest
 
 import gradhpo
+from gradhpo.cluster import events, shard
+from gradhpo.cluster.journal import Journal
 from gradhpo.observers import CSV, JSONLines, MLflow, OtherRunError, StepsDone, TensorBoard, WandB
 from gradhpo.observers.named import named
+from tests import file_operations
 from tests.small import BATCH, INNER, OUTER, start, train_loss, val_loss
-from tests.sweeps import sweep
+from tests.sweeps import assert_same_tables, sweep, wait_until
 
 PROBLEM = gradhpo.Problem(
     start, train_loss, val_loss, batch=lambda key: (BATCH, BATCH),
@@ -99,6 +104,8 @@ def records_of_wandb(data):
             position += left
             continue
         length, kind = struct.unpack("<HB", data[position + 4 : position + head])
+        if position + head + length > len(data):  # it is being written
+            return
         part = data[position + head : position + head + length]
         position += head + length
         record = part if kind in (1, 2) else record + part
@@ -124,6 +131,8 @@ def test_a_sweep_that_goes_on_is_written_once_by_the_real_package(tmp_path, kind
     result = sweep(storage, generations=5).run(observers=[trackers.make()])
     losses = result.table["val_loss"].reshape(5, -1)
     best = np.minimum.accumulate(losses.min(axis=1))
+    # W&B's own process may write the end of its file after `finish` has returned.
+    wait_until(lambda: len(trackers.read("best")) >= 5, 60, "the file of the tracker is not whole")
     for name, expected in (("best", best), ("median/val_loss", np.median(losses, axis=1))):
         steps, values = zip(*trackers.read(name), strict=True)
         assert steps == (1, 2, 3, 4, 5)
@@ -146,6 +155,22 @@ def test_a_file_cut_short_is_gone_on_with(tmp_path, kind):
     assert [int(row["slot"]) for row in rows] == result.table["slot"].tolist()
 
 
+def test_observers_get_the_names_of_the_workers_environment_and_no_values(tmp_path):
+    told = []
+
+    class Keeps:
+        def observe(self, event):
+            told.append(event)
+
+    env, more = {"WANDB_API_KEY": "a secret"}, {"env_vars": {"TOKEN": "a secret"}}
+    made = sweep(tmp_path / "sweep", generations=1, env=env, runtime_env=more)
+    made.run(observers=[Keeps()])
+    how = told[0].settings["how"]
+    assert (how["env"], how["runtime_env"]) == (["WANDB_API_KEY"], ["env_vars"])
+    assert "a secret" not in repr(told)
+    assert "a secret" in (tmp_path / "sweep" / "manifest.json").read_text()
+
+
 def test_what_an_observer_misses_it_gets_later(tmp_path):
     class Flaky(JSONLines):
         def write(self, event, after):
@@ -161,6 +186,120 @@ def test_what_an_observer_misses_it_gets_later(tmp_path):
     sweep(tmp_path / "sweep", generations=4).run(observers=[flaky])
     rows = read_json(flaky.path)
     assert [row["generation"] for row in rows] == np.repeat([1, 2, 3, 4], 12).tolist()
+
+
+class Began(file_operations.Variant):
+    """The program that a sweep begins with."""
+
+    def turn(self, state, order):
+        state, columns = super().turn(state, order)
+        return state, columns | {"diverged_at": np.zeros(self.slots, np.int32)}
+
+
+class Changed(Began):
+    """Another one."""
+
+    def prepare(self, blobs):
+        return super().prepare(blobs)._replace(key={"computation": "another"})
+
+    def turn(self, state, order):
+        state, columns = super().turn(state, order)
+        return state, columns | {"val_loss": columns["val_loss"] / 2}
+
+
+def changes_after_the_third(monkeypatch, folder, tracker):
+    """Return a sweep with checkpoints after the third of its generations, whose program changes."""
+    monkeypatch.setattr(shard, "Variant", Began)
+    made = functools.partial(sweep, folder, checkpoint_every=3)
+
+    def stop(generation, table):
+        if generation == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        made(generations=8).run(stop, observers=[tracker] if tracker else [])
+    assert Journal(folder).generation == 4
+    monkeypatch.setattr(shard, "Variant", Changed)
+    return made
+
+
+@pytest.mark.filterwarnings("default")  # of other people's packages
+@pytest.mark.parametrize("kind", ["csv", "json", *REAL[:2]])
+def test_what_is_computed_again_by_changed_code_is_written_anew(tmp_path, kind, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    trackers = Trackers(kind, tmp_path)
+    made = changes_after_the_third(monkeypatch, tmp_path / "sweep", trackers.make())
+    observers = [trackers.make()]
+    made(generations=6).run(observers=observers, allow_changed=("code",))
+    result = made(generations=8).run(observers=observers)
+    assert [tuple(change) for change in result.changes] == [(3, "code")]
+    losses = result.table["val_loss"].reshape(8, -1)
+    if kind in ("csv", "json"):
+        path = trackers.make().path
+        rows = read_csv(path) if kind == "csv" else read_json(path)
+        assert [float(row["val_loss"]) for row in rows] == losses.ravel().tolist()
+        return
+    found = trackers.read("median/val_loss")
+    found = list(dict(found).items()) if kind == "mlflow" else found  # which has the old ones, too
+    steps, values = zip(*found, strict=True)
+    assert steps == tuple(range(1, 9))
+    np.testing.assert_allclose(values, np.median(losses, axis=1), rtol=1e-6)
+
+
+def test_a_change_and_a_damaged_checkpoint_before_it_leave_no_old_row(tmp_path, monkeypatch):
+    path = tmp_path / "a.csv"
+    made = changes_after_the_third(monkeypatch, tmp_path / "sweep", CSV(path))
+    saved = Journal(tmp_path / "sweep").durable[-1]["checkpoints"][0]
+    (tmp_path / "sweep" / saved.file).write_bytes(b"damaged")
+    changed = made(generations=8)
+    result = changed.run(observers=[CSV(path)], allow_changed=("code",))
+    assert [e.generation for e in changed.events if isinstance(e, events.Damaged)] == [0]
+    assert [float(row["val_loss"]) for row in read_csv(path)] == result.table["val_loss"].tolist()
+
+
+def test_a_kill_as_a_change_is_taken_in_leaves_nothing_from_before(tmp_path, monkeypatch):
+    class KilledError(BaseException):
+        pass
+
+    def kill(self, generation):
+        raise KilledError
+
+    def run(name, killed):
+        made = changes_after_the_third(monkeypatch, tmp_path / name, None)
+        with monkeypatch.context() as patched, contextlib.suppress(KilledError):
+            if killed:
+                patched.setattr(Journal, "drop_after", kill)
+            return made(generations=8).run(allow_changed=("code",))
+        path = tmp_path / "a.csv"
+        result = made(generations=8).run(observers=[CSV(path)])
+        rows = [float(row["val_loss"]) for row in read_csv(path)]
+        assert rows == result.table["val_loss"].tolist()
+        return result
+
+    assert_same_tables(run("killed", True), run("whole", False))
+
+
+@pytest.mark.parametrize(
+    "text", [b'{"rate": 0.1}', b"{\n}\n", b"my notes", b"my,notes\n", b"\n", b"generations,1"]
+)
+@pytest.mark.parametrize("kind", [CSV, JSONLines])
+def test_a_file_of_something_else_is_refused_and_stays(tmp_path, kind, text):
+    path = tmp_path / "config"
+    path.write_bytes(text)
+    with pytest.raises(OtherRunError, match=r"config'\) must begin with '.*step.*, has b'"):
+        solve(1, observers=[kind(path)])
+    assert path.read_bytes() == text
+
+
+@pytest.mark.parametrize("left", [0, 1, 4, 8, 20])
+@pytest.mark.parametrize("kind", [CSV, JSONLines])
+def test_a_file_cut_short_in_its_first_line_is_begun_again(tmp_path, kind, left):
+    path = tmp_path / "a"
+    solve(2, observers=[kind(path)])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:left])
+    solve(2, observers=[kind(path)])
+    assert path.read_bytes() == whole
 
 
 def test_a_solve_gives_a_row_for_each_step_with_its_evaluations(tmp_path):

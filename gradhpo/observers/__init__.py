@@ -1,7 +1,15 @@
 """Who watches a run or a sweep: trackers of experiments, and observers of one's own."""
 
 from gradhpo.observers.csv_file import CSV
-from gradhpo.observers.events import Begun, Event, ObserverFailed, Over, Progress, StepsDone
+from gradhpo.observers.events import (
+    Begun,
+    Event,
+    GoneBack,
+    ObserverFailed,
+    Over,
+    Progress,
+    StepsDone,
+)
 from gradhpo.observers.json_lines import JSONLines
 from gradhpo.observers.mlflow import MLflow
 from gradhpo.observers.telling import Observer
@@ -13,6 +21,7 @@ __all__ = [
     "CSV",
     "Begun",
     "Event",
+    "GoneBack",
     "JSONLines",
     "MLflow",
     "Observer",

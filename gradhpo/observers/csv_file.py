@@ -11,8 +11,8 @@ from typing import Any, BinaryIO
 
 from gradhpo.commit import commit
 from gradhpo.observers.events import Begun, Progress
-from gradhpo.observers.lines import append, ends, trim
-from gradhpo.observers.tracker import OtherRunError, Tracker
+from gradhpo.observers.lines import append, check_beginning, ends, trim
+from gradhpo.observers.tracker import Tracker
 
 
 class CSV(Tracker):
@@ -22,7 +22,7 @@ class CSV(Tracker):
     batch), with what `Problem.metrics` gave at evaluations in columns of its own.
 
     Args:
-      path: the file.
+      path: the file: none, or one that this tracker wrote.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -36,10 +36,9 @@ class CSV(Tracker):
     def open(self, begun: Begun) -> int:
         """Read how far it is; the last number is written again, as it may be cut short."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        check_beginning(self, self.path, f"{begun.axis},")
         self._columns = self._header()
-        if self._columns and self._columns[0] != begun.axis:
-            raise OtherRunError(f"{self} must begin with {begun.axis!r}, has {self._columns[0]!r}")
-        found = ends(self.path, lambda line: int(line.split(b",", 1)[0]), header=True)
+        found = ends(self.path, _number, self.most, header=True)
         self.check_own(begun, found.last)
         return trim(self.path, found)
 
@@ -76,6 +75,10 @@ class CSV(Tracker):
 
         commit(self.path, content)
         self._columns = columns
+
+
+def _number(line: bytes) -> int:
+    return int(line.split(b",", 1)[0])
 
 
 def _text(columns: list[str], rows: Iterable[Mapping[str, Any]]) -> bytes:

@@ -67,6 +67,15 @@ class Begun(Event):
 
 
 @dataclasses.dataclass(frozen=True)
+class GoneBack(Event):
+    """What was told of numbers after `done` does not hold: they are computed anew."""
+
+    done: int
+    """How many are done."""
+    name: ClassVar[str] = "gone back"
+
+
+@dataclasses.dataclass(frozen=True)
 class Over(Event):
     """Nothing more is told: the run is at its end, or has failed."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gradhpo.observers.events import Begun, Progress
-from gradhpo.observers.lines import append, ends, trim
+from gradhpo.observers.lines import append, check_beginning, ends, trim
 from gradhpo.observers.tracker import OtherRunError, Tracker
 
 
@@ -19,7 +19,7 @@ class JSONLines(Tracker):
     What is no finite number is `null`.
 
     Args:
-      path: the file.
+      path: the file: none, or one that this tracker wrote.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -41,7 +41,8 @@ class JSONLines(Tracker):
                 )
             return int(row[begun.axis])  # pyright: ignore[reportUnknownArgumentType]
 
-        found = ends(self.path, number_of)
+        check_beginning(self, self.path, json.dumps({begun.axis: 0})[:-2])
+        found = ends(self.path, number_of, self.most)
         self.check_own(begun, found.last)
         return trim(self.path, found)
 

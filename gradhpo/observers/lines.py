@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+from gradhpo.observers.tracker import OtherRunError
+
+MOST_SHOWN = 80
+"""Bytes of a file's first line that an error shows."""
 
 
 class Found(NamedTuple):
@@ -14,17 +20,33 @@ class Found(NamedTuple):
     last: int
     """The last number; 0 for none."""
     before: int
-    """The number before it."""
+    """The last number that is whole, and to stay."""
     start: int
-    """Where the lines of the last number begin."""
+    """Where its lines end."""
 
 
-def ends(path: Path, number_of: Callable[[bytes], int], header: bool = False) -> Found:
+def check_beginning(who: object, path: Path, ours: str) -> None:
+    """Raise if a file, whose first line may be cut short, does not begin as ours do.
+
+    Raises:
+      OtherRunError: if so.
+    """
+    if path.exists():
+        with open(path, "rb") as file:
+            first = file.readline(MOST_SHOWN)
+        if not (first.startswith(ours.encode()) or ours.encode().startswith(first)):
+            raise OtherRunError(f"{who} must begin with {ours!r}, has {first!r}")
+
+
+def ends(
+    path: Path, number_of: Callable[[bytes], int], most: int = sys.maxsize, header: bool = False
+) -> Found:
     """Return what the last whole line is of; what follows it was cut short.
 
     Args:
       path: the file.
       number_of: returns the number of a whole line.
+      most: the last number that is to stay; those after it count as cut short.
       header: whether the first line is none of them.
     """
     if not path.exists():
@@ -37,13 +59,15 @@ def ends(path: Path, number_of: Callable[[bytes], int], header: bool = False) ->
             if header and position == 0:
                 start = len(line)
             elif (found := number_of(line)) != number:
-                start, before, number = position, number, found
+                if number <= most:
+                    start, before = position, number
+                number = found
             position += len(line)
     return Found(number, before, start)
 
 
 def trim(path: Path, found: Found) -> int:
-    """Remove the lines of the last number, which may not all be there; return the one before."""
+    """Remove the lines of the last number, which may not all be there, and what was given up."""
     if path.exists():
         os.truncate(path, found.start)
     return found.before

@@ -53,7 +53,7 @@ class MLflow(Tracker):
                 self._run = run.info.run_id
                 self._client.update_run(self._run, status="RUNNING")
                 steps = self._client.get_metric_history(self._run, begun.axis)
-                return max((metric.step for metric in steps), default=0)
+                return min(max((metric.step for metric in steps), default=0), self.most)
         tags = {} if begun.run is None else {RUN: begun.run}
         self._run = self._client.create_run(where, tags=tags, run_name=self.name).info.run_id
         self._describe(begun.settings)

@@ -35,13 +35,15 @@ class TensorBoard(Tracker):
         return f"TensorBoard({str(self.folder)!r})"
 
     def open(self, begun: Begun) -> int:
-        """Find the last number there; TensorBoard leaves out what a kill left after it."""
+        """Find the last number there; TensorBoard leaves out what is after it."""
         self._axis = begun.axis
         last = _last(self.folder, begun.axis)
         self.check_own(begun, last)
-        purge = {"purge_step": last + 1} if last else {}
-        self._writer = load("tensorboardX").SummaryWriter(str(self.folder), **purge)
-        return last
+        done, files = min(last, self.most), len(_files(self.folder))
+        more: dict[str, Any] = {"purge_step": done + 1} if last else {}
+        more["filename_suffix"] = f".{files}"  # files of one second are named alike otherwise
+        self._writer = load("tensorboardX").SummaryWriter(str(self.folder), **more)
+        return done
 
     def write(self, event: Progress, after: int) -> None:
         """Write the scalars; the number itself comes last, and says that they are there."""
@@ -58,14 +60,18 @@ class TensorBoard(Tracker):
 
 
 def _last(folder: Path, tag: str) -> int:
-    """Return the last number of a tag in a folder's event files."""
-    steps = [
-        event.step
-        for path in sorted(folder.glob("*tfevents*"))
-        for event in _events(path)
-        if any(value.tag == tag for value in event.summary.value)
-    ]
-    return max(steps, default=0)
+    """Return the last number of a tag in a folder's event files, as TensorBoard reads them."""
+    last = 0
+    for event in (event for path in _files(folder) for event in _events(path)):
+        if event.session_log.status == event.session_log.START:
+            last = min(last, event.step - 1)
+        elif any(value.tag == tag for value in event.summary.value):
+            last = max(last, event.step)
+    return last
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*tfevents*"))
 
 
 def _events(path: Path) -> Iterator[Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import abc
+import sys
+from typing import ClassVar
 
-from gradhpo.observers.events import Begun, Event, Over, Progress
+from gradhpo.observers.events import Begun, Event, GoneBack, Over, Progress
 
 
 class OtherRunError(ValueError):
@@ -15,13 +17,18 @@ class Tracker(abc.ABC):
     """An observer that keeps what is measured somewhere else, and knows how far it is there.
 
     What it missed, since it failed or its process was killed, it asks the run for; what it is told
-    a second time, after a resume, it leaves out.
+    a second time, after a resume, it leaves out. What was given up, it opens anew without.
     """
+
+    rewrites: ClassVar[bool] = True
+    """Whether a number that was written can be written again."""
 
     def __init__(self) -> None:
         self._begun: Begun | None = None
         self._open = self._own = False
         self._done = 0
+        self.most = sys.maxsize
+        """The highest number that `open` may return: what is there after it was given up."""
 
     def observe(self, event: Event) -> None:
         """Take an event.
@@ -32,8 +39,14 @@ class Tracker(abc.ABC):
         if isinstance(event, Begun):
             self._leave()
             self._begun, self._own = event, False
+            self.most = sys.maxsize if event.again else event.done
             self._follow(event)
+        elif isinstance(event, GoneBack) and self._begun is not None and self.rewrites:
+            self._leave()
+            self.most = event.done
+            self._begin(self._begun)
         elif isinstance(event, Progress) and self._begun is not None:
+            self.most = max(self.most, event.last)
             self._follow(self._begun, event)
         elif isinstance(event, Over):
             self._leave()
@@ -41,15 +54,18 @@ class Tracker(abc.ABC):
     def _follow(self, begun: Begun, event: Progress | None = None) -> None:
         """Write what is not there yet; after an error look anew how far that is."""
         try:
-            if not self._open:
-                self._done = self.open(begun)
-                self._open = self._own = True
+            self._begin(begun)
             behind = event is None or event.first > self._done + 1
             for done in begun.past(self._done) if behind else (event,):
                 self._write(done)
         except BaseException:
             self._leave()
             raise
+
+    def _begin(self, begun: Begun) -> None:
+        if not self._open:
+            self._done = self.open(begun)
+            self._open = self._own = True
 
     def _write(self, event: Progress | None) -> None:
         if event is not None and event.last > self._done:
@@ -75,7 +91,7 @@ class Tracker(abc.ABC):
 
     @abc.abstractmethod
     def open(self, begun: Begun) -> int:
-        """Begin, or go on; return the last number that is whole there, 0 for none.
+        """Begin, or go on; return the last number that is whole there, 0 for none, `most` at most.
 
         Raises:
           OtherRunError: if another run is there.

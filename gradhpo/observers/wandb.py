@@ -28,6 +28,8 @@ class WandB(Tracker):
       ImportError: without wandb.
     """
 
+    rewrites = False  # W&B leaves out what is logged at a step before its last one
+
     def __init__(self, project: str, folder: str | os.PathLike[str] = ".", **settings: Any) -> None:
         super().__init__()
         require("WandB", "wandb", "wandb")
