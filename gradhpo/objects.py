@@ -138,7 +138,7 @@ class Objects:
     def _unread(self, refused: OSError, unread: OSError) -> Unreachable:
         """Return the error of a create that was refused, and then could not be read back."""
         text = f"{refused.strerror}"
-        if unread.strerror != text:
+        if unread.strerror != text and not isinstance(unread, FileNotFoundError):
             text += f"; and reading it back: {unread.strerror}"
         return Unreachable(errno.EIO, text, self.address)
 
@@ -206,7 +206,7 @@ def _told(address: str, watched: bool = True) -> Generator[None]:
     except FileExistsError as error:
         raise FileExistsError(errno.EEXIST, _short(error), address) from error
     except OSError as error:
-        text = error.strerror or _short(error)
+        text = error.strerror or _short(error) or type(error).__name__  # fsspec's of time
         raise Unreachable(error.errno or errno.EIO, text, address) from error
     except Exception as error:
         text = f"{type(error).__name__}: {_short(error)}"

@@ -410,6 +410,9 @@ def test_a_create_that_cannot_be_read_back_says_so(address, monkeypatch):
     monkeypatch.setattr(MemoryFileSystem, "cat_file", fails(PermissionError("Forbidden")))
     with pytest.raises(Unreachable, match="conditions; and reading it back: Forbidden"):
         Bucket(address).create("a", 1, b"mine")
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", fails(FileNotFoundError("a")))
+    with pytest.raises(Unreachable, match="conditions: 'memory"):
+        Bucket(address).create("a", 1, b"mine")
 
 
 def test_a_create_is_not_tried_again_for_ever(address, monkeypatch):
@@ -509,6 +512,9 @@ def test_errors_of_any_client_are_of_the_system_and_have_a_text(address, monkeyp
     assert caught.value.strerror == "OddError: no credentials"
     monkeypatch.setattr(MemoryFileSystem, "ls", fails(OddError("failed:\nthe name\nat x")))
     with pytest.raises(Unreachable, match="OddError: failed: the name: "):
+        Bucket(address).names()
+    monkeypatch.setattr(MemoryFileSystem, "ls", fails(TimeoutError()))
+    with pytest.raises(Unreachable, match="TimeoutError: 'memory"):
         Bucket(address).names()
     with pytest.raises(FileNotFoundError, match="No such file or directory"):
         Objects(address).get("nothing")
