@@ -187,9 +187,24 @@ def _opened(address: str) -> tuple[Any, str]:
             fs, root = fsspec.url_to_fs(address, **options)
     except ImportError as error:
         raise ImportError(f"{address!r} needs {needed}: pip install {install}") from error
-    if needed == "s3fs" and fs.retries == S3FS_TRIES:  # else a user has set them
-        fs.retries = OUR_TRIES
+    if needed == "s3fs":
+        _bound(fs)
     return fs, root.rstrip("/")
+
+
+def _bound(fs: Any) -> None:
+    """Let a request to S3 end in minutes where nothing answers.
+
+    Before a put, botocore waits for the server's leave (`Expect: 100-continue`), for which aiohttp
+    has no limit of time: it is not asked for.
+    """
+    from aiobotocore.session import AioSession  # pyright: ignore[reportMissingImports]
+    from botocore.handlers import add_expect_header  # pyright: ignore[reportMissingImports]
+
+    if fs.retries == S3FS_TRIES:  # else a user has set them
+        fs.retries = OUR_TRIES
+    fs.session = AioSession(**fs.kwargs)  # as s3fs makes it
+    fs.session.unregister("before-call.s3", add_expect_header)
 
 
 @contextlib.contextmanager

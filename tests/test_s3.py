@@ -2,8 +2,10 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +103,16 @@ def test_a_request_is_not_repeated_by_two_clients_unless_a_user_wants_it(server,
     assert Objects("s3://bucket/run")._fs.retries == 2
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 7)
     assert Objects("s3://bucket/run")._fs.retries == 7
+
+
+def test_a_put_to_a_server_that_hangs_ends(server, monkeypatch):
+    with ThreadPoolExecutor(1) as pool, socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+        monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+        monkeypatch.setattr(s3fs.S3FileSystem, "read_timeout", 0.2)
+        put = pool.submit(Objects("s3://bucket/run").put, "a", b"content")
+        assert "Read timeout" in str(put.exception(timeout=60))
 
 
 def test_credentials_that_come_later_are_found(server, monkeypatch):
