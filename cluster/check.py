@@ -12,7 +12,7 @@ from gradhpo.cluster.events import Event
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.journal import Entry, Journal
 from gradhpo.cluster.storage import TABLES, Storage
-from gradhpo.files import Unreachable, Where
+from gradhpo.files import Unreachable, Where, is_address
 from gradhpo.lock import StorageInUse
 
 
@@ -27,7 +27,8 @@ class Finding(NamedTuple):
 def check_storage(storage: Where) -> Iterator[Finding]:
     """Verify a sweep's files, and repair what can be; nothing is imported.
 
-    Where a driver holds the storage, nothing is repaired.
+    Where a driver holds the storage, nothing is repaired. One that gives no sign of life in a store
+    is waited for, as on resuming, and then taken over from.
 
     Raises:
       SweepError: if there is no sweep.
@@ -35,8 +36,11 @@ def check_storage(storage: Where) -> Iterator[Finding]:
     """
     if not Storage(storage).begun:
         manifest.read(storage)  # which says so
+    files = Storage(storage).files
+    if is_address(files.address) and (who := files.holder()) is not None:
+        yield Finding(True, f"{storage} is held by {who}: looking for signs of life, a minute long")
     try:
-        lock = Storage(storage).lock()
+        lock = Storage(storage).lock(lambda text: None)
     except Unreachable:
         raise
     except (StorageInUse, OSError) as error:  # a driver has it, or it cannot be written
@@ -44,6 +48,8 @@ def check_storage(storage: Where) -> Iterator[Finding]:
         yield from _verified(storage, Journal(storage))
         return
     try:
+        if lock.took_over is not None:
+            yield Finding(True, f"taken over from {lock.took_over}, which had not let go")
         yield from _repaired(storage)
     finally:
         lock.release()

@@ -145,9 +145,15 @@ def holder_of_lock(bucket: Bucket) -> str | None:
     sign = bucket.get(ALIVE, number)
     if number == 0 or sign == RELEASED or (_is_dead(about) and not _is_mine(about)):
         return None
-    seen = _parsed(sign).get("time")
-    heard = f", heard of {time.time() - seen:.0f} s ago" if isinstance(seen, int | float) else ""
-    return _named(about) + heard
+    return _named(about) + _heard(_parsed(sign).get("time"))
+
+
+def _heard(seen: Any) -> str:
+    """Return when the last sign of life was, by its machine's clock: for people alone."""
+    if not isinstance(seen, int | float):
+        return ""
+    ago = time.time() - seen
+    return f", not heard of for {ago:.0f} s" if ago > PATIENCE else f", heard of {ago:.0f} s ago"
 
 
 def _parsed(content: bytes) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from urllib.parse import unquote, urlsplit
 
 PROTOCOLS = {"s3": "s3fs", "gs": "gcsfs", "memory": "fsspec"}
 """Of stores that grant one of several conditional creates, each with the package that it needs."""
+OTHERS = ("abfs", "az", "file", "ftp", "gcs", "hdfs", "http", "https", "s3a", "s3n", "ssh")
+"""Of other stores: what begins so and a colon is meant as an address."""
 Where = Path | str
 """A folder's path, or an address such as "s3://bucket/run"."""
 
@@ -155,21 +157,21 @@ def where_of(argument: str, given: Any) -> Where:
     if not isinstance(given, str | os.PathLike):
         raise TypeError(f"{argument} must be the path of a folder or an address, got {given!r}")
     text = os.fspath(given)
-    if not re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+    if not _is_meant_as_address(text):
         return Path(text).expanduser().absolute()
+    if "@" in text:  # the text may have a secret anywhere, so nothing of it is told
+        raise ValueError(
+            f'{argument} must be an address without credentials, and without any "@": they belong '
+            "into the environment, where fsspec finds them"
+        )
     if not is_address(text):
         raise ValueError(
-            f"{argument} must be a text where it is an address, of which a Path loses a slash, got "
-            f"{text!r}"
+            f'{argument} must be "protocol://bucket/path" where it is an address (and a text, as a '
+            f"Path loses a slash), got {text!r}"
         )
     if odd := set(text) & set("*?[]#"):
         raise ValueError(f"{argument} must be an address without any of {sorted(odd)}")
     address = urlsplit(text)
-    if "@" in address.netloc:
-        raise ValueError(
-            f'{argument} must be an address without credentials, "{address.scheme}://…/…": they '
-            "belong into the environment, where fsspec finds them"
-        )
     if address.scheme == "file" and not address.netloc:
         return Path(unquote(address.path))
     if address.scheme not in PROTOCOLS:
@@ -182,6 +184,14 @@ def where_of(argument: str, given: Any) -> Where:
     if len(parts) < (1 if address.scheme == "memory" else 2):
         raise ValueError(f"{argument} must name a folder in a bucket, got {text!r}")
     return f"{address.scheme}://{'/'.join(parts)}"
+
+
+def _is_meant_as_address(text: str) -> bool:
+    """Whether it begins as one, though perhaps not rightly: no "C:/runs", no file "run:3"."""
+    begins = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(/|:)?", text)
+    return begins is not None and (
+        begins[2] is not None or begins[1].lower() in {*PROTOCOLS, *OTHERS}
+    )
 
 
 def is_address(text: str) -> bool:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import os
+import threading
+import time
+import warnings
 from collections.abc import Callable, Collection, Generator
 from typing import Any, BinaryIO
 
@@ -13,6 +17,14 @@ from gradhpo.files import PROTOCOLS, Opened, Unreachable
 PART = 32 << 20
 """Bytes of a part of a large object: a store takes 10,000 of one."""
 TRIES = 5
+AGAIN = 60.0
+"""Seconds after which a conditional create is not tried again."""
+SLOW = 30.0
+"""Seconds without an answer after which that is told."""
+PIECE = 8 << 20
+"""Bytes that a read asks for at least."""
+S3FS_TRIES, OUR_TRIES = 5, 2
+"""How often s3fs sends a request by default, each time five times by botocore; and here."""
 
 
 class Objects:
@@ -38,13 +50,15 @@ class Objects:
 
     def send(self, name: str, content: Callable[[BinaryIO], None]) -> None:
         """Send an object in parts: it is there when the last has come, and only then."""
-        with self._told():
+        with self._told(watched=False):
             file = self._fs.open(self._path(name), "wb", block_size=PART)
             try:
                 content(file)
             except BaseException:
-                file.discard()
-                file.closed = True  # or it would be made an object when it is closed
+                try:
+                    file.discard()
+                finally:
+                    file.closed = True  # or it would be made an object when it is closed
                 raise
             file.close()
 
@@ -53,16 +67,23 @@ class Objects:
 
         A request whose answer was lost may have been the first: the content tells.
         """
+        end = time.monotonic() + AGAIN
         for left in reversed(range(TRIES)):
             try:
                 with self._told():
                     self._fs.pipe_file(self._path(name), content, mode="create")
                 return True
+            except FileNotFoundError:  # no such bucket
+                raise
             except OSError as error:
-                with contextlib.suppress(OSError):
-                    return self.get(name) == content
-                if left == 0 or isinstance(error, FileNotFoundError):  # no such bucket
+                if time.monotonic() > end and not isinstance(error, FileExistsError):
                     raise
+                refused = error
+            try:
+                return self.get(name) == content
+            except OSError as error:
+                if left == 0 or time.monotonic() > end:
+                    raise self._unread(refused, error) from refused
         raise AssertionError
 
     def get(self, name: str) -> bytes:
@@ -79,12 +100,15 @@ class Objects:
     def open(self, name: str) -> Opened:
         """Return a file whose bytes are asked for as they are read."""
         with self._told():
-            return _Object(self._fs, self._path(name))
+            return io.BufferedReader(_Object(self._fs, self._path(name)), PIECE)
 
     def exists(self, name: str) -> bool:
         """Whether there is an object of this name."""
-        with self._told():
-            return bool(self._fs.isfile(self._path(name)))
+        try:
+            with self._told():  # fsspec's `isfile` takes every error for a no
+                return self._fs.info(self._path(name))["type"] == "file"
+        except FileNotFoundError:
+            return False
 
     def listed(self, folder: str, kind: str) -> list[str]:
         """Return the last parts of the names below `folder`, of each "file" or "directory"."""
@@ -102,8 +126,21 @@ class Objects:
             with contextlib.suppress(FileNotFoundError), self._told():
                 self._fs.rm([self._path(name) for name in names])
 
-    def _told(self) -> contextlib.AbstractContextManager[None]:
-        return _told(self.address)
+    @contextlib.contextmanager
+    def _told(self, watched: bool = True) -> Generator[None]:
+        try:
+            with _told(self.address, watched):
+                yield
+        except Unreachable:  # a client keeps credentials, and that there were none
+            self._fs, self._root = _opened(self.address)
+            raise
+
+    def _unread(self, refused: OSError, unread: OSError) -> Unreachable:
+        """Return the error of a create that was refused, and then could not be read back."""
+        text = f"{refused.strerror}"
+        if unread.strerror != text and not isinstance(unread, FileNotFoundError):
+            text += f"; and reading it back: {unread.strerror}"
+        return Unreachable(errno.EIO, text, self.address)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
@@ -146,30 +183,71 @@ def _opened(address: str) -> tuple[Any, str]:
         import fsspec  # pyright: ignore[reportMissingImports]
 
         with _told(address):
-            fs, root = fsspec.url_to_fs(address, use_listings_cache=False)
+            options = {"use_listings_cache": False, "skip_instance_cache": True}
+            fs, root = fsspec.url_to_fs(address, **options)
     except ImportError as error:
         raise ImportError(f"{address!r} needs {needed}: pip install {install}") from error
+    if needed == "s3fs":
+        _bound(fs)
     return fs, root.rstrip("/")
 
 
+def _bound(fs: Any) -> None:
+    """Let a request to S3 end in minutes where nothing answers.
+
+    Before a put, botocore waits for the server's leave (`Expect: 100-continue`), for which aiohttp
+    has no limit of time: it is not asked for.
+    """
+    from aiobotocore.session import AioSession  # pyright: ignore[reportMissingImports]
+    from botocore.handlers import add_expect_header  # pyright: ignore[reportMissingImports]
+
+    if fs.retries == S3FS_TRIES:  # else a user has set them
+        fs.retries = OUR_TRIES
+    fs.session = AioSession(**fs.kwargs)  # as s3fs makes it
+    fs.session.unregister("before-call.s3", add_expect_header)
+
+
 @contextlib.contextmanager
-def _told(address: str) -> Generator[None]:
+def _told(address: str, watched: bool = True) -> Generator[None]:
     """Let every error be an `OSError` with a text: those of clients are of all kinds."""
     try:
-        yield
+        with _watched(address) if watched else contextlib.nullcontext():
+            yield
     except (ImportError, Unreachable):
         raise
     except FileNotFoundError as error:
-        raise FileNotFoundError(errno.ENOENT, _short(error), address) from error
+        text = error.strerror or _sentence(error) or os.strerror(errno.ENOENT)
+        raise FileNotFoundError(errno.ENOENT, text, address) from error
     except FileExistsError as error:
         raise FileExistsError(errno.EEXIST, _short(error), address) from error
     except OSError as error:
-        text = error.strerror or _short(error)
+        text = error.strerror or _short(error) or type(error).__name__  # fsspec's of time
         raise Unreachable(error.errno or errno.EIO, text, address) from error
     except Exception as error:
         text = f"{type(error).__name__}: {_short(error)}"
         raise Unreachable(errno.EIO, text, address) from error
 
 
+@contextlib.contextmanager
+def _watched(address: str) -> Generator[None]:
+    """Warn if this takes longer; the client itself says nothing while it tries again."""
+    text = f"no answer from {address!r} since {time.strftime('%H:%M:%S')}: waiting, trying again"
+    watch = threading.Timer(SLOW, warnings.warn, (text, RuntimeWarning))
+    watch.daemon = True
+    with contextlib.suppress(RuntimeError):  # none begins while the interpreter ends
+        watch.start()
+    try:
+        yield
+    finally:
+        watch.cancel()
+
+
 def _short(error: Exception) -> str:
-    return str(error).partition("\n")[0][:500]
+    """Return the first line, and the second where that says what is wrong."""
+    lines = str(error).strip().splitlines() or [""]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:500]
+
+
+def _sentence(error: Exception) -> str:
+    """Return what an error says; nothing where that is only a path."""
+    return text if " " in (text := _short(error)) else ""

@@ -14,7 +14,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from typer.testing import CliRunner
 
-from gradhpo import Problem, bucket, bucket_lock, checkpoints, solve
+from gradhpo import Problem, bucket, bucket_lock, checkpoints, objects, solve
 from gradhpo.bucket import Bucket
 from gradhpo.checkpoints import DamagedFile, Saved
 from gradhpo.cluster import StorageInUse, Sweep, SweepError, SweepResult, cli, events, shard
@@ -23,6 +23,7 @@ from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.storage import Storage
 from gradhpo.files import Unreachable
 from gradhpo.lock import ALIVE, LOCK
+from gradhpo.objects import Objects
 from tests import file_operations
 from tests.quick import slow_but
 from tests.small import BATCH, build, start, train_loss, val_loss
@@ -45,7 +46,7 @@ def reference(tmp_path_factory):
     return sweep(tmp_path_factory.mktemp("reference"), generations=4).run()
 
 
-def objects(address):
+def stored(address):
     """Every object below an address, with its content."""
     root = address.removeprefix("memory:/")
     store = MemoryFileSystem.store
@@ -60,7 +61,7 @@ def test_a_sweep_is_the_one_of_a_folder_through_every_door(address, reference):
     assert_same_tables(result, reference)
     assert_same_tables(SweepResult.from_storage(address), reference)
     assert all(finding.whole for finding in check_storage(address))
-    kept = {path.split("/")[2] for path in objects(address) if path.startswith("/checkpoints")}
+    kept = {path.split("/")[2] for path in stored(address) if path.startswith("/checkpoints")}
     best = f"{result.best.generation:06d}"
     assert kept == {"000002", "000003", best}  # older ones are pruned
     run = CliRunner()
@@ -127,7 +128,7 @@ def test_what_a_sweep_cannot_be_kept_in_is_refused_by_name(address, tmp_path, mo
     )
     with pytest.raises(OSError, match=f"storage '{address}' .*does not obey conditional creates"):
         sweep(address).run()
-    assert objects(address) == {}
+    assert stored(address) == {}
 
 
 def test_what_is_not_installed_is_named(address, monkeypatch):
@@ -192,7 +193,7 @@ def test_a_bucket_of_something_else_is_refused(address):
     fsspec.filesystem("memory").pipe_file(f"{address}/thesis.tex", b"important")
     with pytest.raises(SweepError, match=r"holds no sweep \(it has 'thesis.tex'\)"):
         sweep(address).run()
-    assert list(objects(address)) == ["/thesis.tex"]
+    assert list(stored(address)) == ["/thesis.tex"]
 
 
 # --- a driver that dies -------------------------------------------------------------------------
@@ -294,7 +295,8 @@ def test_a_holder_that_was_frozen_can_change_nothing(address, strangers):
     taken = second.lock("storage", "sweep", TEXTS, tell=said.append)
     assert "waiting" in said[0]
     assert taken.took_over.startswith("process ")
-    before = objects(address)
+    signs = f"/{ALIVE}/{taken.number:06d}"
+    before = {**stored(address), signs: None}
     for change in (
         lambda: first.append("journal.jsonl", b"2\n"),
         lambda: first.replace("manifest.json", b"{}\n"),
@@ -302,7 +304,7 @@ def test_a_holder_that_was_frozen_can_change_nothing(address, strangers):
     ):
         with pytest.raises(StorageInUse, match="was taken over from this sweep"):
             change()
-    assert objects(address) == before
+    assert {**stored(address), signs: None} == before
     second.append("journal.jsonl", b"2 of the second\n")
     assert second.read("journal.jsonl") == b"1\n2 of the second\n"
     frozen.release()
@@ -320,6 +322,35 @@ def test_a_sweep_takes_a_frozen_ones_storage_over_and_says_so(address, strangers
     assert "of which nothing was heard" in told[0]
     assert told[1].startswith("taken over from process")
     assert frozen.lost()
+
+
+def test_of_a_holder_elsewhere_is_told_how_long_it_was_silent(address, strangers, monkeypatch):
+    monkeypatch.setattr(shard, "Variant", file_operations.Variant)
+    sweep(address, generations=1).run()
+    store = Bucket(address)
+    frozen = store.lock("storage", "sweep", TEXTS)
+    freeze(frozen)
+    sign = json.loads(store.get(ALIVE, frozen.number))
+    store.put(ALIVE, frozen.number, json.dumps({**sign, "time": sign["time"] - 1000}).encode())
+    assert re.search(r"process \d+ on host .*, not heard of for 1\d\d\d s$", store.holder())
+    held, taken, *rest = (finding.text for finding in check_storage(address))
+    assert re.search(r"not heard of for .* looking for signs of life", held)
+    assert re.search(r"^taken over from process \d+ on host", taken)
+    assert "1 generations" in rest[-1]
+    assert frozen.lost()
+    assert store.holder() is None
+
+
+def test_check_leaves_a_sweep_alone_whose_driver_is_heard_of(address, strangers, monkeypatch):
+    monkeypatch.setattr(bucket_lock, "PATIENCE", 60)
+    monkeypatch.setattr(shard, "Variant", file_operations.Variant)
+    sweep(address, generations=1).run()
+    held = Bucket(address).lock("storage", "sweep", TEXTS)
+    said = [finding.text for finding in check_storage(address)]
+    assert ", heard of 0 s ago" in said[0]
+    assert said[1].endswith("Nothing is repaired")
+    assert not held.lost()
+    held.release()
 
 
 def test_of_several_that_come_at_once_one_gets_it(address, strangers):
@@ -344,11 +375,11 @@ def test_of_several_that_come_at_once_one_gets_it(address, strangers):
 
 def test_a_second_sweep_of_this_process_is_refused_at_once(address):
     held = Storage(address).lock()
-    before = objects(address)
+    before = stored(address)
     with pytest.raises(StorageInUse, match="in use by another sweep"):
         sweep(address).run()
     held.release()
-    assert {p for p in objects(address) if p not in before} == set()
+    assert {p for p in stored(address) if p not in before} == set()
 
 
 def test_a_released_lock_says_nothing_that_a_clock_must_agree_on(address):
@@ -392,37 +423,148 @@ def test_a_create_whose_answer_was_lost_is_known_as_ones_own(address, monkeypatc
     assert store.get("a", 1) == b"mine"
 
 
+def fails(error):
+    """Return a function that raises it."""
+
+    def request(self, *args, **kwargs):
+        raise error
+
+    return request
+
+
+def test_a_create_that_cannot_be_read_back_says_so(address, monkeypatch):
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", fails(FileExistsError("conditions")))
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", fails(PermissionError("Forbidden")))
+    with pytest.raises(Unreachable, match="conditions; and reading it back: Forbidden"):
+        Bucket(address).create("a", 1, b"mine")
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", fails(FileNotFoundError("a")))
+    with pytest.raises(Unreachable, match="conditions: 'memory"):
+        Bucket(address).create("a", 1, b"mine")
+
+
+def test_a_create_is_not_tried_again_for_ever(address, monkeypatch):
+    sent = []
+
+    def hangs(self, path, *args, **kwargs):
+        sent.append(path)
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(objects, "AGAIN", -1)
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", hangs)
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", hangs)
+    with pytest.raises(Unreachable, match="no answer"):
+        Bucket(address).create("a", 1, b"mine")
+    assert len(sent) == 1
+
+
+def test_a_request_without_an_answer_is_told_while_it_is_waited_for(address, monkeypatch):
+    told = threading.Event()
+    monkeypatch.setattr(objects, "SLOW", 0.01)
+    monkeypatch.setattr(objects.warnings, "warn", lambda *about: (said.append(about), told.set()))
+    monkeypatch.setattr(MemoryFileSystem, "ls", lambda *args, **kwargs: told.wait(30) and [])
+    said = []
+    assert Bucket(address).names() == []
+    assert re.match(f"no answer from '{address}' since .*: waiting", said[0][0])
+
+
+def test_an_object_that_cannot_be_asked_for_is_not_taken_for_gone(address, monkeypatch):
+    store = Bucket(address)
+    saved = checkpoints.save(store, "tables/a", {"x": np.zeros(3)}, {})
+    assert store.exists(saved.file)
+    assert not store.exists("tables/b")
+    assert not store.exists("tables")
+    monkeypatch.setattr(MemoryFileSystem, "info", fails(PermissionError("Forbidden")))
+    with pytest.raises(Unreachable, match="Forbidden"):
+        store.exists(saved.file)
+
+
+def test_a_large_object_is_read_in_large_pieces(address, monkeypatch):
+    store = Bucket(address)
+    saved = checkpoints.save(store, "tables/a", {"x": np.arange(2_500_000)}, {})
+    asked, read = [], MemoryFileSystem.cat_file
+    monkeypatch.setattr(
+        MemoryFileSystem, "cat_file", lambda *args, **k: asked.append(args) or read(*args, **k)
+    )
+    assert checkpoints.checksum(store, saved.file) == saved.sha256
+    assert len(asked) == 3
+    loaded = checkpoints.load(store, saved)[0]["x"]
+    np.testing.assert_array_equal(loaded, np.arange(2_500_000))
+    assert len(asked) == 6
+
+
+def test_a_client_that_failed_is_made_anew(address, monkeypatch):
+    """It keeps the credentials, or that there were none."""
+    store = Objects(address)
+    first = store._fs
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "ls", fails(RuntimeError("no credentials")))
+        with pytest.raises(Unreachable):
+            store.listed("", "file")
+    assert store._fs is not first
+    assert Objects(address)._fs is not store._fs
+
+
+def test_a_probe_that_another_driver_removes_is_made_once_more(address, monkeypatch):
+    create, removed = Objects.create, iter([True])
+
+    def disturbed(self, name, content):
+        made = create(self, name, content)
+        if next(removed, False):
+            self.remove([name])
+        return made
+
+    monkeypatch.setattr(Objects, "create", disturbed)
+    Bucket(address).probe(".probe")
+    assert stored(address) == {}
+
+
+def test_a_draft_that_cannot_be_discarded_is_never_made_an_object(address, monkeypatch):
+    class Draft:
+        closed = False
+        discard = fails(ConnectionResetError("gone"))
+
+    monkeypatch.setattr(MemoryFileSystem, "open", lambda *args, **kwargs: Draft)
+    with pytest.raises(Unreachable):
+        Objects(address).send("a", fails(OSError("in the middle")))
+    assert Draft.closed
+
+
 def test_errors_of_any_client_are_of_the_system_and_have_a_text(address, monkeypatch):
     class OddError(Exception):
         pass
 
-    def fails(self, *args, **kwargs):
-        raise OddError("no credentials\nand more")
-
-    monkeypatch.setattr(MemoryFileSystem, "ls", fails)
+    monkeypatch.setattr(MemoryFileSystem, "ls", fails(OddError("no credentials\nand more")))
     with pytest.raises(OSError, match=rf"OddError: no credentials: '{address}'$") as caught:
         Bucket(address).names()
     assert caught.value.strerror == "OddError: no credentials"
+    monkeypatch.setattr(MemoryFileSystem, "ls", fails(OddError("failed:\nthe name\nat x")))
+    with pytest.raises(Unreachable, match="OddError: failed: the name: "):
+        Bucket(address).names()
+    monkeypatch.setattr(MemoryFileSystem, "ls", fails(TimeoutError()))
+    with pytest.raises(Unreachable, match="TimeoutError: 'memory"):
+        Bucket(address).names()
+    with pytest.raises(FileNotFoundError, match="No such file or directory"):
+        Objects(address).get("nothing")
 
 
 def test_a_store_that_does_not_answer_is_no_damage(address, monkeypatch):
     """No generation is dropped for it."""
     sweep(address, generations=2).run()
-    before, read = objects(address), MemoryFileSystem.cat_file
+    before, read = stored(address), MemoryFileSystem.cat_file
 
-    def fails(self, path, *args, **kwargs):
+    def silent(self, path, *args, **kwargs):
         if path.endswith(checkpoints.ENDING):
             raise TimeoutError("no answer")
         return read(self, path, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(MemoryFileSystem, "cat_file", fails)
+        patch.setattr(MemoryFileSystem, "cat_file", silent)
         with pytest.raises(OSError, match=f"no answer: '.*{address.removeprefix('memory:/')}"):
             sweep(address, generations=3).run()
         with pytest.raises(Unreachable, match="no answer"):
             list(check_storage(address))
     assert Journal(address).generation == 1
-    assert {p for p in before if "/checkpoints/" in p} <= set(objects(address))
+    assert {p for p in before if "/checkpoints/" in p} <= set(stored(address))
     assert sweep(address, generations=3).run().generations == 3
     with pytest.raises(DamagedFile, match=r"x: cannot be read"):
         checkpoints.load(address, Saved("x", ""))

@@ -2,8 +2,10 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +16,13 @@ from gradhpo.bucket import Bucket
 from gradhpo.cluster import StorageInUse, events
 from gradhpo.cluster.check import check_storage
 from gradhpo.cluster.storage import Storage
+from gradhpo.files import Unreachable
+from gradhpo.objects import Objects
 from tests.s3_server import s3_server
 from tests.sweeps import assert_same_tables, lost, sweep, workers
 
-for needed in ("s3fs", "moto"):
-    pytest.importorskip(needed)
+s3fs = pytest.importorskip("s3fs")
+pytest.importorskip("moto")
 ROOT = Path(__file__).parent.parent
 GENERATIONS = 5
 
@@ -83,9 +87,43 @@ def test_a_large_object_is_sent_in_parts_and_is_there_whole_or_not_at_all(server
 
 
 def test_errors_name_the_storage_and_no_credentials(server):
-    with pytest.raises(OSError, match="storage 's3://nowhere/run' cannot be written") as caught:
-        sweep("s3://nowhere/run").run()
-    assert server["AWS_ACCESS_KEY_ID"] not in str(caught.value)
+    for address, why in (
+        ("s3://nowhere/run", "storage 's3://nowhere/run' cannot be written"),
+        (
+            "s3://BAD_Bucket:x/run",
+            'Parameter validation failed: Invalid bucket name "BAD_Bucket:x"',
+        ),
+    ):
+        with pytest.raises(OSError, match=why) as caught:
+            sweep(address).run()
+        assert server["AWS_ACCESS_KEY_ID"] not in str(caught.value)
+
+
+def test_a_request_is_not_repeated_by_two_clients_unless_a_user_wants_it(server, monkeypatch):
+    assert Objects("s3://bucket/run")._fs.retries == 2
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 7)
+    assert Objects("s3://bucket/run")._fs.retries == 7
+
+
+def test_a_put_to_a_server_that_hangs_ends(server, monkeypatch):
+    with ThreadPoolExecutor(1) as pool, socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+        monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+        monkeypatch.setattr(s3fs.S3FileSystem, "read_timeout", 0.2)
+        put = pool.submit(Objects("s3://bucket/run").put, "a", b"content")
+        assert "Read timeout" in str(put.exception(timeout=60))
+
+
+def test_credentials_that_come_later_are_found(server, monkeypatch):
+    store = Bucket("s3://bucket/later")
+    with monkeypatch.context() as patch:
+        patch.delenv("AWS_ACCESS_KEY_ID")
+        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+        patch.setenv("AWS_CONFIG_FILE", os.devnull)
+        with pytest.raises(Unreachable, match="redentials"):
+            store.probe(".probe")
+    store.probe(".probe")
 
 
 def operations(what, folder, server, *numbers):

@@ -290,15 +290,35 @@ def test_where_a_storage_is(tmp_path, monkeypatch):
         ("file://host/run", "be a folder"),
         ("s3://bucket", "name a folder in a bucket"),
         ("s3://bucket/run?versionId=1", r"be an address without any of \['\?'\]"),
-        (Path("s3://b/c"), "be a text where it is an address"),
+        (Path("s3://b/c"), ".*a text, as a Path loses a slash"),
+        ("s3:bucket/run", 'be "protocol://bucket/path"'),
+        ("S3:/bucket/run", 'be "protocol://bucket/path"'),
+        ("simplecache::s3://bucket/run", 'be "protocol://bucket/path"'),
     ):
         with pytest.raises(ValueError, match=f"storage must {what}"):
             sweep(address)
     for address in ("s3://bucket/run", "s3://bucket//run/"):
         assert folder_of(address) == "s3://bucket/run"
     assert below("s3://bucket/run", "a", "b") == "s3://bucket/run/a/b"
+    for path in ("C:/runs", "c:runs", "run:3", "runs/s3:a", "runs/a@b"):
+        assert folder_of(path) == Path(path).absolute()
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "s3://key:hush@bucket/run",
+        "s3://KEY:hush/def@bucket/run",
+        "http://user:hush/word@host",
+        "s3:/KEY:hush@bucket/run",
+        "s3:KEY:hush@bucket/run",
+        "simplecache::s3://KEY:hush@bucket/run",
+        Path("s3://KEY:hush@bucket/run"),
+    ],
+)
+def test_credentials_in_an_address_are_refused_and_not_told(address):
     with pytest.raises(ValueError, match="without credentials") as caught:
-        sweep("s3://key:hush@bucket/run")
+        folder_of(address)
     assert "hush" not in str(caught.value)
 
 

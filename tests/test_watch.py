@@ -252,7 +252,7 @@ def test_mistakes_are_named(settings, error, message):
 
 
 def test_a_stop_that_never_stops_is_refused():
-    with pytest.raises(ValueError, match="Stop takes patience, target or both"):
+    with pytest.raises(ValueError, match="Stop takes patience, target or seconds"):
         Stop()
     with pytest.raises(ValueError, match="patience"):
         Stop(patience=0)
