@@ -159,7 +159,8 @@ def main(
     for size in sizes:
         rows.append(row(size, generations, place))
         print(dict(zip(HEADER, rows[-1], strict=True)), flush=True)
-    report = Report("Checkpoints", f"python benchmarks/storage.py {' '.join(map(str, sizes))}")
+    options = f"{' '.join(map(str, sizes))} --generations {generations}"
+    report = Report("Checkpoints", f"python benchmarks/storage.py {options}")
     report.say(
         f"{SLOTS} slots in one shard, Adam, {STEPS} steps a generation, medians of {generations} "
         "generations, with checkpoints after every one and with none but the last, one after the "
