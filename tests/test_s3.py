@@ -155,15 +155,8 @@ def test_a_driver_that_was_frozen_while_another_took_over_changes_nothing(server
 
 @pytest.mark.slow
 def test_sigkill_of_a_worker_on_this_machine(server, reference):
-    made, hit = sweep("s3://bucket/processes", **on_two("processes")), []
-
-    def disturb(generation, table):
-        del table
-        if generation == 2:
-            hit.append(workers(made)[0])
-            os.kill(hit[0], signal.SIGKILL)
-
-    assert_same_tables(made.run(disturb), reference)
+    made = sweep("s3://bucket/processes", **on_two("processes"))
+    assert_same_tables(made.run(killing_a_worker(made)), reference)
     assert any("SIGKILL" in reason for reason in lost(made))
     ready = [event for event in made.events if isinstance(event, events.WorkerReady)]
     assert all(Path(event.log).exists() for event in ready)
@@ -178,18 +171,22 @@ def test_sigkill_of_a_worker_in_ray(server, reference):
     ray = pytest.importorskip("ray")
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        made, hit = sweep("s3://bucket/ray", **on_two("ray")), []
-
-        def disturb(generation, table):
-            del table
-            if generation == 2:
-                hit.append(workers(made)[0])
-                os.kill(hit[0], signal.SIGKILL)
-
-        assert_same_tables(made.run(disturb), reference)
+        made = sweep("s3://bucket/ray", **on_two("ray"))
+        assert_same_tables(made.run(killing_a_worker(made)), reference)
         assert lost(made)
     finally:
         ray.shutdown()
+
+
+def killing_a_worker(made):
+    """Return a callback that kills a worker of a sweep after its second generation."""
+
+    def disturb(generation, table):
+        del table
+        if generation == 2:
+            os.kill(workers(made)[0], signal.SIGKILL)
+
+    return disturb
 
 
 def on_two(executor):
