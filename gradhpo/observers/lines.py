@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from gradhpo.folder import Folder
 from gradhpo.observers.tracker import OtherRunError
 
 MOST_SHOWN = 80
@@ -74,15 +75,9 @@ def trim(path: Path, found: Found) -> int:
 
 
 def append(path: Path, lines: bytes) -> None:
-    """Add lines, in one write.
+    """Add lines, in one write, or none.
 
     Raises:
       OSError: if they cannot be written whole.
     """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        written = os.write(descriptor, lines)
-    finally:
-        os.close(descriptor)
-    if written != len(lines):
-        raise OSError(28, f"only {written} of {len(lines)} bytes written")
+    Folder(path.parent).append(path.name, lines, lasting=False)
