@@ -6,6 +6,7 @@ process.
 
 from gradhpo.checkpoints import DamagedFile
 from gradhpo.cluster import events
+from gradhpo.cluster.distributions import choice, loguniform, uniform
 from gradhpo.cluster.events import Observer
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.local_ray import local_ray
@@ -19,7 +20,7 @@ from gradhpo.cluster.schedulers import (
     SuccessiveHalving,
     Table,
 )
-from gradhpo.cluster.space import Change, SearchSpace, choice, loguniform, uniform
+from gradhpo.cluster.space import Change, SearchSpace
 from gradhpo.cluster.sweep import Sweep
 from gradhpo.cluster.variant import trial_key
 from gradhpo.lock import StorageInUse

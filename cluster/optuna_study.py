@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from gradhpo.cluster.columns import TRIAL, setting
+from gradhpo.cluster.distributions import Choice, Distribution
 from gradhpo.cluster.result import SweepResult
-from gradhpo.cluster.space import Choice, Distribution
 from gradhpo.files import Where
 from gradhpo.observers.packages import load, require
 

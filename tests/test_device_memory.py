@@ -9,10 +9,11 @@ import optax
 import pytest
 
 from gradhpo.cluster.controller import Rules, first_plan, orders
+from gradhpo.cluster.distributions import loguniform
 from gradhpo.cluster.incarnations import Incarnations
 from gradhpo.cluster.orders import Spec
 from gradhpo.cluster.shard import ShardHost
-from gradhpo.cluster.space import SearchSpace, loguniform
+from gradhpo.cluster.space import SearchSpace
 from gradhpo.cluster.variant import Variant
 from gradhpo.parallel import compiled
 from tests import wide_problems
