@@ -191,6 +191,7 @@ class Counts(eqx.Module):
         return jax.vmap(self.out)(x), state.set(self.index, state.get(self.index) + 1)
 
 
+@pytest.mark.slow
 def test_an_equinox_state_may_be_written_outside_of_vmap():
     model = EquinoxModel(eqx.nn.make_with_state(Counts))
 

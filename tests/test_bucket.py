@@ -56,6 +56,7 @@ def stored(address):
 # --- a sweep, through every door ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_sweep_is_the_one_of_a_folder_through_every_door(address, reference):
     result = sweep(address, generations=4).run()
     assert_same_tables(result, reference)
@@ -77,6 +78,7 @@ def test_a_sweep_is_the_one_of_a_folder_through_every_door(address, reference):
     assert again.run().generations == 6
 
 
+@pytest.mark.slow
 def test_an_allowed_change_is_written_down(address):
     sweep(address, generations=2).run()
     other = problem.__wrapped__()
@@ -87,6 +89,7 @@ def test_an_allowed_change_is_written_down(address):
     assert [tuple(change) for change in result.changes] == [(2, "code")]
 
 
+@pytest.mark.slow
 def test_a_damaged_object_is_gone_back_from_and_named(address, reference):
     sweep(address, generations=3).run()
     entry = Journal(address).last[-1]
@@ -234,9 +237,7 @@ def lives(address, every, number=None, done=False):
             return None
 
 
-@pytest.mark.parametrize(
-    ("every", "step"), slow_but([(1, 7), (3, 5), (1, 1), (3, 1)], (1, 7), (3, 5))
-)
+@pytest.mark.parametrize(("every", "step"), slow_but([(1, 7), (3, 5), (1, 1), (3, 1)], (1, 7)))
 def test_a_death_at_any_request_changes_no_bit(tmp_path, every, step):
     expected = lives(tmp_path, every)
     for number in itertools.count(0, step):
@@ -547,6 +548,7 @@ def test_errors_of_any_client_are_of_the_system_and_have_a_text(address, monkeyp
         Objects(address).get("nothing")
 
 
+@pytest.mark.slow
 def test_a_store_that_does_not_answer_is_no_damage(address, monkeypatch):
     """No generation is dropped for it."""
     sweep(address, generations=2).run()

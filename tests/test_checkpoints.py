@@ -233,6 +233,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork.*")
 def test_a_killed_holders_forked_child_does_not_hold_on(tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", FORKS, str(tmp_path)]

@@ -148,6 +148,7 @@ def test_a_state_built_by_hand_and_steps_by_hand():
     assert new.step == 1
 
 
+@pytest.mark.slow
 def test_tree_functions():
     a, b = {"x": jnp.asarray([3.0, 4.0])}, {"x": jnp.asarray([1.0, 2.0])}
     assert tree_l2_norm(a) == 5

@@ -36,6 +36,7 @@ def plain(tmp_path_factory):
     return sweep(tmp_path_factory.mktemp("plain"), generations=3, steps_per_generation=6).run()
 
 
+@pytest.mark.slow
 def test_every_nth_step_is_kept_without_another_compile_or_other_numbers(tmp_path, plain):
     about = {"steps_per_generation": 6, "record": 2}
     assert sweep(tmp_path, generations=1, **about).run().report.compiles == 1

@@ -92,6 +92,7 @@ def _trial_by_hand(carry, key):
     return jax.lax.scan(step, carry, jax.random.split(key, 3))
 
 
+@pytest.mark.slow
 def test_moving_one_slot_moves_one():
     made, state = variant("map", 4)
     memory = {name: made.programs[name].executable.memory_analysis() for name in ("take", "put")}
@@ -106,6 +107,7 @@ def test_moving_one_slot_moves_one():
         np.testing.assert_array_equal(moved[name], leaf[[3, 1, 1, 3]], err_msg=name)
 
 
+@pytest.mark.slow
 def test_an_order_that_comes_again_and_an_export_of_before_give_the_same(tmp_path):
     made = sweep(tmp_path, generations=1)
     made.run()

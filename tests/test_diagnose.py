@@ -207,6 +207,7 @@ def test_a_small_norm_is_said():
     assert "0.01 times" in found.recommendation
 
 
+@pytest.mark.slow
 def test_host_batches():
     batches = [(np.ones(2, np.float32) * i, np.zeros(())) for i in range(12)]
     problem = dataclasses.replace(QUADRATIC, batch=None, batches=batches)

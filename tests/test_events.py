@@ -37,6 +37,7 @@ def kinds(told):
     return [type(event).__name__ for event in told]
 
 
+@pytest.mark.slow
 def test_observers_are_told_of_everything_in_order(ran):
     _, first, second, _ = ran
     done = ["GenerationDone"] * 2

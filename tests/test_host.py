@@ -59,7 +59,7 @@ def counting(read, source=drawn):
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize(("name", "optimizer", "episodes"), slow_but(CASES, *CASES[1:3]))
+@pytest.mark.parametrize(("name", "optimizer", "episodes"), slow_but(CASES, CASES[2]))
 def test_a_trial_takes_the_same_pairs_at_every_door(name, optimizer, episodes, tmp_path):
     key = trial_key(3, 0)
     solution = gradhpo.solve(problem(name), optimizer, 18, key, **episodes)
@@ -511,6 +511,7 @@ def test_what_a_function_takes_is_in_its_signature(function, takes):
     assert (source.own, source._starts) == takes
 
 
+@pytest.mark.slow
 def test_a_generation_without_enough_batches_is_refused():
     given = dataclasses.replace(problem(), batches=[pair(i) for i in range(8)])
     trials = Population(given, ONE_STEP, 2, batching="map")

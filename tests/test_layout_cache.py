@@ -114,6 +114,7 @@ def test_a_step_works_on_its_state_and_its_largest_array():
     assert working_set.slot_bytes(program, state, 3, 3) == 40 + 400
 
 
+@pytest.mark.slow
 def test_a_worker_that_traced_and_then_compiles_tells_what_is_unreached(tmp_path):
     """The one that compiled died meanwhile."""
     made = wide_problems.problem()

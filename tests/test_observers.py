@@ -116,10 +116,11 @@ def records_of_wandb(data):
 REAL = [
     pytest.param("tensorboard", marks=[needs("tensorboardX"), needs("tensorboard")]),
     pytest.param("mlflow", marks=[needs("mlflow"), pytest.mark.slow]),
-    pytest.param("wandb", marks=[needs("wandb"), pytest.mark.slow]),
+    pytest.param("wandb", marks=needs("wandb")),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of other people's packages
 @pytest.mark.parametrize("kind", REAL)
 def test_a_sweep_that_goes_on_is_written_once_by_the_real_package(tmp_path, kind, monkeypatch):
@@ -139,6 +140,7 @@ def test_a_sweep_that_goes_on_is_written_once_by_the_real_package(tmp_path, kind
         np.testing.assert_allclose(values, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["csv", "json"])
 def test_a_file_cut_short_is_gone_on_with(tmp_path, kind):
     trackers, storage = Trackers(kind, tmp_path), tmp_path / "sweep"
@@ -337,6 +339,7 @@ def test_a_solve_goes_on_with_its_file_and_another_is_refused(tmp_path):
     assert read_csv(path) == rows
 
 
+@pytest.mark.slow
 def test_a_step_that_diverged_is_told_when_it_is_taken_anew(tmp_path):
     path, plain, key = tmp_path / "a.csv", gradhpo.OneStepOptimizer(INNER), jax.random.key(0)
 

@@ -28,6 +28,7 @@ def python(executable, *arguments, cwd):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_import_starts_no_backend_and_needs_no_extra(tmp_path):
     assert python(sys.executable, "-c", CHECK, cwd=tmp_path).strip() == "0.3.0"
 

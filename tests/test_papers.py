@@ -63,6 +63,7 @@ def test_toy_against_a_numpy_loop(name, reading):
     np.testing.assert_allclose(trace.cosine[0], cosines, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_toy_begins_at_the_papers_start():
     w_0, lam_0 = script("toy").starts(jax.random.key(0), 4)
     assert w_0[0].tolist() == [2, 2]

@@ -478,6 +478,7 @@ def test_states_and_axes_that_do_not_fit():
         Population(PROBLEM, data_parallel(OPTIMIZER, mesh, axis="trial"), SLOTS)
 
 
+@pytest.mark.slow
 def test_map_takes_operations_that_have_no_rule_for_vmap():
     def rows(key, data):
         given = batch(key, data)

@@ -29,6 +29,7 @@ def on_processes(storage, **changes):
     return sweep(storage, **{"executor": "processes", "workers": 2, "generations": LONG, **changes})
 
 
+@pytest.mark.slow
 def test_a_killed_and_a_stopped_worker_change_nothing(tmp_path, reference):
     made, hit = on_processes(tmp_path, heartbeat=2), []
 
@@ -93,6 +94,7 @@ class LosesRows(ThisProcess):
             super().send(worker, call, what, arguments)
 
 
+@pytest.mark.slow
 def test_rows_that_are_lost_on_their_way_change_nothing(tmp_path, reference, monkeypatch):
     """As with the node that held them: they are in a checkpoint, or are computed again."""
     monkeypatch.setattr(executors, "ThisProcess", LosesRows)

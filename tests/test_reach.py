@@ -116,6 +116,7 @@ def test_an_unused_leaf_is_told_once_at_every_door(door):
     assert "hyperparams['nobody'] gets no hypergradient: neither the update" in text
 
 
+@pytest.mark.slow
 def test_an_unused_leaf_is_told_once_by_a_sweep(tmp_path):
     optimizer = gradhpo.OneStepOptimizer(optax.sgd(0.1), OUTER)
     ((text, where),) = told(lambda: sweep(optimizer, "used", tmp_path / "s"))
@@ -269,6 +270,7 @@ def scaled(scale, w, lam, batch):
     return scale * jnp.mean((x @ w - y) ** 2) + lam * jnp.sum(w**2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [
     lambda: lambda w, lam, batch: scaled(1.0, w, lam, batch),
     lambda: functools.partial(scaled, 1.0),

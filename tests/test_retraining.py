@@ -79,6 +79,7 @@ def test_a_schedule_is_exact_at_every_step(x64):
     np.testing.assert_array_equal(jax.jit(jax.vmap(rate))(jnp.arange(1, 10)), found.record["rate"])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_schedule_of_the_whole():
     whole = solve(PROBLEM, OPTIMIZER, 9, KEY).schedule("decay", jnp.exp)
     part = solve(PROBLEM, OPTIMIZER, 4, KEY)
@@ -103,6 +104,7 @@ def test_runs_of_a_batch_and_leaves_that_are_no_scalars():
         solve(PROBLEM, OPTIMIZER, 5, KEY).schedule("decay", run=0)
 
 
+@pytest.mark.slow
 def test_a_diverged_run_ends_before_that():
     def loss(w, lam, batch):
         return train_loss(w, lam, batch) + jnp.where(lam["decay"] < -2.85, 0, jnp.nan)

@@ -42,6 +42,7 @@ def reference(tmp_path_factory):
     return sweep(tmp_path_factory.mktemp("reference"), generations=GENERATIONS).run()
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_as_in_a_folder_and_goes_on_there(server, reference):
     address = "s3://bucket/team/run"
     sweep(address, generations=2).run()
@@ -56,6 +57,7 @@ def test_a_sweep_ends_as_in_a_folder_and_goes_on_there(server, reference):
         assert secret not in store.read(text)
 
 
+@pytest.mark.slow
 def test_a_second_driver_is_refused(server):
     address = "s3://bucket/held"
     held = Storage(address).lock()
@@ -64,6 +66,7 @@ def test_a_second_driver_is_refused(server):
     held.release()
 
 
+@pytest.mark.slow
 def test_a_large_object_is_sent_in_parts_and_is_there_whole_or_not_at_all(server, monkeypatch):
     monkeypatch.setattr(bucket, "ONE_PUT", 1 << 20)
     monkeypatch.setattr(objects, "PART", 5 << 20)  # the smallest that S3 takes
@@ -115,6 +118,7 @@ def test_a_put_to_a_server_that_hangs_ends(server, monkeypatch):
         assert "Read timeout" in str(put.exception(timeout=60))
 
 
+@pytest.mark.slow
 def test_credentials_that_come_later_are_found(server, monkeypatch):
     store = Bucket("s3://bucket/later")
     with monkeypatch.context() as patch:

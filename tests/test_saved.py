@@ -251,6 +251,7 @@ def test_what_may_change_while_a_run_goes_on_does_not_count():
     assert runs[0].fingerprint == runs[1].fingerprint
 
 
+@pytest.mark.slow
 def test_a_step_is_traced_once_for_the_chunk_and_the_fingerprint():
     traces = []
 

@@ -30,6 +30,7 @@ def run(storage, **settings):
     return result, [event for event in kept.told if isinstance(event, events.Stopped)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", slow_but([1, 3], 3))
 def test_a_target_ends_it_and_going_on_gives_the_same_bits(tmp_path, straight, every):
     best = best_by_generation(straight)
@@ -144,6 +145,7 @@ def test_the_commands_stop_and_status(tmp_path):
     assert Storage(tmp_path).stop_request() is None
 
 
+@pytest.mark.slow
 def test_a_request_reaches_the_driver_of_a_sweep_in_a_store():
     pytest.importorskip("fsspec", reason="fsspec is not installed (the extra cluster)")
     where = "memory://test-stopping/run"

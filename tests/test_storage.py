@@ -91,6 +91,7 @@ class Forgetful(executors.FleetExecutor):
         return super().run(orders)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", slow_but([1, 3], 3))
 def test_a_lost_worker_is_made_up_for_from_the_last_checkpoints(
     tmp_path, reference, monkeypatch, every
@@ -118,6 +119,7 @@ class Crowded(executors.FleetExecutor):
         return made
 
 
+@pytest.mark.slow
 def test_states_without_room_come_back_from_their_checkpoints(tmp_path, reference, monkeypatch):
     """Before the journal names them, and where they were not to be written."""
     monkeypatch.setattr(executors, "FleetExecutor", Crowded)

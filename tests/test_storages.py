@@ -86,6 +86,7 @@ def test_a_result_is_read_without_running_what_its_storage_names(storage, tmp_pa
     assert "tests.breaks_on_import" not in sys.modules
 
 
+@pytest.mark.slow
 def test_a_result_made_from_objects_is_read_too(tmp_path):
     made = sweep(tmp_path, generations=1, problem=sweep_problems.problem())
     score = made.run().best.score
@@ -126,6 +127,7 @@ def with_data(shift):
     return dataclasses.replace(made, data=lambda key: jnp.asarray(rows))
 
 
+@pytest.mark.slow
 def test_other_data_are_refused_by_name_and_can_be_allowed(tmp_path):
     sweep(tmp_path, problem=with_data(0), generations=1).run()
     changed = sweep(tmp_path, problem=with_data(1), generations=2)
@@ -151,6 +153,7 @@ def test_other_code_can_be_allowed(tmp_path):
     assert result.changes == [(1, "code")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["manifest.json", "programs.json"])
 def test_a_storage_of_another_version_goes_on(storage, reference, where):
     """That computes otherwise, as far as its programs tell; as with another JAX."""
@@ -192,6 +195,7 @@ def test_what_may_change_is_checked(tmp_path, given):
 # --- damage -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["manifest.json", "programs.json"])
 @pytest.mark.parametrize("content", slow_but([None, "[]", '{"a'], None))
 def test_a_description_that_can_be_made_again_is(storage, reference, file, content):
@@ -400,6 +404,7 @@ def test_a_kill_at_any_of_the_first_file_operations_costs_nothing(tmp_path):
         assert_same_tables(sweep(storage, generations=2).run(), expected)
 
 
+@pytest.mark.slow
 def test_an_allowed_change_begins_where_states_are_known(tmp_path):
     """Generations after the last checkpoints are computed again, by the changed program."""
     settings = {"generations": 6, "checkpoint_every": 3}

@@ -58,6 +58,7 @@ def test_a_score_that_is_no_number_is_never_the_best():
     assert found.best.score == np.nanmax(found.evals["odd"])
 
 
+@pytest.mark.slow
 def test_lambda_of_every_step_is_kept():
     found = solve(PROBLEM, OPTIMIZER, 11, KEY)
     assert set(found.record) == {"decay"}  # the scalar leaf
