@@ -27,6 +27,9 @@ sys.path += [str(EXAMPLES), str(EXAMPLES / "papers")]
 # What one run of the tests measured must not decide what another one tests.
 os.environ["GRADHPO_CACHE"] = "off"
 
+# Ray would have its workers wait for whatever else computes: other tests, then.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 

@@ -47,7 +47,6 @@ def test_the_tuned_training_loop_is_the_plain_one_with_few_changed_lines():
 
 
 @pytest.mark.slow
-@pytest.mark.compiler
 def test_the_tuned_training_loop_runs(monkeypatch, capsys):
     tuned, plain = load("training_loop"), load("training_loop_plain")
     for module in (plain, tuned):
@@ -62,10 +61,10 @@ def test_the_tuned_training_loop_runs(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_hyperclean_digits(tmp_path):
-    """Two methods of the demo, each a sweep, on a Ray that it starts and stops; then resumed."""
+    """A method of the demo, a sweep on a Ray that it starts and stops; resumed, beside another."""
     figure = tmp_path / "figure.png"
     command = [sys.executable, "examples/hyperclean_digits.py", "--protocol", "tiny"]
-    command += ["--method", "first-order", "--method", "greedy", "--trials", "4"]
+    command += ["--method", "greedy", "--trials", "4"]
     command += ["--storage", str(tmp_path / "sweeps"), "--output", str(figure)]
 
     def demo(*more):
@@ -76,11 +75,11 @@ def test_hyperclean_digits(tmp_path):
         return done.stdout, done.stderr
 
     output, _ = demo()
-    assert len(re.findall(r"│ +1 \+ 1 │", output)) == 2  # one compile, one load
-    assert re.search(r"weights\s+unmoved:\s+yes", output)
+    assert len(re.findall(r"│ +1 \+ 1 │", output)) == 1  # one compile, one load
     assert figure.stat().st_size > 20_000
-    again, shown = demo("--resume", "--executor", "local")
-    assert shown.count("2 generations are done") == 2
+    again, shown = demo("--resume", "--executor", "local", "--method", "first-order")
+    assert shown.count("2 generations are done") == 1
+    assert re.search(r"weights\s+unmoved:\s+yes", again)
     numbers = [
         re.findall(r"Greedy \(0.9\).*?│(.*?)│(.*?)│(.*?)│(.*?)│", text) for text in (output, again)
     ]

@@ -58,8 +58,10 @@ def counting(read, source=drawn):
 # --- which pairs ----------------------------------------------------------------------------------
 
 
-@pytest.mark.compiler
-@pytest.mark.parametrize(("name", "optimizer", "episodes"), slow_but(CASES, CASES[2]))
+@pytest.mark.parametrize(
+    ("name", "optimizer", "episodes"),
+    slow_but(CASES, CASES[2], compiler=[CASES[0], CASES[-1]]),
+)
 def test_a_trial_takes_the_same_pairs_at_every_door(name, optimizer, episodes, tmp_path):
     key = trial_key(3, 0)
     solution = gradhpo.solve(problem(name), optimizer, 18, key, **episodes)
@@ -184,7 +186,6 @@ def test_lists_and_tuples_are_programs_of_their_own():
     assert_same_bits(rows[0], rows[2])
 
 
-@pytest.mark.compiler
 @pytest.mark.slow
 def test_the_first_pair_is_remembered_and_keys_are_typed():
     """HyperDistill's distilled batch starts from the slot's own first pair."""
@@ -214,7 +215,6 @@ def test_the_first_pair_is_remembered_and_keys_are_typed():
     assert_same_bits(rows["train_loss"][:, 1], alone.metrics["train_loss"])
 
 
-@pytest.mark.compiler
 @pytest.mark.slow
 def test_layouts_programs_and_fit_on_host_data():
     trials = Population(problem("start"), ONE_STEP, 3)
@@ -394,7 +394,6 @@ RECIPES = ["shuffled", "seekable", "shared", "dataset", "own_dataset", "by_torch
 
 
 @pytest.mark.slow
-@pytest.mark.compiler
 @pytest.mark.parametrize("name", slow_but(RECIPES, "shared"))
 def test_the_recipes_of_the_page(name):
     if name == "by_torch":
@@ -415,7 +414,6 @@ def test_the_recipes_of_the_page(name):
 # --- PyTorch --------------------------------------------------------------------------------------
 
 
-@pytest.mark.compiler
 def test_a_torch_loader():
     torch = pytest.importorskip("torch")
     tensors = [torch.as_tensor(np.asarray(x)) for x in BATCH]

@@ -377,7 +377,6 @@ def assert_result(folder, expected):
         np.testing.assert_array_equal(array, others[name], err_msg=name)
 
 
-@pytest.mark.compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_sigkill_at_random_instants(tmp_path, kind, undisturbed, compiled_once):

@@ -145,13 +145,13 @@ def test_a_divided_population_refuses_what_differs_between_devices():
         trials.run(trials.init(KEY), 2, KEYS[:2])
 
 
-@pytest.mark.compiler
 @pytest.mark.parametrize(
     ("name", "layout"),
     slow_but(
         [("one-step", layout) for layout in ("vmap", "map", "chunk", "shard", "trial-data")]
         + list(itertools.product(["greedy", "hyperdistill"], ["chunk", "trial-data"])),
         ("one-step", "vmap"),
+        compiler=[("one-step", "vmap"), ("one-step", "trial-data"), ("hyperdistill", "chunk")],
     ),
 )
 def test_a_slots_bits_do_not_depend_on_its_neighbours(name, layout):
@@ -170,7 +170,6 @@ def test_a_slots_bits_do_not_depend_on_its_neighbours(name, layout):
     assert (np.asarray(among.metadata["diverged_at"])[1:4] == 1).all()
 
 
-@pytest.mark.compiler
 @pytest.mark.slow
 def test_a_slot_that_diverges_is_frozen_in_its_last_finite_state():
     trials, _ = population("one-step", "vmap")
@@ -221,7 +220,6 @@ def test_numbers_never_compile_again():
     assert programs.count <= 1  # the product above, which is this test's own
 
 
-@pytest.mark.compiler
 @pytest.mark.parametrize("layout", ["vmap", "shard"])
 def test_select_gathers_and_checks(layout):
     trials, _ = population("hyperdistill", layout)
@@ -265,7 +263,6 @@ def test_data_of_each_slot():
 
 
 @pytest.mark.slow
-@pytest.mark.compiler
 def test_auto_measures_once_and_says_what_it_chose():
     problem, optimizer = wide_problems.problem(), wide_problems.optimizer()
     trials = Population(problem, optimizer, SLOTS)

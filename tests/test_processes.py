@@ -118,6 +118,12 @@ def test_slow_is_not_dead(tmp_path):
 
 FAILING = {
     "import": ({"problem": "tests.sweep_problems:does_not_exist"}, "has no 'does_not_exist'"),
+    "file": (
+        {"problem": "tests.sweep_problems:reads_a_missing_file"},
+        "failed to (trace|compile).*FileNotFound",
+    ),
+    "crash": ({"problem": "tests.sweep_problems:crashes_in_its_first_step"}, "while shard . ran"),
+    "memory": ({"problem": "tests.sweep_problems:ends_its_process"}, "in a row were lost"),
     "step": ({"problem": "tests.sweep_problems:prints_and_fails"}, "compile.*fails on purpose"),
 }
 

@@ -294,7 +294,6 @@ def test_in_a_batch_the_other_runs_go_on():
     )
 
 
-@pytest.mark.compiler
 @pytest.mark.slow
 def test_a_diverged_run_goes_on_from_its_last_finite_state_with_a_lower_rate():
     optimizer, _ = build("one-step")

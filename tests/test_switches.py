@@ -234,7 +234,6 @@ def test_what_jax_has_in_this_process_already_is_not_sent_either(cache):
     assert not compiled.compile(double, np.ones(3)).shareable  # from JAX, and so from the cache
 
 
-@pytest.mark.compiler
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
 @pytest.mark.slow
 def test_cut_entries_of_the_cache_do_not_break_a_sweep(cache, tmp_path):

@@ -10,8 +10,6 @@ import pytest
 
 from gradhpo.cluster import PBT, SearchSpace, Sweep, loguniform
 
-pytestmark = pytest.mark.compiler
-
 SPACE = SearchSpace({"log_rate": loguniform(1e-3, 1e-1, stored="log")})
 SETTINGS = {
     "problem": "tests.sweep_problems:problem",
