@@ -65,6 +65,10 @@ class Bucket(Files):
         """Ask for its bytes as they are read."""
         return self._objects.open(name)
 
+    def whole(self, name: str) -> bytes:
+        """Ask for all of it, once."""
+        return self._objects.get(name)
+
     def exists(self, name: str) -> bool:
         """Ask for it."""
         return self._objects.exists(name)
