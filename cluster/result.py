@@ -252,7 +252,7 @@ class SweepResult:
         """The sweep's folder, or its address."""
         return str(self._storage)
 
-    @property
+    @functools.cached_property
     def complete(self) -> bool:
         """Whether all generations are done that the sweep was last to have."""
         return self.generations >= manifest.read(self.where)["generations"]
