@@ -31,7 +31,7 @@ from gradhpo.cluster.executors import Executor
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.orders import Spec
-from gradhpo.cluster.result import Report
+from gradhpo.cluster.report import Report
 from gradhpo.cluster.settings import Identity, Place
 from gradhpo.cluster.stopping import Stopping
 from gradhpo.cluster.storage import Storage
