@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from gradhpo.cluster import SweepError, lineage, plots, report, shard, uniform
+from gradhpo.cluster import lineage, plots, report, shard, uniform
 from gradhpo.cluster.plots import curves_of
 from gradhpo.cluster.result import SweepResult
 from tests import file_operations
@@ -101,7 +101,3 @@ def test_a_life_goes_through_the_trials_that_it_came_from(result):
     assert list(dict.fromkeys(turn.trial for turn in result.schedule)) == result.best.lineage
     for copy in result.copies:
         assert copy.source in result.table["trial"][result.table["generation"] < copy.generation]
-    with pytest.raises(SweepError, match="no generation is done"):
-        SweepResult.from_storage(result.where).__class__(
-            f"{result.where}/nothing", None, None, "val_loss", 1
-        )

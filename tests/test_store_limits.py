@@ -72,6 +72,7 @@ def test_whether_somebody_asks_for_the_end_is_one_request(address, monkeypatch):
     assert len(asked) == 1
 
 
+@pytest.mark.slow
 def test_a_silent_server_is_given_up(monkeypatch):
     pytest.importorskip("s3fs", reason="s3fs is not installed (the extra s3)")
     with socket.create_server(("127.0.0.1", 0)) as silent:
