@@ -24,6 +24,8 @@ AGAIN = 60.0
 LIMIT = 60.0
 """Seconds that a request may take, all of its client's tries together; and those that more bytes
 take at a megabyte a second."""
+BRIEF = 5.0
+"""Seconds that it may take, at most, while the store is silent: what ends then asks it for more."""
 LIMIT_NAME = "GRADHPO_STORE_SECONDS"
 """The variable of the environment that sets other ones."""
 SLOW = 30.0
@@ -52,6 +54,10 @@ class Objects:
     def __init__(self, address: str) -> None:
         self.address, self._limit = address, _limit()
         self._fs, self._root = _opened(address, self._limit)
+        self._silent = False
+        """Whether the last request was not answered in time."""
+        # s3fs asks for an object's size before it reads it in parts, and here they are small.
+        self._at_once = {"max_concurrency": 1} if self._of("s3") else {}
 
     def put(self, name: str, content: bytes) -> None:
         """Put an object in one request; one of that name is replaced."""
@@ -102,13 +108,14 @@ class Objects:
     def get(self, name: str) -> bytes:
         """Return an object's content."""
         with self._told():
-            return self._within(self._fs.cat_file)(self._path(name))
+            return self._within(self._fs.cat_file)(self._path(name), **self._at_once)
 
     def get_all(self, names: Collection[str]) -> list[bytes]:
         """Return the contents of several, which are asked for at once."""
         with self._told():
             paths = [self._path(name) for name in names]
-            return self._within(self._fs.cat_ranges)(paths, None, None, on_error="raise")
+            get = self._within(self._fs.cat_ranges)
+            return get(paths, None, None, on_error="raise", **self._at_once)
 
     def open(self, name: str) -> Opened:
         """Return a file whose bytes are asked for as they are read."""
@@ -146,7 +153,8 @@ class Objects:
         """
         if self._of("memory"):
             return request
-        return functools.partial(request, timeout=_seconds(self._limit, size))
+        limit = min(self._limit, BRIEF) if self._silent else self._limit
+        return functools.partial(request, timeout=_seconds(limit, size))
 
     def _of(self, protocol: str) -> bool:
         return self.address.startswith(f"{protocol}:")
@@ -156,9 +164,12 @@ class Objects:
         try:
             with _told(self.address, watched):
                 yield
-        except Unreachable:  # a client keeps credentials, and that there were none
-            self._fs, self._root = _opened(self.address, self._limit)
+        except OSError as error:
+            self._silent = isinstance(error.__cause__, TimeoutError)
+            if isinstance(error, Unreachable):  # a client keeps credentials, and that it had none
+                self._fs, self._root = _opened(self.address, self._limit)
             raise
+        self._silent = False
 
     def _unread(self, refused: OSError, unread: OSError) -> Unreachable:
         """Return the error of a create that was refused, and then could not be read back."""

@@ -6,7 +6,7 @@ import socket
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from gradhpo import bucket, stop_request
+from gradhpo import bucket, objects, stop_request
 from gradhpo.bucket import Bucket
 from gradhpo.files import Unreachable
 from gradhpo.objects import Objects
@@ -99,6 +99,23 @@ def test_a_silent_server_is_given_up(monkeypatch):
         ):
             with pytest.raises(Unreachable, match=r"no answer in time.*GRADHPO_STORE_SECONDS"):
                 request()
+        assert store._within(print, 0).keywords == {"timeout": 0.1}  # BRIEF is more
+
+
+def test_a_silent_store_is_waited_for_briefly_until_it_answers(address, monkeypatch):
+    monkeypatch.setattr(Objects, "_of", lambda self, protocol: False)
+    store = Objects(address)
+
+    def seconds():
+        return store._within(print, 2_000_000).keywords["timeout"]
+
+    assert seconds() == objects.LIMIT + 2
+    with pytest.raises(Unreachable), store._told():
+        raise TimeoutError
+    assert seconds() == objects.BRIEF + 2
+    with pytest.raises(FileNotFoundError), store._told():  # an answer
+        raise FileNotFoundError
+    assert seconds() == objects.LIMIT + 2
 
 
 @pytest.mark.parametrize("given", ["0", "-1", "soon", "inf", "nan"])
