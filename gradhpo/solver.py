@@ -543,9 +543,11 @@ class _Run:
         step = self.done + first + 1
         metric = METRICS[int(np.argmax(faults[first]))]
         which = f" of run {run}" if self.program.batched else ""
-        self._fault = f"{metric} stopped being finite at step {step}{which}"
+        fault = f"{metric} stopped being finite at step {step}{which}"
+        if step >= self._diverged.max():
+            self._fault = fault
         warn_user(
-            f"{self._fault}: the state after step {step - 1} is kept. {advice(metric)}",
+            f"{fault}: the state after step {step - 1} is kept. {advice(metric)}",
             DivergenceWarning,
         )
         kept = self._chunk(before, segment, first)[0]
