@@ -132,7 +132,7 @@ def run(
                 after(event.generation)
 
         rules = Rules(scheduler, SPACE, 0, "val_loss", 1)
-        stopping = Stopping(Storage(storage), None, rules.metric, rules.sign, 0.0)
+        stopping = Stopping(Storage(storage), None, rules.metric, rules.sign, 0.0, tell)
         made = Controller(Storage(storage), Journal(storage), stub, layout, rules, tell, stopping)
         started = time.perf_counter()
         made.run(generations)

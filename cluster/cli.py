@@ -141,15 +141,15 @@ def resume(
 def stop(storage: Where) -> None:
     """Ask the driver of a sweep to end after the generation in flight, which is saved.
 
-    So does a file `stop.txt` in the sweep's folder. `resume` goes on.
+    So does a file `stop.txt` in the sweep's folder. `resume` goes on. A `solve` with this folder
+    as its `checkpoint` ends within seconds, and is saved too.
     """
     place = folder_of(storage)
-    manifest.read(place)
     who = Storage(place).files.holder()
     if who is None:
         sys.exit(printable(f"gradhpo: nobody runs {place}: there is nothing to stop"))
     Storage(place).ask_to_stop(f"gradhpo stop on {socket.gethostname()}")
-    _say(f"{place}: {who} ends after the generation in flight")
+    _say(f"{place}: {who} ends after the generation in flight, or the steps")
 
 
 @app.command()

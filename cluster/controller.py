@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -127,7 +127,8 @@ class Controller:
       rules: what decides.
       tell: takes events.
       stopping: says after every generation whether there is a next one.
-      changes: by generation, what was allowed to be other than before.
+      changes: returns what was allowed to be other than before, from a generation on that is
+        done.
       every: generations from one checkpoint to the next.
     """
 
@@ -141,12 +142,12 @@ class Controller:
         tell: Tell,
         stopping: Stopping,
         every: int = 1,
-        changes: Mapping[int, list[str]] | None = None,
+        changes: Callable[[int], list[str]] = lambda generation: [],
     ) -> None:
         self._storage, self._journal, self._executor = storage, journal, executor
         self._layout, self._rules, self._tell, self._every = layout, rules, tell, every
         self._stopping, self._total = stopping, 0
-        self._changes = changes or {}  # by generation, what was allowed to be other than before
+        self._changes = changes
         self._computed: list[Computed] = []
         """The oldest first: at most those since the last checkpoints, and one more."""
         self._written: dict[tuple[int, int], Saved] = {}
@@ -299,7 +300,7 @@ class Controller:
                 "best": self._saved_best(done, saved),
                 "seconds": round(done.seconds, 6),
             }
-            if what := self._changes.get(generation):
+            if what := self._changes(generation):
                 entry["changes"] = what
             if stopped is not None and generation + 1 < self._total:
                 entry["stopped"] = stopped

@@ -9,7 +9,15 @@ from typing import Any, ClassVar
 import numpy as np
 
 from gradhpo.cluster import columns, orders
-from gradhpo.observers.events import Begun, Event, GoneBack, ObserverFailed, Over, Progress
+from gradhpo.observers.events import (
+    Begun,
+    Event,
+    GoneBack,
+    ObserverFailed,
+    Over,
+    Progress,
+    Stopped,
+)
 from gradhpo.observers.telling import Observer, Telling
 
 __all__ = [
@@ -257,27 +265,6 @@ class Stopping(Event):
     def line(self) -> str:
         """Say that it takes a moment."""
         return f"{self.signal}: finishing this generation; once more to stop at once"
-
-
-@dataclasses.dataclass(frozen=True)
-class Stopped(Event):
-    """The run ended before the sweep's end, because it was asked to."""
-
-    generation: int
-    """Generations that are done."""
-    left: int
-    how: str
-    """The sentence that says how to go on."""
-    reason: str = ""
-    """What stopped it: a condition of `Stop`, who asked, a signal."""
-    expected: bool = False
-    """Whether that was a condition of `Stop`."""
-    name: ClassVar[str] = "stopped"
-
-    def line(self) -> str:
-        """Say how to go on."""
-        why = f" ({self.reason})" if self.reason else ""
-        return f"Stopped, {self.left} generations before the end{why}. {self.how}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -120,15 +120,6 @@ def keep(
     return made
 
 
-def allowed_changes(entries: Sequence[Entry]) -> dict[int, list[str]]:
-    """Return by generation what was allowed to be other than before."""
-    pairs = {(int(g), str(name)) for entry in entries for g, name in entry.get("changes", [])}
-    made: dict[int, list[str]] = {}
-    for generation, name in sorted(pairs):
-        made.setdefault(generation, []).append(name)
-    return made
-
-
 def _changes(old: Entry, new: Entry, tell: Callable[[Event], None]) -> dict[str, str]:
     """Return what changed, each with how it shows; tell what may change the last bits alone."""
     if "key" not in old:

@@ -2,43 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gradhpo.checkpoints import DamagedFile
 from gradhpo.cluster import columns as names
-from gradhpo.cluster import importing, manifest, programs, settings
-from gradhpo.cluster.columns import PARENT, TRIAL, Columns, decision_of
-from gradhpo.cluster.controller import Layout, Plan, Rules, first_plan, following, plan_of
+from gradhpo.cluster import importing, manifest, plots, programs, settings
+from gradhpo.cluster.columns import TRIAL, Columns
+from gradhpo.cluster.controller import Layout, Rules
 from gradhpo.cluster.division import divide
-from gradhpo.cluster.events import Event, Prepared, WorkerLost
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.journal import Journal
-from gradhpo.cluster.orders import Order, Spec
-from gradhpo.cluster.schedulers import NEW, RandomSearch
+from gradhpo.cluster.lineage import Copy, Lineage, Turn
+from gradhpo.cluster.orders import Spec
+from gradhpo.cluster.replay import Replay
+from gradhpo.cluster.report import Report
+from gradhpo.cluster.schedulers import RandomSearch
 from gradhpo.cluster.settings import Identity
 from gradhpo.cluster.shard import ShardHost, slot_of
-from gradhpo.cluster.space import LR_HYPER, Change, SearchSpace
+from gradhpo.cluster.space import SearchSpace
 from gradhpo.cluster.storage import Storage
-from gradhpo.cluster.variant import Variant, build, by_name, data_key
+from gradhpo.cluster.tables import Tables, named
+from gradhpo.cluster.variant import build, data_key
 from gradhpo.files import Where
 from gradhpo.state import BilevelState, PyTree
-
-
-class Copy(NamedTuple):
-    """A trial that took another's weights."""
-
-    generation: int
-    """The first in which it ran."""
-    trial: int
-    source: int
-    """The trial that it copied."""
 
 
 class Allowed(NamedTuple):
@@ -48,35 +39,6 @@ class Allowed(NamedTuple):
     """The first with the change."""
     what: str
     """ "code" or "data"."""
-
-
-class Turn(NamedTuple):
-    """One generation of a trial's life."""
-
-    generation: int
-    trial: int
-    slot: int
-    lr_hyper: float | None
-    changes: dict[str, tuple[float, float]]
-    """By name of a hyperparameter, `(multiply, add)`: how it changed before the generation."""
-
-    def order(self, slots: int, fresh: bool) -> Order:
-        """Return what lets a shard take this generation in all of its slots."""
-        changes = {
-            name: Change(np.ones(slots, bool), np.full(slots, multiply), np.full(slots, add))
-            for name, (multiply, add) in self.changes.items()
-        }
-        return Order(
-            shard=0,
-            variant=0,
-            generation=self.generation,
-            trials=np.full(slots, self.trial, np.uint32),
-            parents=np.arange(slots, dtype=np.int32),
-            fresh=np.full(slots, fresh),
-            lr_hyper=None if self.lr_hyper is None else np.full(slots, self.lr_hyper),
-            changes=changes,
-            start=None,
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,67 +73,6 @@ class Trial:
     def hyperparams(self) -> PyTree:
         """The hyperparameters, NumPy arrays in the problem's own structure."""
         return self.state.hyperparams
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What a run of the driver did, beside the result."""
-
-    compiles: int
-    """How often the step was compiled: once for each variant."""
-    loads: int
-    """How often a worker loaded it."""
-    restores: int
-    """How often a worker got it from JAX's persistent compilation cache."""
-    small_compiles: int
-    """Of programs that copy slots and make data."""
-    calibration_compiles: int
-    """Layouts that `batching="auto"` compared, and what that needed."""
-    worker_compiles: list[int]
-    """For each worker at the end, all programs that XLA compiled in it; 0 where all were loaded."""
-    workers_lost: int
-    startup_seconds: float
-    """Until the first generation."""
-    seconds: float
-    """Of the generations that this run computed."""
-    generations: int
-    """That this run computed."""
-    startup: dict[str, float]
-    """Where the seconds of `startup_seconds` went."""
-    loading_seconds: float
-    """The longest that another worker took to get the programs, within the first generations."""
-
-    def start(self) -> str:
-        """Return where the time of the start went, in words."""
-        parts = [f"{name} {seconds:.1f} s" for name, seconds in self.startup.items() if seconds]
-        if self.loading_seconds:
-            parts.append(f"and in other workers {self.loading_seconds:.1f} s to load")
-        return ", ".join(parts)
-
-    @classmethod
-    def of(cls, events: Iterable[Event], timings: Mapping[str, float], **known: Any) -> Report:
-        """Return the report that events add up to, beside what is known otherwise.
-
-        Args:
-          events: of the run.
-          timings: where the driver's time went until the first generation.
-          **known: the other fields.
-        """
-        told = list(events)
-        prepared = [event for event in told if isinstance(event, Prepared)]
-        counts = ("compiles", "loads", "restores", "small_compiles", "calibration_compiles")
-        sums = {name: sum(getattr(event, name) for event in prepared) for name in counts}
-        lost = sum(isinstance(event, WorkerLost) for event in told)
-        # Variants are prepared side by side: the one that took longest is what was waited for.
-        made = [dict(event.seconds) for event in prepared if not event.loads]
-        slowest = max(made, key=_total, default={})
-        startup = {**timings, "workers": max(0.0, timings["workers"] - _total(slowest)), **slowest}
-        loading = max((_total(dict(e.seconds)) for e in prepared if e.loads), default=0.0)
-        return cls(**sums, workers_lost=lost, startup=startup, loading_seconds=loading, **known)
-
-
-def _total(seconds: Mapping[str, float]) -> float:
-    return sum(seconds.values())
 
 
 class SweepResult:
@@ -252,7 +153,7 @@ class SweepResult:
         """The sweep's folder, or its address."""
         return str(self._storage)
 
-    @property
+    @functools.cached_property
     def complete(self) -> bool:
         """Whether all generations are done that the sweep was last to have."""
         return self.generations >= manifest.read(self.where)["generations"]
@@ -280,7 +181,7 @@ class SweepResult:
         new trial), `lr_hyper` where it is searched, the five metrics of the last step, the
         problem's own, and `hyperparams.…` for searched hyperparameters after the generation.
         """
-        tables = [self._table(g) for g in range(self.generations)]
+        tables = [self._tables.at(g) for g in range(self.generations)]
         n = self._layout.population
         first = names.shown(tables[0])
         whole = {name: np.concatenate([table[name] for table in tables]) for name in first}
@@ -306,7 +207,7 @@ class SweepResult:
             raise SweepError("the sweep keeps no steps: Sweep(record=n) keeps every n-th")
         parts: list[Columns] = []
         for generation in range(self.generations):
-            table = self._table(generation)
+            table = self._tables.at(generation)
             kept = names.curves(table)
             n, points = next(iter(kept.values())).shape
             step = self._spec.record * np.arange(1, points + 1)
@@ -334,7 +235,7 @@ class SweepResult:
     @functools.cached_property
     def final(self) -> Columns:
         """The table of the last generation."""
-        return names.shown(self._table(self.generations - 1))
+        return names.shown(self._tables.at(self.generations - 1))
 
     @property
     def changes(self) -> list[Allowed]:
@@ -348,16 +249,7 @@ class SweepResult:
     @property
     def copies(self) -> list[Copy]:
         """Which trial copied which, and when."""
-        made: list[Copy] = []
-        for generation in range(1, self.generations):
-            table, before = self._table(generation), self._table(generation - 1)
-            parents = table[PARENT]
-            copied = (parents != NEW) & (parents != np.arange(len(parents)))
-            made += [
-                Copy(generation, int(table[TRIAL][s]), int(before[TRIAL][parents[s]]))
-                for s in np.flatnonzero(copied)
-            ]
-        return made
+        return self._lines.copies(self.generations)
 
     @functools.cached_property
     def best(self) -> Trial:
@@ -370,10 +262,10 @@ class SweepResult:
         found = self._best()
         slot, generation = found["slot"], found["generation"]
         local = slot % self._layout.slots
-        with self._named():
+        with named(self._storage):
             arrays = slot_of(*self._storage.load(found["checkpoint"]), local)
         variant = self._variant_of_slot(slot)
-        rates = self._plan(generation).lr_hyper
+        rates = self._lines.plan(generation).lr_hyper
         host = ShardHost
         return Trial(
             number=found["trial"],
@@ -382,7 +274,7 @@ class SweepResult:
             metrics=self._metrics(found),
             lr_hyper=None if rates is None else float(rates[slot]),
             choices=self._spec.space.variants()[variant],
-            lineage=self._lineage(slot, generation),
+            lineage=self._lines.trials(slot, generation),
             arrays=arrays,
             restore=lambda: host(self._spec, self._load_data()).restore(
                 variant, found["checkpoint"], local
@@ -397,24 +289,7 @@ class SweepResult:
           DamagedFile: if a table that says how a setting changed is damaged.
         """
         found = self._best()
-        slot, turns = found["slot"], list[Turn]()
-        for generation in range(found["generation"], -1, -1):
-            plan = self._plan(generation)
-            before = decision_of(self._table(generation - 1)).changes if generation else None
-            if before is None:
-                before = self._first_changes()
-            changes = {
-                name: (float(change.multiply[slot]), float(change.add[slot]))
-                for name, change in before.items()
-                if change.mask[slot] and name != LR_HYPER
-            }
-            rate = None if plan.lr_hyper is None else float(plan.lr_hyper[slot])
-            turns.append(Turn(generation, int(plan.trial[slot]), slot, rate, changes))
-            parent = int(plan.parents[slot])
-            if parent == NEW:
-                break
-            slot = parent
-        return turns[::-1]
+        return self._lines.turns(found["slot"], found["generation"])
 
     def replay(self) -> BilevelState:
         """Compute the winner again from scratch, alone, and return its state.
@@ -422,13 +297,7 @@ class SweepResult:
         It runs in every slot of one shard, with the sweep's own program: the same bits. On another
         kind of hardware the last bits may differ.
         """
-        import jax
-
-        variant = self._winners_variant(self._spec.steps)
-        state = variant.zeros()
-        for index, turn in enumerate(self.schedule):
-            state, _ = variant.turn(state, turn.order(self._spec.slots, fresh=index == 0))
-        return jax.tree.map(np.asarray, _row(variant, state))
+        return self._replay().state()
 
     def trajectory(self) -> dict[str, np.ndarray]:
         """Compute the winner again, step by step, and return the λ that each was taken with.
@@ -438,25 +307,12 @@ class SweepResult:
           `(steps + 1, …)`: before each step, perturbations included, and after the last.
           `gradhpo.export.write_script` makes a script of it.
         """
-        variant = self._winners_variant(1)
-        state, values = variant.zeros(), list[PyTree]()
-        for index, turn in enumerate(self.schedule):
-            order = turn.order(self._spec.slots, fresh=index == 0)
-            for _ in range(self._spec.steps):
-                values.append(variant.hyperparams_at(state, order))
-                state, _ = variant.turn(state, order)
-                order = dataclasses.replace(order, fresh=np.zeros_like(order.fresh), changes={})
-        values.append(_row(variant, state).hyperparams)
-        return by_name(values)
+        return self._replay().trajectory()
 
-    def _winners_variant(self, steps: int) -> Variant:
-        """Return what computes the winner alone, so many steps at a time."""
+    def _replay(self) -> Replay:
         number = self._variant_of_slot(self._best()["slot"])
-        importing.extend_path(self._spec.sys_path)
-        spec = dataclasses.replace(self._spec, batching=self._layouts[number], steps=steps)
-        variant = Variant(spec, spec.space.variants()[number], self._load_data())
-        variant.prepare(None)
-        return variant
+        spec = dataclasses.replace(self._spec, batching=self._layouts[number])
+        return Replay(spec, number, self.schedule, self._load_data)
 
     @functools.cached_property
     def data(self) -> PyTree:
@@ -468,28 +324,41 @@ class SweepResult:
     def history(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield each generation with the metric of every slot."""
         for generation in range(self.generations):
-            yield generation, self._table(generation)[self._metric]
+            yield generation, self._tables.at(generation)[self._metric]
 
-    def plot(self, path: Path | str) -> None:
-        """Draw the metric of all trials over generations, and the winner's line; needs matplotlib.
+    def plot(self, target: Any) -> Any:
+        """Draw the metric over generations; needs matplotlib.
+
+        All trials, their median and middle half, the best so far, and the winner.
+
+        Args:
+          target: a path to write a figure to, or matplotlib axes to draw on.
+
+        Returns:
+          The axes.
 
         Raises:
           ImportError: if matplotlib is not installed.
         """
-        from matplotlib.figure import Figure
-
         rows = np.stack([row for _, row in self.history()]).astype(float)
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.subplots()
-        axes.plot(rows, color="C0", alpha=min(0.6, 20 / rows.shape[1]), linewidth=0.8)
-        line = [rows[turn.generation, turn.slot] for turn in self.schedule]
-        axes.plot([t.generation for t in self.schedule], line, color="black", label="the winner")
-        with np.errstate(all="ignore"):
-            positive = np.nanmin(rows) > 0
-        axes.set(xlabel="generation", ylabel=self._metric, yscale="log" if positive else "linear")
-        axes.legend()
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
+        return plots.draw_metric(target, rows, self.schedule, self._metric, self._sign)
+
+    def plot_settings(self, target: Any) -> list[Any]:
+        """Draw what each searched setting was in all trials, and in the winner.
+
+        Args:
+          target: a path to write a figure to, or matplotlib axes to draw on, one for each setting.
+
+        Returns:
+          The axes, in the order of the settings.
+
+        Raises:
+          ImportError: if matplotlib is not installed.
+          ValueError: if nothing is searched that is a number.
+        """
+        shape, space = (self.generations, self._layout.population), self.space.settings()
+        columns = {n: self.table[names.setting(n)].reshape(shape).astype(float) for n in space}
+        return plots.draw_settings(target, columns, space, self.schedule)
 
     def _best(self) -> Any:
         found = self._entries[-1]["best"]
@@ -500,58 +369,23 @@ class SweepResult:
     def _variant_of_slot(self, slot: int) -> int:
         return self._layout.variant_of(slot // self._layout.slots)
 
-    def _first_changes(self) -> Mapping[str, Change]:
-        space: SearchSpace = self._spec.space
-        n = self._layout.population
-        return space.draw(np.random.default_rng([self._spec.seed, 0]), np.ones(n, bool))
-
     def _metrics(self, found: Any) -> dict[str, float]:
         """Return the winner's row of its table; where that is damaged, what the journal says."""
         try:
-            table = self._table(found["generation"])
+            table = self._tables.at(found["generation"])
         except DamagedFile:
             return {self._metric: found["score"] * self._sign}
         return {name: float(table[name][found["slot"]]) for name in names.measured(table)}
 
-    def _lineage(self, slot: int, generation: int) -> list[int]:
-        """Return the trials that a slot's comes from; two damaged tables in a row cut it short."""
-        trials: list[int] = []
-        for before in range(generation, -1, -1):
-            try:
-                plan = self._plan(before)
-            except DamagedFile:
-                break
-            trials.append(int(plan.trial[slot]))
-            parent = int(plan.parents[slot])
-            if parent == NEW:
-                break
-            slot = parent
-        return list(dict.fromkeys(reversed(trials)))
+    @functools.cached_property
+    def _tables(self) -> Tables:
+        return Tables(self._storage, self._entries)
 
-    def _plan(self, generation: int) -> Plan:
-        """Return who ran in which slot: as the table says, or the one before it, which decided."""
-        try:
-            return plan_of(generation, self._table(generation))
-        except DamagedFile:
-            spec = self._spec
-            rules = Rules(RandomSearch(), spec.space, spec.seed, self._metric, self._sign)
-            if generation == 0:
-                return first_plan(self._layout, rules)
-            before = self._table(generation - 1)
-            return following(plan_of(generation - 1, before), decision_of(before), rules)
-
-    def _table(self, generation: int) -> Columns:
-        """Return a generation's table; where its line is damaged, by what its name proves."""
-        with self._named():
-            return self._storage.load_table(generation, self._saved.get(generation))
-
-    @contextlib.contextmanager
-    def _named(self) -> Generator[None]:
-        """Let an error about a file say in which storage."""
-        try:
-            yield
-        except DamagedFile as error:
-            raise DamagedFile(f"{self._storage}/{error.file}", error.reason) from None
+    @functools.cached_property
+    def _lines(self) -> Lineage:
+        spec = self._spec
+        rules = Rules(RandomSearch(), spec.space, spec.seed, self._metric, self._sign)
+        return Lineage(self._tables, self._layout, rules)
 
     @functools.cached_property
     def _layouts(self) -> list[Any]:
@@ -559,15 +393,6 @@ class SweepResult:
         if entries is None:
             return [self._spec.batching] * self._layout.variants
         return [entry["batching"] for entry in entries]
-
-    @functools.cached_property
-    def _saved(self) -> dict[int, Any]:
-        return {entry["generation"]: entry["table"] for entry in self._entries}
-
-
-def _row(variant: Variant, state: Any) -> BilevelState:
-    """Return slot 0 of a state."""
-    return variant.unflatten({n: leaf[0] for n, leaf in variant.take(state, [0]).items()})
 
 
 def spec_of(

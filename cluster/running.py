@@ -10,6 +10,7 @@ from typing import Any
 
 from gradhpo.checkpoints import DamagedFile
 from gradhpo.cluster import columns, executors, manifest, programs
+from gradhpo.cluster.allowed import AllowedChanges
 from gradhpo.cluster.controller import Controller, Layout, Rules
 from gradhpo.cluster.events import (
     Begun,
@@ -30,7 +31,7 @@ from gradhpo.cluster.executors import Executor
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.orders import Spec
-from gradhpo.cluster.result import Report
+from gradhpo.cluster.report import Report
 from gradhpo.cluster.settings import Identity, Place
 from gradhpo.cluster.stopping import Stopping
 from gradhpo.cluster.storage import Storage
@@ -83,7 +84,7 @@ class Run:
         for what in self._journal.damaged:
             tell(Damaged(what, None))
         storage, identity = Storage(self._storage), self._identity
-        asked = (storage, self._place.stop, identity.metric, identity.sign, self._clock)
+        asked = (storage, self._place.stop, identity.metric, identity.sign, self._clock, tell)
         stopping = Stopping(*asked)
         best = self._journal.last[-1]["best"] if done else None
         if done >= total:
@@ -103,7 +104,7 @@ class Run:
             )
         try:
             with self._timings("workers"):
-                changes = programs.allowed_changes(self._prepare(executor, allowed, renamed, about))
+                changes = self._prepare(executor, allowed, renamed, about)
             controller = self._controller(executor, changes, stopping)
             tell(Running(done))
             started = time.perf_counter()
@@ -152,8 +153,8 @@ class Run:
         allowed: Collection[str],
         renamed: Collection[str],
         about: Mapping[str, Any],
-    ) -> list[programs.Entry]:
-        """Compile, and see that it is what an earlier run compiled."""
+    ) -> AllowedChanges:
+        """Compile, and see that it is what an earlier run compiled, or was allowed to change."""
         tell = self._telling.tell
         known = programs.recovered(self._storage, tell)
         layouts = [self._identity.batching] * self._layout.variants
@@ -170,13 +171,13 @@ class Run:
         durable = self._journal.durable
         first = durable[-1]["generation"] + 1 if durable else 0
         args = (prepared, first, allowed, renamed, about, tell)
-        entries = programs.keep(self._storage, known, *args)
-        if self._before_change(first, programs.allowed_changes(entries).get(first)):
+        changes = AllowedChanges(self._storage, programs.keep(self._storage, known, *args))
+        if self._before_change(first, changes.at(first)):
             tell(GoneBack(first))  # first, since what a kill leaves of a journal is told again
             self._journal.drop_after(first - 1)
-        return entries
+        return changes
 
-    def _before_change(self, first: int, changes: list[str] | None) -> bool:
+    def _before_change(self, first: int, changes: list[str]) -> bool:
         """Whether generations from the first that has no states on came before a change.
 
         One that an earlier run allowed counts too, if it was killed before it dropped them.
@@ -187,12 +188,11 @@ class Run:
 
     def _stopped(self, total: int, stopping: Stopping, how_to_resume: Callable[[], str]) -> Stopped:
         done = self._journal.generation + 1
-        return Stopped(
-            done, total - done, how_to_resume(), stopping.reason or "", stopping.expected
-        )
+        about = ("generation", done, total - done, how_to_resume())
+        return Stopped(*about, stopping.reason or "", stopping.expected)
 
     def _controller(
-        self, executor: Executor, changes: dict[int, list[str]], stopping: Stopping
+        self, executor: Executor, changes: AllowedChanges, stopping: Stopping
     ) -> Controller:
         identity = self._identity
         about = (identity.scheduler, identity.space, identity.seed)
@@ -203,10 +203,10 @@ class Run:
         def tell(event: Event) -> None:
             self._telling.tell(event)
             back = event.generation if isinstance(event, Damaged) else None
-            if back is not None and any(generation > back for generation in changes):
+            if back is not None and changes.after(back):
                 self._telling.tell(GoneBack(back))  # computed again, but not as it was
 
-        return Controller(*what, tell, stopping, every, changes)
+        return Controller(*what, tell, stopping, every, changes.begin)
 
 
 def _told(about: Mapping[str, Any]) -> dict[str, Any]:

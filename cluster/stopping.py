@@ -6,9 +6,9 @@ would have computed.
 
 from __future__ import annotations
 
-import math
 import time
 
+from gradhpo.cluster.events import Note, Tell
 from gradhpo.cluster.journal import Best
 from gradhpo.cluster.storage import Storage
 from gradhpo.watch import Stop
@@ -23,12 +23,19 @@ class Stopping:
       metric: its name.
       sign: 1 if the metric is minimized, -1 if maximized.
       began: `time.monotonic()` of the run's beginning.
+      tell: takes events.
     """
 
     def __init__(
-        self, storage: Storage, stop: Stop | None, metric: str, sign: int, began: float
+        self,
+        storage: Storage,
+        stop: Stop | None,
+        metric: str,
+        sign: int,
+        began: float,
+        tell: Tell,
     ) -> None:
-        self._storage, self._stop, self._began = storage, stop, began
+        self._storage, self._stop, self._began, self._tell = storage, stop, began, tell
         self._metric, self._sign = metric, sign
         self.reason: str | None = None
         """Why it ends; once said, it stays."""
@@ -38,17 +45,17 @@ class Stopping:
 
     def already(self, done: int, best: Best | None) -> bool:
         """Whether the sweep that is gone on with is at its end; seconds are each run's own."""
-        self.reason = self._condition(done, best)
+        self.reason = self._condition(done, best, elapsed=0)
         self.expected = self.reason is not None
         return self.expected
 
     def ask(self, done: int, best: Best | None) -> None:
         """See whether it ends after so many generations, with this best so far."""
         if self.reason is None:
-            self.reason = self._condition(done, best) or self._late()
+            self.reason = self._condition(done, best, time.monotonic() - self._began)
             self.expected = self.reason is not None
         if self.reason is None:
-            self.reason = self._storage.stop_request()
+            self.reason = self._request()
 
     def signal(self, name: str) -> None:
         """End after the generation in flight, since a signal came."""
@@ -58,20 +65,18 @@ class Stopping:
         """Forget what was asked, now that it is done."""
         self._storage.forget_stop()
 
-    def _condition(self, done: int, best: Best | None) -> str | None:
-        stop, score = self._stop, math.inf if best is None else best["score"]
-        if stop is None or not done:
+    def _condition(self, done: int, best: Best | None, elapsed: float) -> str | None:
+        if self._stop is None or not done:
             return None
-        if stop.target is not None and score <= stop.target * self._sign:
-            value = f"{self._metric} is {score * self._sign:.6g}"
-            return f"the target is reached: {value}, target={stop.target:g}"
+        score = None if best is None else best["score"] * self._sign
         since = done - (0 if best is None else best["generation"] + 1)
-        if stop.patience is not None and since >= stop.patience:
-            return f"{since} generations without a best so far, patience={stop.patience}"
-        return None
+        about = (self._metric, self._sign > 0, score, since, "generations", elapsed)
+        return self._stop.why(*about)
 
-    def _late(self) -> str | None:
-        seconds = None if self._stop is None else self._stop.seconds
-        if seconds is None or time.monotonic() - self._began < seconds:
+    def _request(self) -> str | None:
+        """Return who asks for the end; where that cannot be seen, say so, and go on."""
+        try:
+            return self._storage.stop_request()
+        except OSError as error:
+            self._tell(Note(f"whether somebody asks for the end cannot be seen: {error}"))
             return None
-        return f"seconds={seconds:g} are over"

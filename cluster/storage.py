@@ -13,21 +13,20 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from gradhpo import checkpoints
+from gradhpo import checkpoints, stop_request
 from gradhpo.checkpoints import DamagedFile, Saved
 from gradhpo.commit import UNFINISHED
 from gradhpo.files import Files, Held, Where, files_of, is_address
 from gradhpo.lock import ALIVE, LOCK, StorageInUse
 from gradhpo.parallel import layout_cache
+from gradhpo.stop_request import STOP
 
 CHECKPOINTS, TABLES = "checkpoints", "tables"
 LOGS = "logs"
-STOP = "stop.txt"
-"""A file that asks the driver to end, and says who asks; anybody may write it."""
 PROBE = ".probe-"
 """How the file begins by which is seen that the folder can be written."""
 
@@ -220,26 +219,19 @@ class Storage:
         Raises:
           OSError: if that cannot be written.
         """
-
-        def content(file: BinaryIO) -> None:
-            file.write(who.encode())
-
-        self.files.write(STOP, content)
+        stop_request.ask(self.files, who)
 
     def stop_request(self) -> str | None:
-        """Return who asked the driver to end; None where nobody did."""
-        with contextlib.suppress(OSError):
-            if self.files.exists(STOP):
-                with self.files.open(STOP) as file:
-                    text = file.read() or b""
-                return text.decode(errors="replace") or f"a file {STOP}"
-        return None
+        """Return who asked the driver to end; None where nobody did.
+
+        Raises:
+          OSError: if that cannot be read, or a store does not answer.
+        """
+        return stop_request.asked(self.files)
 
     def forget_stop(self) -> None:
         """Remove the request."""
-        with contextlib.suppress(OSError):
-            if self.files.exists(STOP):
-                self.files.remove([STOP])
+        stop_request.forget(self.files)
 
     def log(self, facts: Mapping[str, Any]) -> None:
         """Add a line to the events; what cannot be written is left out."""

@@ -4,8 +4,9 @@ A put is whole or not at all, and nothing can be renamed, added to or locked. So
 once and never changed, under a name that nobody else puts: what follows from its content, or the
 next number of a series, by a conditional create (`If-None-Match: *`), of which a store grants one.
 A text that changes is a series: "journal.jsonl/000012" is one line more, or all of the text anew
-(see `_Part`). Whoever has the lock knows the last number of each series and goes on from there
-without looking, so that a process whose lock was taken over finds its number taken.
+(see `_Part`), as every hundredth is, so that a reader needs no more than a hundred. Whoever has the
+lock knows the last number of each series and goes on from there without looking, so that a process
+whose lock was taken over finds its number taken.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ from gradhpo.objects import Objects
 
 ONE_PUT = 64 << 20
 """Bytes up to which an object is put in one request; a larger one is sent in parts."""
+
+
+LINES = 100
+"""Objects of a text after which all of it is put anew, instead of a line more."""
 
 
 class Bucket(Files):
@@ -64,6 +69,10 @@ class Bucket(Files):
     def open(self, name: str) -> Opened:
         """Ask for its bytes as they are read."""
         return self._objects.open(name)
+
+    def whole(self, name: str) -> bytes:
+        """Ask for all of it, once."""
+        return self._objects.get(name)
 
     def exists(self, name: str) -> bool:
         """Ask for it."""
@@ -116,9 +125,13 @@ class Bucket(Files):
         self._put_next(name, _Part(True, text))
 
     def append(self, name: str, line: bytes, lasting: bool = True) -> None:
-        """Put it as the series' next object."""
+        """Put it as the series' next object; now and then with all that is before it."""
         del lasting
-        self._put_next(name, _Part(False, line))
+        number = self._ends.get(name, 0)
+        if number % LINES == LINES - 1:
+            self._put_next(name, _Part(True, self._text(name)[1] + line))
+        else:
+            self._put_next(name, _Part(False, line))
 
     # --- the lock -------------------------------------------------------------------------------
 

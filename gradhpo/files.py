@@ -69,6 +69,14 @@ class Files(abc.ABC):
         """Open a file that `write` wrote, to read it."""
 
     @abc.abstractmethod
+    def whole(self, name: str) -> bytes:
+        """Return all of a file that `write` wrote, a small one.
+
+        Raises:
+          FileNotFoundError: if there is none.
+        """
+
+    @abc.abstractmethod
     def exists(self, name: str) -> bool:
         """Whether a file that `write` wrote is there, whatever is in it."""
 

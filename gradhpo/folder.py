@@ -31,6 +31,10 @@ class Folder(Files):
         """Open it."""
         return open(self.path / name, "rb")
 
+    def whole(self, name: str) -> bytes:
+        """Read it."""
+        return (self.path / name).read_bytes()
+
     def exists(self, name: str) -> bool:
         """Look."""
         return (self.path / name).exists()

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gradhpo import checkpoints
+from gradhpo import checkpoints, stop_request
 from gradhpo.checkpoints import DamagedFile
 from gradhpo.checksums import checksum
 from gradhpo.commit import UNFINISHED
@@ -27,6 +27,8 @@ KEPT = 2
 """Checkpoints that are kept: the newest, and the one before, should the newest be damaged."""
 SECONDS = 60.0
 """Between two checkpoints, where nothing else is asked for."""
+LOOK = 5.0
+"""Seconds between two looks whether somebody asks for the end."""
 NEVER = sys.maxsize
 PROBE = ".probe"
 SAVED = re.compile(r"[0-9]{8}-step-.*(\.arrays|\.npz)$")
@@ -66,12 +68,13 @@ class RunFolder:
         """Whether the callback had stopped the run that was found."""
         self._saved: tuple[int, bool, list[int]] | None = None
         """Of the newest checkpoint: its steps, whether it was told to stop, and what diverged."""
-        self._due = 0.0
+        self._due = self._look = 0.0
 
     def __enter__(self) -> RunFolder:
         self._files.probe(PROBE)
         self._lock = self._files.lock("checkpoint", "run", (), _say)
         self._due = time.monotonic() + SECONDS
+        stop_request.forget(self._files)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -127,6 +130,24 @@ class RunFolder:
     def due(self, done: int) -> bool:
         """Whether it is time to save, after so many steps."""
         return time.monotonic() >= self._due if self._every is None else done % self._every == 0
+
+    def stop_request(self) -> str | None:
+        """Return who asks for the end, which is then obeyed; None where nobody does.
+
+        It is looked for now and then. If it cannot be, a warning says so.
+        """
+        if time.monotonic() < self._look:
+            return None
+        self._look = time.monotonic() + LOOK
+        try:
+            who = stop_request.asked(self._files)
+        except OSError as error:
+            text = f"{self.name}: whether somebody asks for the end cannot be seen: {error}"
+            warn_user(text, RuntimeWarning)
+            return None
+        if who is not None:
+            stop_request.forget(self._files)
+        return who
 
     def save(self, solution: Solution, told: bool) -> None:
         """Write a checkpoint, unless it is there, and remove the older ones but one.

@@ -79,6 +79,9 @@ class Solution:
       record_start: `{name: array}`, each `(…)`: the same of the λ before the first step.
       fingerprint: what tells the run's problem and optimizer from others, by which `resume=` sees
         that they are the same; None lets any go on.
+      stopped: why the run ended before its last step: a condition of `stop`, the callback, who
+        asked, a signal, the end of the data, a divergence; None where it did not. No leaf of the
+        pytree.
     """
 
     state: BilevelState
@@ -94,6 +97,7 @@ class Solution:
     data_state: bytes | None = dataclasses.field(default=None, metadata={"static": True})
     record_start: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     fingerprint: Fingerprint | None = dataclasses.field(default=None, metadata={"static": True})
+    stopped: str | None = dataclasses.field(default=None, metadata={"static": True})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the solution to a file, whole or not at all; nothing in it is pickled.
@@ -203,6 +207,8 @@ def packed(solution: Solution) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Return a solution as arrays by path, and what they are."""
     packer = Packer(_CLASSES, _TEMPLATED)
     spec = packer.pack(solution)
+    if solution.stopped is None:  # older versions know no such field
+        del spec[Solution.__name__]["stopped"]
     runs = list(np.shape(solution.diverged_at))
     return packer.arrays, {"solution": spec, "runs": runs, "episodes": solution.phi is not None}
 

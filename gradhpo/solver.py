@@ -46,6 +46,8 @@ from gradhpo.watch import Stop, Watch
 Record: TypeAlias = Callable[[PyTree], dict[str, Any]] | Sequence[str] | None
 Callback: TypeAlias = Callable[[int, BilevelState, dict[str, Any]], Any]
 
+TOLD = "the callback returned True"
+"""Why a run ends that its callback ends."""
 CHUNK_SECONDS = 0.5
 """How long a chunk of steps should take, so that the progress bar moves."""
 
@@ -112,7 +114,8 @@ def solve(
         looked for anew. The rates may be others; a problem or optimizer that computes something
         else is refused by the solution's `fingerprint`.
       checkpoint: a folder, or an address such as "s3://bucket/run", in which the run is saved now
-        and then, and at its end. Where it holds this run already, the run goes on from there, in
+        and then, and at its end; `gradhpo stop`, or a file `stop.txt` in it, ends it as Ctrl-C
+        does, within seconds. Where it holds this run already, the run goes on from there, in
         a new process too, to the bits of one that was not interrupted; `resume` is then not
         looked at. The two newest checkpoints are kept. Another key, problem, optimizer, rate or
         kind of episodes is refused (after a divergence another rate is taken); `steps`, `stop`,
@@ -124,8 +127,9 @@ def solve(
         `problem.metrics` gave there; or, if it takes two arguments, without. Returning True stops.
         After a crash it is called again for evaluations since the last checkpoint.
       progress: whether to draw a progress bar (needs tqdm); None draws one on a terminal.
-      observers: told of the metrics of every step and of evaluations, chunk by chunk, see
-        `gradhpo.observers`; if one raises an error, a warning says so, and the run goes on.
+      observers: told of the metrics of every step and of evaluations, chunk by chunk, and of what
+        ended the run early, see `gradhpo.observers`; if one raises an error, a warning says so,
+        and the run goes on.
 
     Returns:
       The state and the metrics of every step. If a metric of a step is not finite, a
@@ -133,7 +137,8 @@ def solve(
       keys, the others go on. If host data ends early, a warning says so, and what was done is
       returned. So it is at Ctrl-C or SIGTERM, after the chunk of steps that is being computed, and
       without an evaluation that is not due there, so that the run can go on as if nothing had
-      been; a second Ctrl-C raises KeyboardInterrupt at once.
+      been; a second Ctrl-C raises KeyboardInterrupt at once. `Solution.stopped` says what ended a
+      run before its last step.
 
     Raises:
       ValueError: for an argument out of range, neither or both of `outer_optimizer` and
@@ -186,10 +191,10 @@ def solve(
         if first > steps:
             raise ValueError(f"{source} has taken {first} steps already, more than steps={steps}")
         tells = Steps(observers, key.shape, settings=kind() | {"optimizer": settings(optimizer)})
-        run = _Run(program, key, rates, resume, watch, _called(callback), source, tells)
+        run = _Run(program, key, rates, resume, watch, _called(callback), source, tells, steps)
         if folder is not None and found is not None:
             run.stop_as_before(folder.told and callback is not None)
-        if first == steps or run.stopped:
+        if first == steps or run.stopped is not None:
             segments = iter(())
             run.check(pair() if problem.reopens else None)
         elif data is None:
@@ -198,7 +203,7 @@ def solve(
             segments = _host_segments(data, timetable, key, resume, steps)
         with Bar(progress, total=steps, unit="step", done=first) as bar, ended(tells.telling):
             tells.begin(steps, None if folder is None else folder.run(key))
-            run.go(segments, steps, bar, folder)
+            run.go(segments, bar, folder)
         return run.solution()
 
 
@@ -225,10 +230,13 @@ class _Run:
         callback: Callback,
         source: str,
         tells: Steps,
+        steps: int,
     ) -> None:
         self.program, self.key, self.watch, self.callback = program, key, watch, callback
-        self._tells = tells
-        self.stopped = self.told = False
+        self._tells, self._steps = tells, steps
+        self.told = self.expected = False
+        self.stopped: str | None = None
+        """Why it ends, even if that is at its last step."""
         self._source = source
         """What `resume` is called in messages."""
         self._best: Best | None = None
@@ -245,6 +253,8 @@ class _Run:
         """Of the run that is gone on with, until it is compared; then of this one."""
         self._eval_steps: list[int] = []
         self._diverged = np.zeros(key.shape, int)
+        self._fault = "every run had diverged before"
+        """How the last run diverged."""
         self._frozen: BilevelState | None = None
         self._segment: Segment | None = None
         self._data_state: bytes | None = None
@@ -265,6 +275,7 @@ class _Run:
             self._evaluated = max(self._eval_steps, default=0)
             if program.batched:  # a run alone goes on, with a lower rate perhaps
                 self._diverged = np.array(resume.diverged_at)
+                self.stopped = None if self.alive.any() else self._fault
                 self._frozen = self._state
 
     @property
@@ -279,17 +290,20 @@ class _Run:
     @property
     def over(self) -> bool:
         """Whether it ends before its last step: stopped, or diverged."""
-        return self.stopped or not self.alive.any()
+        return self.stopped is not None or not self.alive.any()
 
     @functools.cached_property
     def data(self) -> PyTree:
         """`Problem.data` of the run or runs."""
         return None if self._problem.data is None else self.program.data(self.key)
 
-    def go(
-        self, segments: Iterable[Segment], steps: int, bar: Bar, folder: RunFolder | None
-    ) -> None:
-        """Take the steps, evaluate and save when it is due; a signal ends it after a chunk."""
+    @property
+    def early(self) -> bool:
+        """Whether it has ended before its last step."""
+        return self.stopped is not None and self.done < self._steps
+
+    def go(self, segments: Iterable[Segment], bar: Bar, folder: RunFolder | None) -> None:
+        """Take the steps, evaluate and save when it is due; what asks ends it after a chunk."""
         asked: list[str] = []
 
         def note(name: str) -> None:
@@ -308,26 +322,42 @@ class _Run:
                         self.evaluate()
                     if folder is not None and folder.due(self.done):
                         folder.save(self.solution(), self.told)
+                    if folder is not None and (who := folder.stop_request()) is not None:
+                        asked.append(who)
                 if self.over or asked:
                     break
+            asks = bool(asked) and self.done < self._steps and not self.over
+            if asks:
+                self.stopped = asked[0]
             if folder is not None and self._state is not None:
                 folder.save(self.solution(), self.told)
-        if asked and self.done < steps and not self.over:
-            again = "resume=solution" if folder is None else f"checkpoint={folder.address!r}"
-            warn_user(
-                f"{asked[0]}: stopped after step {self.done} of {steps}. To go on, call solve "
-                f"again with {again}",
-                RuntimeWarning,
-            )
+        again = "resume=solution" if folder is None else f"checkpoint={folder.address!r}"
+        how = f"To go on, call solve again with {again}"
+        if asks:
+            ends = f"stopped after step {self.done} of {self._steps}"
+            warn_user(f"{asked[0]}: {ends}. {how}", RuntimeWarning)
         else:
-            self.finish(steps)
+            self.finish()
         self._tells.tell()
+        if self.early and self.stopped is not None:
+            self._tells.stop(self.done, self.stopped, how, self.expected)
 
     def stop_as_before(self, told: bool) -> None:
-        """Stop where the run that is gone on with had stopped, if that still holds."""
-        best = self._best
-        over = best is not None and self.watch.over(self.done, best, self.alive)
-        self.stopped = told or over
+        """Stop where the run that is gone on with had stopped, if that still holds.
+
+        Seconds are each call's own.
+        """
+        best, why = self._best, None
+        if best is not None:
+            why = self.watch.why(self.done, best, self.alive, elapsed=0)
+        self._stop(why, told)
+
+    def _stop(self, why: str | None, told: bool) -> None:
+        """Stop if a condition of `stop` says so, or the callback was."""
+        self.told = told
+        if self.stopped is None and (why is not None or told):
+            self.expected = why is not None
+            self.stopped = TOLD if why is None else why
 
     def begin(self, segment: Segment) -> None:
         """Make the first state if there is none, and calibrate where the segment says so."""
@@ -404,6 +434,7 @@ class _Run:
             self.latest = {name: float(np.nanmean(values[name][-1])) for name in METRICS[:2]}
         else:
             self.done = int(self._diverged.max()) - 1
+            self.stopped = self._fault
         return n
 
     def _told_rows(self, n: int) -> int:
@@ -413,12 +444,13 @@ class _Run:
         last = int(self._diverged.max()) - (not self.program.batched)
         return last - self.done
 
-    def finish(self, steps: int) -> None:
+    def finish(self) -> None:
         """Say so if the data ended early, and evaluate at the end if that was not done yet."""
         if self._state is None:
             raise ValueError("Problem.batches is empty: no step was taken")
-        if self.done < steps and self.alive.any() and not self.stopped:
-            message = f"Problem.batches ended: {self.done} of {steps} steps were taken"
+        if self.done < self._steps and not self.over:
+            self.stopped = "Problem.batches ended"
+            message = f"{self.stopped}: {self.done} of {self._steps} steps were taken"
             warn_user(message, RuntimeWarning)
         if self._evaluated < self.done:
             self.evaluate()
@@ -434,10 +466,9 @@ class _Run:
         self._evaluated = self.done
         self._best = self._better(state, evals)
         asked = self.callback(self.done, state, evals)
-        over = self.watch.over(self.done, self._best, self.alive)
         said = isinstance(asked, bool | np.bool_ | np.ndarray | jax.Array)
-        self.told = said and np.shape(asked) == () and bool(asked)
-        self.stopped = over or self.told
+        told = said and np.shape(asked) == () and bool(asked)
+        self._stop(self.watch.why(self.done, self._best, self.alive), told)
 
     def _better(self, state: BilevelState, evals: dict[str, Any]) -> Best:
         """Return the best of each run, now that it has this state."""
@@ -489,6 +520,7 @@ class _Run:
             self.data_state(),
             self._record_start,
             self._fingerprint,
+            self.stopped if self.early else None,
         )
 
     def _chunk(self, state: BilevelState | None, segment: Segment, n: int) -> Any:
@@ -511,9 +543,11 @@ class _Run:
         step = self.done + first + 1
         metric = METRICS[int(np.argmax(faults[first]))]
         which = f" of run {run}" if self.program.batched else ""
+        fault = f"{metric} stopped being finite at step {step}{which}"
+        if step >= self._diverged.max():
+            self._fault = fault
         warn_user(
-            f"{metric} stopped being finite at step {step}{which}: the state after step "
-            f"{step - 1} is kept. {advice(metric)}",
+            f"{fault}: the state after step {step - 1} is kept. {advice(metric)}",
             DivergenceWarning,
         )
         kept = self._chunk(before, segment, first)[0]

@@ -12,6 +12,9 @@ import numpy as np
 from gradhpo.errors import check_count, check_number
 from gradhpo.solution import Best
 
+SHOWN = 3
+"""How many different reasons of a batch's runs are told."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Stop:
@@ -41,6 +44,30 @@ class Stop:
             check_count("patience", self.patience)
         if self.target is not None:
             check_number("target", self.target, -float("inf"), float("inf"))
+
+    def why(
+        self, metric: str, minimized: bool, best: Any, since: int, of: str, elapsed: float
+    ) -> str | None:
+        """Return which condition holds, in words; None where none does.
+
+        Args:
+          metric: its name.
+          minimized: whether less is better.
+          best: the best value so far; None or NaN where there is none.
+          since: how many in a row had no better one.
+          of: what is counted so, "evaluations" or "generations".
+          elapsed: seconds that this call has run.
+        """
+        if self.target is not None and best is not None:
+            good = best <= self.target if minimized else best >= self.target
+            if good:
+                told = f"{metric} is {float(best):.6g}, target={self.target:g}"
+                return f"the target is reached: {told}"
+        if self.patience is not None and since >= self.patience:
+            return f"{since} {of} without a best so far, patience={self.patience}"
+        if self.seconds is not None and elapsed >= self.seconds:
+            return f"seconds={self.seconds:g} are over"
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,16 +113,32 @@ class Watch:
             than = score < best.score if self.mode == "min" else score > best.score
         return than | (np.isnan(best.score) & ~np.isnan(score))
 
-    def over(self, done: int, best: Best, alive: np.ndarray) -> bool:
-        """Whether every run that has not diverged would stop here."""
+    def why(
+        self, done: int, best: Best, alive: np.ndarray, elapsed: float | None = None
+    ) -> str | None:
+        """Return why every run that has not diverged would stop here; None where one would not.
+
+        Args:
+          done: steps that were taken.
+          best: of each run.
+          alive: which runs have not diverged.
+          elapsed: seconds of this call, where not those until now count.
+        """
         if self.stop is None:
-            return False
-        ends, score = np.zeros(np.shape(best.score), bool), np.asarray(best.score)
-        if self.stop.patience is not None:
-            ends |= done - np.asarray(best.step) >= self.stop.patience * self.every
-        if self.stop.target is not None:
-            good = score <= self.stop.target if self.mode == "min" else score >= self.stop.target
-            ends |= good
-        if self.stop.seconds is not None:
-            ends |= time.monotonic() - self.began >= self.stop.seconds
-        return bool((ends | ~alive).all())
+            return None
+        if elapsed is None:
+            elapsed = time.monotonic() - self.began
+        runs = np.flatnonzero(alive)
+        scores, steps = np.ravel(best.score)[runs], np.ravel(best.step)[runs]
+        minimized, of = self.mode == "min", "evaluations"
+        found = [
+            self.stop.why(self.metric, minimized, score, (done - step) // self.every, of, elapsed)
+            for score, step in zip(scores, steps.tolist(), strict=True)
+        ]
+        different = list(dict.fromkeys(why for why in found if why is not None))
+        if not found or None in found:
+            return None
+        if np.ndim(alive) == 0:
+            return different[0]
+        more = [f"{len(different) - SHOWN} others"] if len(different) > SHOWN else []
+        return "; ".join([*different[:SHOWN], *more])

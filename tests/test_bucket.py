@@ -542,7 +542,7 @@ def test_errors_of_any_client_are_of_the_system_and_have_a_text(address, monkeyp
     with pytest.raises(Unreachable, match="OddError: failed: the name: "):
         Bucket(address).names()
     monkeypatch.setattr(MemoryFileSystem, "ls", fails(TimeoutError()))
-    with pytest.raises(Unreachable, match="TimeoutError: 'memory"):
+    with pytest.raises(Unreachable, match=r"no answer in time \(.*\): 'memory"):
         Bucket(address).names()
     with pytest.raises(FileNotFoundError, match="No such file or directory"):
         Objects(address).get("nothing")

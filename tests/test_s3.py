@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gradhpo import bucket, checkpoints, objects
+from gradhpo import bucket, checkpoints, objects, stop_request
 from gradhpo.bucket import Bucket
 from gradhpo.cluster import StorageInUse, events
 from gradhpo.cluster.check import check_storage
@@ -116,6 +116,25 @@ def test_a_put_to_a_server_that_hangs_ends(server, monkeypatch):
         monkeypatch.setattr(s3fs.S3FileSystem, "read_timeout", 0.2)
         put = pool.submit(Objects("s3://bucket/run").put, "a", b"content")
         assert "Read timeout" in str(put.exception(timeout=60))
+
+
+def test_what_is_asked_for_whole_is_one_request_and_a_text_a_listing_more(server, monkeypatch):
+    store, sent = Bucket("s3://bucket/asked"), []
+    held = store.lock("storage", "sweep", ("journal.jsonl",))
+    store.append("journal.jsonl", b"1\n")
+    held.release()
+    call = s3fs.S3FileSystem._call_s3
+
+    async def counted(self, method, *args, **kwargs):
+        sent.append(method)
+        return await call(self, method, *args, **kwargs)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", counted)
+    assert stop_request.asked(store) is None
+    assert store.get("driver.lock", 2) == b""
+    assert sent == ["get_object"] * 2
+    assert store.read("journal.jsonl") == b"1\n"
+    assert sent[2:] == ["list_objects_v2", "get_object", "get_object"]
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from gradhpo.observers.events import (
     Over,
     Progress,
     StepsDone,
+    Stopped,
 )
 from gradhpo.observers.json_lines import JSONLines
 from gradhpo.observers.mlflow import MLflow
@@ -30,6 +31,7 @@ __all__ = [
     "Over",
     "Progress",
     "StepsDone",
+    "Stopped",
     "TensorBoard",
     "Tracker",
     "WandB",

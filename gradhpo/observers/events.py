@@ -76,6 +76,34 @@ class GoneBack(Event):
 
 
 @dataclasses.dataclass(frozen=True)
+class Stopped(Event):
+    """A run or a sweep ends before its last step, episode or generation."""
+
+    axis: str
+    """What is counted: "step", "episode" or "generation"."""
+    done: int
+    """How many of them are done."""
+    left: int
+    how: str
+    """The sentence that says how to go on."""
+    reason: str = ""
+    """What stopped it: a condition of `Stop`, who asked, a signal, a divergence."""
+    expected: bool = False
+    """Whether that was a condition of `Stop`."""
+    name: ClassVar[str] = "stopped"
+
+    @property
+    def generation(self) -> int:
+        """How many generations of a sweep are done."""
+        return self.done
+
+    def line(self) -> str:
+        """Say why, and how to go on."""
+        why = f" ({self.reason})" if self.reason else ""
+        return f"Stopped, {self.left} {self.axis}s before the end{why}. {self.how}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Over(Event):
     """Nothing more is told: the run is at its end, or has failed."""
 

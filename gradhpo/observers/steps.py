@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gradhpo.observers.events import Begun, Progress, StepsDone, scalars
+from gradhpo.observers.events import Begun, Progress, StepsDone, Stopped, scalars
 from gradhpo.observers.telling import Observer, Telling, Warns
 
 
@@ -37,10 +37,11 @@ class Steps:
         self._metrics: list[Mapping[str, np.ndarray]] = []
         self._evaluations: dict[int, dict[str, np.ndarray]] = {}
         self._first, self._done, self._held = 1, 0, False
+        self._total = 0
 
     def begin(self, total: int, run: str | None = None) -> None:
         """Tell that it begins, or goes on after what was added."""
-        self._held = False
+        self._held, self._total = False, total
         about = (self._axis, self._done, total, self._settings, run, self._past)
         self.telling.tell(Begun(*about, again=run is not None))
 
@@ -70,6 +71,12 @@ class Steps:
         if self._held:
             self._held = False
             self.telling.tell(self._event(self._first, self._metrics[-1]))
+
+    def stop(self, done: int, reason: str, how: str, expected: bool = False) -> None:
+        """Tell that it ends after so many, before its last; see `Stopped`."""
+        self.tell()
+        left = self._total - done
+        self.telling.tell(Stopped(self._axis, done, left, how, reason, expected))
 
     def _past(self, after: int) -> Iterator[Progress]:
         start = 1
