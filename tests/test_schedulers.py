@@ -122,7 +122,7 @@ def test_a_scheduler_is_what_its_description_says(scheduler):
         (lambda: SuccessiveHalving(reduction=1), "reduction"),
         (lambda: SuccessiveHalving(grace=3, longest=2), "longest"),
         (lambda: RandomSearch(0), "trial_generations"),
-        (lambda: module.parse({"name": "ASHA"}), "PBT, SuccessiveHalving"),
+        (lambda: module.parse({"name": "Hyperband"}), "PBT, PB2, SuccessiveHalving, ASHA"),
         (lambda: module.parse({"name": "PBT", "quantil": 1}), "quantil"),
         (lambda: module.check([0], 1, {}), "must return a Decision"),
         (lambda: module.check(Decision(np.zeros(2, int)), 3, {}), "3 integers"),
