@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from gradhpo.cluster import (
+    ASHA,
     NEW,
+    PB2,
     PBT,
     Change,
     Decision,
@@ -19,6 +21,8 @@ from gradhpo.cluster import schedulers as module
 SPACE = SearchSpace({"rate": loguniform(1e-3, 1)})
 ALL = {
     "pbt": PBT(),
+    "pb2": PB2(),
+    "asha": ASHA(reduction=2),
     "halving": SuccessiveHalving(reduction=2),
     "random": RandomSearch(trial_generations=3),
 }

@@ -1,13 +1,21 @@
 """Whole numbers and categories in the space: drawn, perturbed, checked, written."""
 
+import dataclasses
+
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import gradhpo
 from gradhpo.cluster import (
     PBT,
     Change,
     Decision,
     SearchSpace,
+    Sweep,
+    SweepError,
     categorical,
     choice,
     integer,
@@ -15,6 +23,7 @@ from gradhpo.cluster import (
     schedulers,
     uniform,
 )
+from gradhpo.cluster.optuna_study import export_study
 
 KINDS = {
     "integer": integer(-3, 8),
@@ -147,3 +156,78 @@ def test_a_scheduler_sets_whole_numbers_or_moves_by_whole_steps():
 def test_what_is_wrong_is_named(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def counting():
+    """A problem whose λ says how many of five weights count, and by which of three losses."""
+
+    def train(w, lam, x):
+        there = jnp.arange(5) < lam["count"]
+        losses = [jnp.abs, jnp.square, lambda r: jnp.log1p(r**2)]
+        residual = jnp.where(there, x @ w - 1, 0.0)
+        kind = jax.lax.switch(lam["kind"].astype(int), losses, residual)
+        return kind.mean() + jnp.exp(lam["decay"]) * jnp.sum(w**2)
+
+    return gradhpo.Problem(
+        init=lambda key: (
+            jnp.zeros((3, 5)),
+            {"count": jnp.float32(1), "kind": jnp.float32(0), "decay": jnp.float32(-3)},
+        ),
+        train_loss=train,
+        val_loss=lambda w, lam, x: jnp.mean((x @ w - 1) ** 2),
+        batch=lambda key, data: (data, data),
+        data=lambda key: jax.random.normal(key, (6, 3)),
+        metrics=lambda w, lam, data: {
+            "counted": (jnp.abs(w).sum(0) > 0).sum().astype(float),
+            "index": lam["kind"].astype(int).astype(float),
+        },
+    )
+
+
+def still():
+    """An optimizer that leaves whole numbers to the scheduler."""
+    labels = {"count": "fixed", "kind": "fixed", "decay": "tuned"}
+    outer = optax.multi_transform({"tuned": optax.sgd(0.1), "fixed": optax.set_to_zero()}, labels)
+    return gradhpo.OneStepOptimizer(optax.sgd(0.1), outer)
+
+
+def counting_sweep(storage, space, **settings):
+    return Sweep(
+        problem=counting, optimizer=still, space=space, population=8, generations=3,
+        steps_per_generation=2, storage=storage, executor="local", batching="map",
+        progress=False, **settings,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # of Optuna's
+def test_a_program_gets_the_numbers_that_the_space_says(tmp_path):
+    space = SearchSpace({"count": integer(1, 5), "kind": categorical([0, 1, 2])})
+    scheduler = PBT(quantile=0.5, resample=0.2)
+    table = counting_sweep(tmp_path, space, scheduler=scheduler).run().table
+    counts, kinds = table["hyperparams.count"], table["hyperparams.kind"]
+    assert set(counts) <= {1, 2, 3, 4, 5}
+    assert set(kinds) == {0, 1, 2}
+    assert len(set(counts)) > 2
+    np.testing.assert_array_equal(table["index"], kinds)
+    first = table["generation"] == 0
+    np.testing.assert_array_equal(table["counted"][first], counts[first])
+    study = export_study(tmp_path, f"sqlite:///{tmp_path}/study.db", "whole")
+    kinds = study.trials[-1].distributions
+    assert (kinds["count"].low, kinds["count"].high) == (1, 5)
+    assert type(kinds["count"]).__name__ == "IntDistribution"
+    assert kinds["kind"].choices == (0, 1, 2)
+    drawn = [(trial.params["count"], trial.params["kind"]) for trial in study.trials[:8]]
+    assert drawn == list(zip(counts[:8], table["hyperparams.kind"][:8], strict=True))
+
+
+def test_a_leaf_that_cannot_hold_the_numbers_is_refused_by_its_name(tmp_path):
+    space = SearchSpace({"count": integer(1, 3000)})
+    half = dataclasses.replace(
+        counting(), init=lambda key: (jnp.zeros((3, 5)), {"count": jnp.float16(1)})
+    )
+    with pytest.raises(SweepError, match=r"'count'.*from 1 to 3000.*float16.*up to 2048"):
+        Sweep(
+            problem=lambda: half, optimizer=still, space=space, population=2, generations=1,
+            steps_per_generation=1, storage=tmp_path, executor="local", progress=False,
+        ).run()  # fmt: skip
