@@ -148,7 +148,9 @@ class Controller:
         self._layout, self._rules, self._tell, self._every = layout, rules, tell, every
         self._stopping, self._total = stopping, 0
         self._changes = changes or {}  # by generation, what was allowed to be other than before
-        self._history = History(layout, rules, self._columns)
+        parts = [layout.population_of(variant) for variant in range(layout.variants)]
+        about = (parts, rules.space, rules.metric, rules.sign)
+        self._history = History(*about, self._columns)
         self._tables: dict[int, Saved] = {}
         """By generation, what the journal has named, when a scheduler last asked for one."""
         self._computed: list[Computed] = []

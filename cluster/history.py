@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from gradhpo.cluster import columns as names
 from gradhpo.cluster.columns import BORN, PARENT, TRIAL, Columns
 from gradhpo.cluster.schedulers import NEW, Table
-
-if TYPE_CHECKING:
-    from gradhpo.cluster.controller import Layout, Rules
+from gradhpo.cluster.space import SearchSpace
 
 
 class History:
@@ -23,19 +20,29 @@ class History:
     memory: 8 bytes for each column and slot. Nothing is kept for schedulers that never ask.
 
     Args:
-      layout: which slots are whose.
-      rules: what is compared, and searched.
+      parts: the slots of each variant.
+      space: what is searched.
+      metric: what is compared.
+      sign: 1 to minimize it, -1 to maximize it.
       read: returns a generation's columns, which the storage may have or not have yet.
     """
 
-    def __init__(self, layout: Layout, rules: Rules, read: Callable[[int], Columns]) -> None:
-        self._layout, self._rules, self._read = layout, rules, read
+    def __init__(
+        self,
+        parts: Sequence[slice],
+        space: SearchSpace,
+        metric: str,
+        sign: int,
+        read: Callable[[int], Columns],
+    ) -> None:
+        self._parts, self._settings = parts, list(space.settings())
+        self._metric, self._sign, self._read = metric, sign, read
         self._kept: dict[int, list[Table]] = {}
         self._asked = False
 
     def tables(self, generation: int, columns: Columns) -> list[Table]:
         """Return the tables of a generation, variant by variant."""
-        made = [self._table(v, generation, columns) for v in range(self._layout.variants)]
+        made = [self._table(v, generation, columns) for v in range(len(self._parts))]
         if self._asked:
             self._kept[generation] = made
         return made
@@ -51,7 +58,7 @@ class History:
         return self._kept[generation][variant]
 
     def _table(self, variant: int, generation: int, columns: Columns) -> Table:
-        part, rules = self._layout.population_of(variant), self._rules
+        part = self._parts[variant]
         parents = columns[PARENT][part]
 
         measured = {n: _frozen(columns[n][part].copy()) for n in names.measured(columns)}
@@ -61,10 +68,10 @@ class History:
 
         return Table(
             generation=generation,
-            score=_frozen(columns[rules.metric][part] * rules.sign),
+            score=_frozen(columns[self._metric][part] * self._sign),
             trial=column(TRIAL),
             age=_frozen(generation - columns[BORN][part] + 1),
-            values={name: column(names.setting(name)) for name in rules.space.settings()},
+            values={name: column(names.setting(name)) for name in self._settings},
             metrics=measured,
             parent=_frozen(np.where(parents == NEW, NEW, parents - part.start)),
             earlier=functools.partial(self._earlier, variant),

@@ -223,9 +223,12 @@ def test_a_program_gets_the_numbers_that_the_space_says(tmp_path):
 
 def test_a_leaf_that_cannot_hold_the_numbers_is_refused_by_its_name(tmp_path):
     space = SearchSpace({"count": integer(1, 3000)})
-    half = dataclasses.replace(
-        counting(), init=lambda key: (jnp.zeros((3, 5)), {"count": jnp.float16(1)})
-    )
+
+    def halved(key):
+        weights, lam = counting().init(key)
+        return weights, {**lam, "count": jnp.float16(1)}
+
+    half = dataclasses.replace(counting(), init=halved)
     with pytest.raises(SweepError, match=r"'count'.*from 1 to 3000.*float16.*up to 2048"):
         Sweep(
             problem=lambda: half, optimizer=still, space=space, population=2, generations=1,

@@ -45,7 +45,7 @@ class OnColumns(Kernel):
         """Return the kernel of each row and itself."""
         return self.kernel.diag(X[:, self.start : self.stop])
 
-    def is_stationary(self) -> bool:
+    def is_stationary(self) -> Any:
         """Return whether it depends on differences alone."""
         return self.kernel.is_stationary()
 
@@ -88,20 +88,21 @@ def length_of(forgetting: float) -> float:
     return -2 / float(np.log1p(-forgetting))
 
 
-def fitted(rows: np.ndarray, rewards: np.ndarray) -> GaussianProcessRegressor:
+def fitted(rows: np.ndarray, rewards: np.ndarray) -> Any:
     """Return the process after some rows, at the most likely lengths, variance and noise."""
     with _quiet():
         return GaussianProcessRegressor(kernel(), random_state=0).fit(rows, rewards)
 
 
-def covariance(process: GaussianProcessRegressor, rows: np.ndarray, at: np.ndarray) -> np.ndarray:
+def covariance(process: Any, rows: np.ndarray, at: np.ndarray) -> np.ndarray:
     """Return the posterior covariance of rewards, noise included, once `rows` will be known."""
-    known = GaussianProcessRegressor(process.kernel_, optimizer=None)
+    options: dict[str, Any] = {"optimizer": None}
+    known: Any = GaussianProcessRegressor(process.kernel_, **options)
     with _quiet():
         return known.fit(rows, np.zeros(len(rows))).predict(at, return_cov=True)[1]
 
 
-def noise(process: GaussianProcessRegressor) -> float:
+def noise(process: Any) -> float:
     """Return the variance of a reward around its mean."""
     return float(process.kernel_.k2.noise_level)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from gradhpo.cluster.schedulers.rows import Rows
+from gradhpo.cluster.schedulers.rows import ARRAYS, Rows
 from gradhpo.errors import check_count
 
 NEW = -1
@@ -93,4 +93,17 @@ class Table:
         count = self.generation + 1
         if generations is not None:
             count = min(count, check_count("rows: generations", generations))
-        return Rows.of([self.history(self.generation - i) for i in reversed(range(count))])
+        return stacked([self.history(self.generation - i) for i in reversed(range(count))])
+
+
+def stacked(tables: Sequence[Table]) -> Rows:
+    """Return the rows of tables; of metrics those that all have."""
+    sizes = [len(table.score) for table in tables]
+    metrics = [n for n in tables[0].metrics if all(n in table.metrics for table in tables)]
+    return Rows(
+        generation=np.repeat([table.generation for table in tables], sizes),
+        slot=np.concatenate([np.arange(size) for size in sizes]),
+        **{name: np.concatenate([getattr(table, name) for table in tables]) for name in ARRAYS},
+        values={n: np.concatenate([t.values[n] for t in tables]) for n in tables[0].values},
+        metrics={n: np.concatenate([t.metrics[n] for t in tables]) for n in metrics},
+    )
