@@ -1,7 +1,4 @@
-"""Sweeps that are not computed: what recorded tables say that settings do to a score.
-
-`python -m tests.replays` prints what `test_replays` asserts, with more seeds.
-"""
+"""Sweeps that are not computed: what recorded tables say that settings do to a score."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from sklearn.gaussian_process import GaussianProcessRegressor
 
 from gradhpo.cluster import SearchSpace, categorical, integer, loguniform
 from gradhpo.cluster.schedulers import PB2, Table, bandit, pb2
@@ -19,6 +20,11 @@ def made():
     """The kernel at known lengths."""
     theta = np.log([SIZE, ELL, gp.length_of(EPSILON), NOISE])
     return gp.kernel().clone_with_theta(theta)
+
+
+def process_of(rows, rewards):
+    """A process at these lengths, as if they had been fitted."""
+    return GaussianProcessRegressor(made(), optimizer=None).fit(rows, rewards)
 
 
 def closed_form(a, b):
@@ -46,22 +52,22 @@ def test_the_kernels_gradient_is_its_derivative():
 
 def test_the_posterior_is_that_of_the_closed_form():
     rows, at, rewards = points(9), points(4, 1), np.random.default_rng(2).normal(size=9)
-    process = gp.fitted(rows, rewards)
-    process.kernel_ = made()
+    process = process_of(rows, rewards)
     known = closed_form(rows, rows) + (NOISE + process.alpha) * np.eye(9)
     across = closed_form(at, rows)
     expected = closed_form(at, at) + NOISE * np.eye(4) - across @ np.linalg.solve(known, across.T)
     np.testing.assert_allclose(gp.covariance(process, rows, at), expected, rtol=1e-7, atol=1e-9)
     assert gp.noise(process) == pytest.approx(NOISE)
+    mean = across @ np.linalg.solve(known, rewards)
+    np.testing.assert_allclose(process.predict(at), mean, rtol=1e-7)
 
 
 @pytest.mark.parametrize("kappa", [0.0, 3.0])
 def test_a_batch_is_what_choosing_one_by_one_and_conditioning_gives(kappa):
     rows, at = points(8), points(30, 1)
     mean = np.random.default_rng(3).normal(size=30)
-    process = gp.fitted(rows, np.arange(8.0))
-    process.kernel_ = made()
-    chosen = bandit.batch(mean, gp.covariance(process, rows, at), NOISE, 6, kappa)
+    process = process_of(rows, np.arange(8.0))
+    chosen = bandit.batch(mean, gp.covariance(process, rows, at), NOISE, 4, kappa)
     known = rows
     for index in chosen:
         deviation = np.sqrt(gp.covariance(process, known, at).diagonal() - NOISE)

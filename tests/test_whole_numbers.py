@@ -15,7 +15,6 @@ from gradhpo.cluster import (
     Decision,
     SearchSpace,
     Sweep,
-    SweepError,
     categorical,
     choice,
     integer,
@@ -229,7 +228,7 @@ def test_a_leaf_that_cannot_hold_the_numbers_is_refused_by_its_name(tmp_path):
         return weights, {**lam, "count": jnp.float16(1)}
 
     half = dataclasses.replace(counting(), init=halved)
-    with pytest.raises(SweepError, match=r"'count'.*from 1 to 3000.*float16.*up to 2048"):
+    with pytest.raises(ValueError, match=r"'count'.*from 1 to 3000.*float16.*up to 2048"):
         Sweep(
             problem=lambda: half, optimizer=still, space=space, population=2, generations=1,
             steps_per_generation=1, storage=tmp_path, executor="local", progress=False,
