@@ -12,12 +12,16 @@ from gradhpo.cluster.columns import BORN, PARENT, TRIAL, Columns
 from gradhpo.cluster.schedulers import NEW, Table
 from gradhpo.cluster.space import SearchSpace
 
+IDLE = 100
+"""Generations after which a table is forgotten for which no scheduler asked meanwhile."""
+
 
 class History:
-    """The tables of a sweep's generations, each made once.
+    """The tables of a sweep's generations.
 
-    From the first question of a scheduler on all that it asked for, and all that come, are kept in
-    memory: 8 bytes for each column and slot. Nothing is kept for schedulers that never ask.
+    From the first question of a scheduler on, what it asked for and what comes is kept in memory,
+    8 bytes for each column and slot: a table is read once, or again after `IDLE` generations.
+    Nothing is kept for schedulers that never ask.
 
     Args:
       parts: the slots of each variant.
@@ -38,29 +42,40 @@ class History:
         self._parts, self._settings = parts, list(space.settings())
         self._metric, self._sign, self._read = metric, sign, read
         self._kept: dict[int, list[Table]] = {}
-        self._asked = False
+        self._used: dict[int, int] = {}
+        """By generation of a table that is kept, the last one in which it was asked for."""
+        self._now, self._asked = -1, False
 
     def tables(self, generation: int, columns: Columns) -> list[Table]:
-        """Return the tables of a generation, variant by variant."""
-        made = [self._table(v, generation, columns) for v in range(len(self._parts))]
+        """Return the tables of a generation that was computed, variant by variant."""
+        self._now = generation
+        made = self._made(generation, columns)
         if self._asked:
-            self._kept[generation] = made
+            self._kept[generation], self._used[generation] = made, generation
+            self._keep({g for g, used in self._used.items() if generation - used < IDLE})
         return made
 
     def forget_after(self, generation: int) -> None:
         """Forget the tables of the generations after this one, which are computed again."""
-        self._kept = {g: made for g, made in self._kept.items() if g <= generation}
+        self._keep({g for g in self._kept if g <= generation})
+
+    def _keep(self, generations: set[int]) -> None:
+        self._kept = {g: made for g, made in self._kept.items() if g in generations}
+        self._used = {g: used for g, used in self._used.items() if g in generations}
 
     def _earlier(self, variant: int, generation: int) -> Table:
         self._asked = True
         if generation not in self._kept:
-            self._kept[generation] = self.tables(generation, self._read(generation))
+            self._kept[generation] = self._made(generation, self._read(generation))
+        self._used[generation] = self._now
         return self._kept[generation][variant]
+
+    def _made(self, generation: int, columns: Columns) -> list[Table]:
+        return [self._table(v, generation, columns) for v in range(len(self._parts))]
 
     def _table(self, variant: int, generation: int, columns: Columns) -> Table:
         part = self._parts[variant]
         parents = columns[PARENT][part]
-
         measured = {n: _frozen(columns[n][part].copy()) for n in names.measured(columns)}
 
         def column(name: str) -> np.ndarray:

@@ -16,7 +16,7 @@ from gradhpo.cluster import (
     loguniform,
     shard,
 )
-from gradhpo.cluster.history import History
+from gradhpo.cluster.history import IDLE, History
 from tests.file_operations import Variant
 from tests.sweeps import assert_same_tables, sweep
 
@@ -145,6 +145,20 @@ def test_nothing_is_kept_for_a_scheduler_that_does_not_ask():
     history.forget_after(1)
     tables[0].rows()
     assert asked == [1, 0, 2, 2]
+
+
+def test_what_nobody_asks_for_any_more_is_forgotten_and_read_again():
+    asked = []
+    history = two_populations(lambda g: asked.append(g) or columns(g, 8, np.arange(8.0)))
+    for generation in range(2 * IDLE):
+        tables = history.tables(generation, columns(generation, 8, np.arange(8.0)))
+        if generation:
+            tables[0].history(generation - 1)
+            tables[1].history(0)
+    assert asked == [0, 1]  # which were there before the first question
+    tables[0].history(1)
+    tables[0].history(IDLE + 1)
+    assert asked == [0, 1, 1]  # and not IDLE + 1, for which the generation after it asked
 
 
 def made(generation, score, **more):
