@@ -14,6 +14,7 @@ from measure import Report
 
 from gradhpo.checkpoints import Saved
 from gradhpo.cluster import (
+    ASHA,
     PBT,
     RandomSearch,
     SearchSpace,
@@ -148,17 +149,21 @@ def rate_row(name: str, layout: Layout, generations: int) -> list[str]:
     return [name, f"{rate:,.0f}", f"{seconds / generations:.2f}", *parts]
 
 
-def memory_rows(layout: Layout, generations: int, points: int = 10) -> list[list[str]]:
+def memory_rows(
+    layout: Layout, generations: int, scheduler: Any, points: int = 10
+) -> list[list[str]]:
     """Measure this process's memory while many generations run."""
     rows: list[list[str]] = []
-    started = time.perf_counter()
+    every, before = max(1, generations // points), time.perf_counter()
 
     def after(generation: int) -> None:
-        if generation % max(1, generations // points) == 0:
-            taken = time.perf_counter() - started
-            rows.append([f"{generation:,}", f"{resident():.1f}", f"{1e3 * taken / generation:.1f}"])
+        nonlocal before
+        if generation % every == 0:
+            now = time.perf_counter()
+            taken, before = 1e3 * (now - before) / every, now
+            rows.append([f"{generation:,}", f"{resident():.1f}", f"{taken:.1f}"])
 
-    run(layout, PBT(), generations, after)
+    run(layout, scheduler, generations, after)
     return rows
 
 
@@ -175,13 +180,17 @@ def main(
     slots: Annotated[int, typer.Option(min=1, help="Of each.")] = 1024,
     generations: Annotated[int, typer.Option(min=1, help="For each scheduler.")] = 4,
     memory: Annotated[int, typer.Option(min=1, help="Generations of the memory's run.")] = 10_000,
+    history: Annotated[int, typer.Option(min=1, help="Generations that ASHA looks at.")] = 1000,
     output: Annotated[Path | None, typer.Option(help="Write the tables as Markdown.")] = None,
 ) -> None:
     """Measure the controller: decisions, journal and gather, with workers that take no time."""
-    options = f"--workers {workers} --slots {slots} --generations {generations} --memory {memory}"
+    options = f"--workers {workers} --slots {slots} --generations {generations}"
+    options += f" --memory {memory} --history {history}"
     report = Report("The controller", f"python benchmarks/controller.py {options}")
     small = Layout(variants=1, shards=8, slots=16)
-    rows = memory_rows(small, memory)  # first: what a large table leaves free would hide a leak
+    rows = memory_rows(
+        small, memory, PBT()
+    )  # first: what a large table leaves free would hide a leak
     layout = Layout(variants=1, shards=workers, slots=slots)
     report.say(
         f"{workers:,} workers of {slots:,} slots, as stubs that answer at once with random columns "
@@ -200,6 +209,12 @@ def main(
     )
     columns = ["generation", "resident MiB", "ms a generation"]
     report.table("The driver's memory", columns, rows)
+    report.say(
+        "ASHA asks for every table before its own: each is kept in memory, and read from the "
+        "storage once after a resume. A sweep of 512 slots."
+    )
+    rows = memory_rows(Layout(variants=1, shards=8, slots=64), history, ASHA())
+    report.table("A scheduler that sees history", columns, rows)
     report.write(output)
 
 

@@ -6,16 +6,20 @@ process.
 
 from gradhpo.checkpoints import DamagedFile
 from gradhpo.cluster import events
-from gradhpo.cluster.distributions import choice, loguniform, uniform
+from gradhpo.cluster.discrete import categorical, choice, integer
+from gradhpo.cluster.distributions import loguniform, uniform
 from gradhpo.cluster.events import Observer
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.local_ray import local_ray
 from gradhpo.cluster.result import SweepResult, Trial
 from gradhpo.cluster.schedulers import (
+    ASHA,
     NEW,
+    PB2,
     PBT,
     Decision,
     RandomSearch,
+    Rows,
     Scheduler,
     SuccessiveHalving,
     Table,
@@ -26,13 +30,16 @@ from gradhpo.cluster.variant import trial_key
 from gradhpo.lock import StorageInUse
 
 __all__ = [
+    "ASHA",
     "NEW",
+    "PB2",
     "PBT",
     "Change",
     "DamagedFile",
     "Decision",
     "Observer",
     "RandomSearch",
+    "Rows",
     "Scheduler",
     "SearchSpace",
     "StorageInUse",
@@ -42,8 +49,10 @@ __all__ = [
     "SweepResult",
     "Table",
     "Trial",
+    "categorical",
     "choice",
     "events",
+    "integer",
     "local_ray",
     "loguniform",
     "trial_key",

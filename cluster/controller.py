@@ -20,6 +20,7 @@ from gradhpo.cluster.columns import BORN, PARENT, TRIAL, Columns, decision_of
 from gradhpo.cluster.events import Damaged, GenerationDone, Note, Tell
 from gradhpo.cluster.executors import Executor
 from gradhpo.cluster.failures import StateGone, SweepError
+from gradhpo.cluster.history import History
 from gradhpo.cluster.journal import Best, Entry, Journal
 from gradhpo.cluster.orders import Import, Order, Result
 from gradhpo.cluster.schedulers import NEW, Decision, Scheduler, Table
@@ -148,6 +149,11 @@ class Controller:
         self._layout, self._rules, self._tell, self._every = layout, rules, tell, every
         self._stopping, self._total = stopping, 0
         self._changes = changes
+        parts = [layout.population_of(variant) for variant in range(layout.variants)]
+        about = (parts, rules.space, rules.metric, rules.sign)
+        self._history = History(*about, self._columns)
+        self._tables: dict[int, Saved] = {}
+        """By generation, what the journal has named, when a scheduler last asked for one."""
         self._computed: list[Computed] = []
         """The oldest first: at most those since the last checkpoints, and one more."""
         self._written: dict[tuple[int, int], Saved] = {}
@@ -161,7 +167,8 @@ class Controller:
         """
         lost, self._total = 0, generations
         while self._journal.generation + 1 < generations and not self._stopping.reason:
-            self._computed, self._written = [], {}
+            self._computed, self._written, self._tables = [], {}, {}
+            self._history.forget_after(self._journal.generation)
             durable = len(self._journal.durable) and self._journal.durable[-1]["generation"] + 1
             try:
                 self._go_on(generations)
@@ -228,7 +235,8 @@ class Controller:
         results = self._executor.run(made)
         self._take_in(results)
         columns = gather(plan, results, self._layout)
-        decision = decide(columns, plan, self._layout, self._rules)
+        tables = self._history.tables(plan.generation, columns)
+        decision = decide(tables, plan, self._layout, self._rules)
         best = self._best(plan, columns)
         seconds = time.perf_counter() - started
         self._computed.append(Computed(made, plan, columns, decision, best, seconds))
@@ -236,6 +244,23 @@ class Controller:
         if settle:
             self._flush()
         return following(plan, decision, self._rules)
+
+    def _columns(self, generation: int) -> Columns:
+        """Return an earlier generation's columns, for a scheduler that asks."""
+        for done in self._computed:
+            if done.plan.generation == generation:
+                return done.columns
+        if generation not in self._tables:
+            self._tables = {
+                entry["generation"]: entry["table"] for entry in self._journal.entries()
+            }
+        try:
+            return self._storage.load_table(generation, self._tables.get(generation))
+        except DamagedFile as error:
+            raise SweepError(
+                f"the scheduler asks for the table of generation {generation + 1}, without which "
+                f"it would decide something else: {error}"
+            ) from error
 
     def _start(self, plan: Plan) -> list[Saved]:
         """Return the checkpoints that a plan starts from; none where they are not durable."""
@@ -443,7 +468,7 @@ def gather(plan: Plan, results: list[Result], layout: Layout) -> Columns:
     return table
 
 
-def decide(columns: Columns, plan: Plan, layout: Layout, rules: Rules) -> Decision:
+def decide(tables: Sequence[Table], plan: Plan, layout: Layout, rules: Rules) -> Decision:
     """Ask the scheduler about each variant's population, and draw the settings of new trials.
 
     Raises:
@@ -451,13 +476,14 @@ def decide(columns: Columns, plan: Plan, layout: Layout, rules: Rules) -> Decisi
     """
     parents, changes = np.arange(layout.population), _no_changes(layout.population, rules.space)
     settings = rules.space.settings()
-    for variant in range(layout.variants):
+    for variant, table in enumerate(tables):
         part = layout.population_of(variant)
         size, first = part.stop - part.start, part.start
         rng = np.random.default_rng([rules.seed, plan.generation + 1, variant])
-        table = _table(columns, part, plan.generation, rules)
         try:
             made = schedulers.check(rules.scheduler(table, rules.space, rng), size, settings)
+        except SweepError:
+            raise
         except Exception as error:
             what = f"the scheduler failed after generation {plan.generation}"
             raise SweepError(f"{what}: {type(error).__name__}: {error}") from error
@@ -517,25 +543,6 @@ def plan_of(generation: int, columns: Columns) -> Plan:
     """Return the plan that a table came from, but for the changes that it began with."""
     trial, born, parents = columns[TRIAL], columns[BORN], columns[PARENT]
     return Plan(generation, trial, born, parents, {}, columns.get(LR_HYPER))
-
-
-def _table(columns: Columns, part: slice, generation: int, rules: Rules) -> Table:
-
-    def column(name: str) -> np.ndarray:
-        """Return a copy that cannot be written: a scheduler must not change the sweep's table."""
-        copied = columns[name][part].copy()
-        copied.setflags(write=False)
-        return copied
-
-    settings = {name: column(names.setting(name)) for name in rules.space.settings()}
-    return Table(
-        generation=generation,
-        score=columns[rules.metric][part] * rules.sign,
-        trial=column(TRIAL),
-        age=generation - columns[BORN][part] + 1,
-        values=settings,
-        metrics={name: column(name) for name in names.measured(columns)},
-    )
 
 
 def _no_changes(n: int, space: SearchSpace) -> dict[str, Change]:

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from gradhpo.cluster.discrete import (
+    Categorical,
+    Choice,
+    Integer,
+    categorical,
+    choice,
+    integer,
+    within,
+)
 from gradhpo.errors import check_number
 
 
@@ -28,6 +37,11 @@ class Uniform:
             return math.log(self.low), math.log(self.high)
         return self.low, self.high
 
+    @property
+    def range(self) -> str:
+        """What a setting may be, in words."""
+        return "from {:g} to {:g}".format(*self.bounds)
+
     def sample(self, rng: np.random.Generator, n: int) -> np.ndarray:
         """Return n draws, as they are stored."""
         if not self.log:
@@ -44,6 +58,17 @@ class Uniform:
             return np.ones(len(current)), np.log(chosen)
         return chosen, np.zeros(len(current))
 
+    def unit(self, values: np.ndarray) -> np.ndarray:
+        """Return where each number is between the bounds, from 0 to 1; `(n, 1)`."""
+        low, high = self.bounds
+        if self.log and self.stored == "value":
+            values, low, high = np.log(values), math.log(low), math.log(high)
+        return ((values - low) / (high - low))[:, None]
+
+    def accepts(self, multiply: np.ndarray, add: np.ndarray) -> np.ndarray:
+        """Return which changes a scheduler may make: it sets what is between the bounds."""
+        return (multiply != 0) | within(add, self.bounds)
+
     def describe(self) -> dict[str, Any]:
         """Return the distribution as it is written in TOML."""
         name = "loguniform" if self.log else "uniform"
@@ -51,37 +76,9 @@ class Uniform:
         return {name: [self.low, self.high], **stored}
 
 
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """One of some numbers, in their order; see `choice`."""
-
-    values: tuple[float, ...]
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """The smallest and the largest."""
-        return min(self.values), max(self.values)
-
-    def sample(self, rng: np.random.Generator, n: int) -> np.ndarray:
-        """Return n draws."""
-        return rng.choice(np.asarray(self.values), n)
-
-    def perturb(
-        self, rng: np.random.Generator, current: np.ndarray, factors: Sequence[float]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return `(multiply, add)` that move to a neighbour of the nearest value."""
-        del factors
-        values = np.asarray(self.values)
-        nearest = np.argmin(np.abs(current[:, None] - values), axis=1)
-        moved = nearest + rng.choice([-1, 1], len(current))
-        return np.zeros(len(current)), values[np.clip(moved, 0, len(values) - 1)]
-
-    def describe(self) -> dict[str, Any]:
-        """Return the distribution as it is written in TOML."""
-        return {"choice": list(self.values)}
-
-
-Distribution: TypeAlias = "Uniform | Choice"
+Distribution: TypeAlias = "Uniform | Choice | Integer | Categorical"
+KINDS = (Uniform, Choice, Integer, Categorical)
+ACCEPTED = "uniform(…), loguniform(…), choice(…), integer(…) or categorical(…)"
 
 
 def uniform(low: float, high: float) -> Uniform:
@@ -115,46 +112,44 @@ def loguniform(low: float, high: float, *, stored: Literal["value", "log"] = "va
     return Uniform(float(low), float(high), log=True, stored=stored)
 
 
-def choice(values: Sequence[float]) -> Choice:
-    """Return one of some numbers, each as likely; a perturbation moves to a neighbour.
-
-    For choices that change the program (a method, a width), see `SearchSpace.choices`.
-
-    Raises:
-      ValueError: for fewer than two numbers.
-    """
-    numbers = tuple(float(value) for value in values)
-    if len(numbers) < 2 or not np.isfinite(numbers).all():
-        raise ValueError(f"choice takes two or more finite numbers, got {list(values)!r}")
-    return Choice(numbers)
-
-
 def parse(name: str, text: Any) -> Distribution:
     """Return the distribution that `describe` wrote, or a TOML table with the same key.
 
     Raises:
       ValueError: for what is none; it says `name`.
     """
-    accepted = "{uniform = [low, high]}, {loguniform = [low, high]} or {choice = [numbers]}"
+    kinds = ("uniform", "loguniform", "integer")
+    accepted = (
+        f"{', '.join(f'{{{kind} = [low, high]}}' for kind in kinds)}, {{choice = [numbers]}} or "
+        "{categorical = [numbers]}"
+    )
     wrong = ValueError(f"space: {name} must be {accepted}, got {text!r}")
     if not isinstance(text, Mapping):
         raise wrong
     table: dict[str, Any] = dict(text)
-    options = {key: table.pop(key) for key in ("stored",) if key in table}
+    options = {key: table.pop(key) for key in ("stored", "log") if key in table}
     if len(table) != 1:
         raise wrong
     ((kind, numbers),) = table.items()
-    if not isinstance(numbers, Sequence) or isinstance(numbers, str):
+    make, known, many = _WRITTEN.get(kind, (None, (), False))
+    listed = isinstance(numbers, Sequence) and not isinstance(numbers, str)
+    if make is None or not listed or not set(options) <= set(known):
         raise wrong
-    if kind == "choice" and not options:
-        return choice(numbers)
-    if kind not in ("uniform", "loguniform") or len(numbers) != 2:
+    if many:
+        return make(numbers, **options)
+    if len(numbers) != 2:
         raise wrong
-    if kind == "uniform" and not options:
-        return uniform(*numbers)
-    if kind == "loguniform":
-        return loguniform(*numbers, **options)
-    raise wrong
+    return make(*numbers, **options)
+
+
+_WRITTEN: dict[str, tuple[Callable[..., Distribution], tuple[str, ...], bool]] = {
+    "uniform": (uniform, (), False),
+    "loguniform": (loguniform, ("stored",), False),
+    "integer": (integer, ("log",), False),
+    "choice": (choice, (), True),
+    "categorical": (categorical, (), True),
+}
+"""By its name in TOML: what makes it, its options, and whether from a list of any length."""
 
 
 def _check_bounds(name: str, low: Any, high: Any) -> None:

@@ -16,6 +16,7 @@ from gradhpo.parallel import layout_cache
 CORE = ("jax", "jaxlib", "optax", "chex", "numpy")
 EXTRAS = {
     "cluster": ("ray", "tqdm", "typer"),
+    "search": ("scikit-learn", "threadpoolctl"),
     "tune": ("pandas",),
     "report": ("matplotlib", "rich"),
     "trackers": ("tensorboardX", "wandb", "mlflow-skinny", "optuna"),
@@ -23,7 +24,11 @@ EXTRAS = {
     "models": ("flax", "equinox"),
 }
 """Packages by what they are for; an extra of that name installs them, but for models."""
-MODULES = {"mlflow-skinny": "mlflow", "orbax-checkpoint": "orbax.checkpoint"}
+MODULES = {
+    "mlflow-skinny": "mlflow",
+    "orbax-checkpoint": "orbax.checkpoint",
+    "scikit-learn": "sklearn",
+}
 
 
 def findings() -> Iterator[str]:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from gradhpo.cluster.columns import TRIAL, setting
-from gradhpo.cluster.distributions import Choice, Distribution
+from gradhpo.cluster.discrete import Categorical, Choice, Integer
+from gradhpo.cluster.distributions import Distribution, Uniform
 from gradhpo.cluster.result import SweepResult
 from gradhpo.files import Where
 from gradhpo.observers.packages import load, require
@@ -65,14 +66,17 @@ class _Setting:
 
     def __init__(self, optuna: Any, about: Distribution, first: np.ndarray) -> None:
         self._about, kinds = about, optuna.distributions
-        self._log = not isinstance(about, Choice) and about.stored == "log"
+        self._log = isinstance(about, Uniform) and about.stored == "log"
         values = [self._value(x) for x in first[np.isfinite(first)].tolist()]
-        if isinstance(about, Choice) and set(values) <= set(about.values):
+        if isinstance(about, Choice | Categorical) and set(values) <= set(about.values):
             self.kind = kinds.CategoricalDistribution(about.values)
             return
-        bounds = about.bounds if isinstance(about, Choice) else (about.low, about.high)
+        bounds = (about.low, about.high) if isinstance(about, Uniform) else about.bounds
         low, high = min(*bounds, *values), max(*bounds, *values)  # hypergradients may lead out
-        log = not isinstance(about, Choice) and about.log and low > 0
+        log = isinstance(about, Uniform | Integer) and about.log and low > 0
+        if isinstance(about, Integer) and all(value == round(value) for value in values):
+            self.kind = kinds.IntDistribution(int(low), int(high), log=log)
+            return
         self.kind = kinds.FloatDistribution(low, high, log=log)
 
     def value(self, stored: float) -> float | None:
@@ -80,7 +84,7 @@ class _Setting:
         return self._value(stored) if np.isfinite(stored) else None
 
     def _value(self, stored: float) -> float:
-        if isinstance(self._about, Choice):
+        if isinstance(self._about, Choice | Categorical):
             near = min(self._about.values, key=lambda known: abs(known - stored))
             return near if np.isclose(near, stored, rtol=CLOSE, atol=0) else stored
         return float(np.exp(stored)) if self._log else stored

@@ -94,7 +94,8 @@ class Identity:
         if self.scheduler is None:  # pyright: ignore[reportUnnecessaryComparison]
             _set(self, "scheduler", PBT())
         if not callable(self.scheduler) or isinstance(self.scheduler, type):
-            accepted = "PBT(…), SuccessiveHalving(…), RandomSearch(…) or a function"
+            known = ", ".join(f"{name}(…)" for name in schedulers.BUILT_IN)
+            accepted = f"{known} or a function"
             raise TypeError(f"scheduler must be {accepted}, got {self.scheduler!r}")
         if self.mode not in ("min", "max"):
             raise ValueError(f"mode must be one of ('min', 'max'), got {self.mode!r}")

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from gradhpo.cluster import distributions
-from gradhpo.cluster.distributions import Choice, Distribution, Uniform
+from gradhpo.cluster.discrete import Choice
+from gradhpo.cluster.distributions import Distribution
 from gradhpo.errors import check_number
 
 LR_HYPER = "lr_hyper"
@@ -64,9 +65,9 @@ class SearchSpace:
             check_number("SearchSpace.lr_hyper", self.lr_hyper, -math.inf, math.inf)
             if not math.isfinite(self.lr_hyper):
                 raise ValueError(f"SearchSpace.lr_hyper must be finite, got {self.lr_hyper}")
-        accepted = "a distribution: uniform(…), loguniform(…) or choice(…)"
+        accepted = f"a distribution: {distributions.ACCEPTED}"
         for name, distribution in self.settings().items():
-            if not isinstance(distribution, Uniform | Choice):
+            if not isinstance(distribution, distributions.KINDS):
                 raise TypeError(f"SearchSpace: {name!r} must be {accepted}, got {distribution!r}")
         choices = {name: _plain(values) for name, values in self.choices.items()}
         object.__setattr__(self, "choices", choices)

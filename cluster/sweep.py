@@ -55,7 +55,7 @@ class Sweep:
       storage: a folder for all that must last, seen by all workers under this path ("~" and
         `file:///…` are understood), or the address of an object store, such as
         "s3://bucket/run".
-      scheduler: `PBT`, `SuccessiveHalving`, `RandomSearch`, or any function of
+      scheduler: `PBT`, `PB2`, `SuccessiveHalving`, `ASHA`, `RandomSearch`, or any function of
         `(table, space, rng)`; see `schedulers`.
       metric: what is compared: one of the five metrics of a step, or a name of `Problem.metrics`.
       mode: "min" or "max".

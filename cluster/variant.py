@@ -18,6 +18,7 @@ from gradhpo.checksums import of_arrays
 from gradhpo.cluster import columns as names
 from gradhpo.cluster import importing
 from gradhpo.cluster.columns import DIVERGED, RESERVED
+from gradhpo.cluster.discrete import Integer
 from gradhpo.cluster.host_turns import DONATING, STATE, HostTurns
 from gradhpo.cluster.orders import Order, Prepared, Spec
 from gradhpo.cluster.timings import Timings
@@ -367,12 +368,19 @@ class Variant:
         return {dotted(path): leaf for path, leaf in leaves if dotted(path) in self.settings}
 
     def _check_settings(self) -> None:
-        there = [dotted(path) for path, _ in tree_flatten_with_path(self._template.hyperparams)[0]]
-        for name in self.settings:
+        leaves = tree_flatten_with_path(self._template.hyperparams)[0]
+        there = {dotted(path): leaf.dtype for path, leaf in leaves}
+        for name, kind in self.settings.items():
             if name not in there:
                 raise ValueError(
                     f"space.hyperparams has {name!r}; the problem's hyperparameters are "
-                    f"{', '.join(map(repr, there[:20]))}"
+                    f"{', '.join(map(repr, list(there)[:20]))}"
+                )
+            whole = 2 ** (jnp.finfo(there[name]).nmant + 1)
+            if isinstance(kind, Integer) and max(map(abs, kind.bounds)) > whole:
+                raise ValueError(
+                    f"space.hyperparams[{name!r}] takes {kind.range}, and its leaf is "
+                    f"{there[name]}, which holds whole numbers up to {whole}"
                 )
         if self._takes_rate and self.spec.space.lr_hyper is None:
             raise ValueError(

@@ -5,7 +5,9 @@ is replaced by a few lines of NumPy; everything that lasts is the real thing.
 """
 
 import builtins
+import functools
 import hashlib
+import importlib
 import itertools
 import os
 import shutil
@@ -19,11 +21,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from gradhpo.cluster import shard
+from gradhpo.cluster import PB2, shard
 from gradhpo.cluster.orders import Prepared
 from gradhpo.observers import CSV
-from tests.sweeps import sweep
+from tests.sweeps import SETTINGS, sweep
 
+SCHEDULERS = {"PBT": SETTINGS["scheduler"], "PB2": PB2(rows=12, candidates=32)}
 OPERATIONS = ("open", "fsync", "replace", "unlink", "mkdir", "rmdir")
 OPERATIONS += ("write", "ftruncate", "truncate")
 SIZE = 4000
@@ -75,11 +78,12 @@ class Variant:
         return {".params": params, ".rate": rate}, columns
 
 
-def run(folder, every, rows=None):
+def run(folder, every, rows=None, scheduler="PBT"):
     """Run the sweep to its end; return what it found, as a digest, with a tracker's file if any."""
     changes = {"population": 6, "shards": 2, "generations": 5, "checkpoint_every": every}
     trackers = [] if rows is None else [CSV(rows)]
-    result = sweep(folder, **changes).run(observers=trackers)
+    made = sweep(folder, scheduler=SCHEDULERS[scheduler], **changes)
+    result = made.run(observers=trackers)
     digest = hashlib.sha256(str(result.best.lineage).encode())
     for name, array in [*result.table.items(), *result.best.arrays.items()]:
         digest.update(name.encode() + array.tobytes())
@@ -122,7 +126,7 @@ def slow_disk():
     os.fsync = slow
 
 
-def life(folder, every, slow, number=None):
+def life(folder, every, slow, number=None, scheduler="PBT"):
     """Run the sweep in a process of its own; return whether it came to its end."""
     child = os.fork()
     if child == 0:
@@ -131,7 +135,7 @@ def life(folder, every, slow, number=None):
                 slow_disk()
             if number is not None:
                 killed_at(number)
-            found = run(folder / "run", every, folder / "run/rows.csv")
+            found = run(folder / "run", every, folder / "run/rows.csv", scheduler)
             Path(folder / "found").write_text(found)
             os._exit(0)
         except BaseException:
@@ -142,25 +146,28 @@ def life(folder, every, slow, number=None):
     return status == 0
 
 
-def main(folder, every, slow, step):
+def main(folder, every, slow, step, scheduler):
     """Kill at each `step`-th operation, and again while it goes on."""
+    if scheduler == "PB2":  # once, and not in each of the lives
+        importlib.import_module("gradhpo.cluster.schedulers.gaussian_process")
+    lived = functools.partial(life, scheduler=scheduler)
     jax.process_index, jax.process_count = lambda: 0, lambda: 1  # they would start a backend
     shard.Variant = Variant
     folder = Path(folder)
-    assert life(folder, every, slow)
+    assert lived(folder, every, slow)
     expected, kills = (folder / "found").read_text(), 0
     for number in itertools.count(1, step):
         shutil.rmtree(folder / "run", ignore_errors=True)
-        if life(folder, every, slow, number):
+        if lived(folder, every, slow, number):
             break
         kills += 1
-        kills += not life(folder, every, slow, 1 + 7 * number % 60)
+        kills += not lived(folder, every, slow, 1 + 7 * number % 60)
         (folder / "found").unlink(missing_ok=True)
-        assert life(folder, every, slow)
+        assert lived(folder, every, slow)
         found = (folder / "found").read_text()
         assert found == expected, f"another result after a kill at {number}"
     print(kills)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    main(sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5])

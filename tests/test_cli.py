@@ -118,7 +118,7 @@ def test_ctrl_c_saves_and_prints_the_command_that_goes_on(folder):
         (("seed = 3", 'seed = "x"'), "seed must be an integer"),
         (("generations = 4", ""), "generations is missing"),
         (("loguniform", "lognormal"), "log_rate must be {uniform"),
-        (('"PBT"', '"ASHA"'), "PBT, SuccessiveHalving, RandomSearch, got 'ASHA'"),
+        (('"PBT"', '"Hyperband"'), "PB2, SuccessiveHalving, ASHA, RandomSearch, got 'Hyperband'"),
     ],
 )
 def test_a_file_with_a_mistake(folder, change, message):

@@ -15,16 +15,17 @@ MEMORY = Path("/dev/shm")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("every", "slow", "step"),
-    [(1, 0, 2), (1, 1, 7), (3, 0, 1), (3, 1, 7)],
-    ids=["every", "in flight", "every third", "every third, in flight"],
+    ("every", "slow", "step", "scheduler"),
+    [(1, 0, 2, "PBT"), (1, 1, 7, "PBT"), (3, 0, 1, "PBT"), (3, 1, 7, "PBT"), (3, 1, 29, "PB2")],
+    ids=["every", "in flight", "every third", "every third, in flight", "PB2"],
 )
-def test_a_kill_at_any_file_operation_changes_no_bit(tmp_path, every, slow, step):
+def test_a_kill_at_any_file_operation_changes_no_bit(tmp_path, every, slow, step, scheduler):
     """And a second one while it goes on."""
     place = MEMORY if os.access(MEMORY, os.W_OK) else tmp_path
     with tempfile.TemporaryDirectory(dir=place) as folder:
         done = subprocess.run(
-            [sys.executable, "-m", "tests.file_operations", folder, *map(str, (every, slow, step))],
+            [sys.executable, "-m", "tests.file_operations", folder]
+            + [str(argument) for argument in (every, slow, step, scheduler)],
             capture_output=True,
             text=True,
             check=False,

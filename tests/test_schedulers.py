@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from gradhpo.cluster import (
+    ASHA,
     NEW,
+    PB2,
     PBT,
     Change,
     Decision,
@@ -19,6 +21,8 @@ from gradhpo.cluster import schedulers as module
 SPACE = SearchSpace({"rate": loguniform(1e-3, 1)})
 ALL = {
     "pbt": PBT(),
+    "pb2": PB2(),
+    "asha": ASHA(reduction=2),
     "halving": SuccessiveHalving(reduction=2),
     "random": RandomSearch(trial_generations=3),
 }
@@ -122,7 +126,7 @@ def test_a_scheduler_is_what_its_description_says(scheduler):
         (lambda: SuccessiveHalving(reduction=1), "reduction"),
         (lambda: SuccessiveHalving(grace=3, longest=2), "longest"),
         (lambda: RandomSearch(0), "trial_generations"),
-        (lambda: module.parse({"name": "ASHA"}), "PBT, SuccessiveHalving"),
+        (lambda: module.parse({"name": "Hyperband"}), "PBT, PB2, SuccessiveHalving, ASHA"),
         (lambda: module.parse({"name": "PBT", "quantil": 1}), "quantil"),
         (lambda: module.check([0], 1, {}), "must return a Decision"),
         (lambda: module.check(Decision(np.zeros(2, int)), 3, {}), "3 integers"),

@@ -9,11 +9,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from gradhpo.cluster.distributions import Distribution
-from gradhpo.cluster.schedulers.table import Table
+from gradhpo.cluster.schedulers.table import NEW, Table
 from gradhpo.cluster.space import Change, Changes, SearchSpace
-
-NEW = -1
-"""In `Decision.parents`: the slot gets a new trial, drawn from the search space."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +46,11 @@ def check(decision: Any, slots: int, settings: Mapping[str, Distribution]) -> De
     for name, change in decision.changes.items():
         if name not in settings:
             raise ValueError(f"Decision.changes has {name!r}; the space has {list(settings)}")
-        _check_change(f"Decision.changes[{name!r}]", change, slots, settings[name].bounds)
+        _check_change(f"Decision.changes[{name!r}]", change, slots, settings[name])
     return Decision(parents.astype(np.int64), dict(decision.changes))
 
 
-def _check_change(name: str, change: Change, slots: int, bounds: tuple[float, float]) -> None:
+def _check_change(name: str, change: Change, slots: int, kind: Distribution) -> None:
     if len(change) != 3 or any(np.shape(part) != (slots,) for part in change):
         raise ValueError(f"{name} must have {slots} entries in each part")
     mask = np.asarray(change[0], bool)
@@ -65,13 +62,11 @@ def _check_change(name: str, change: Change, slots: int, bounds: tuple[float, fl
             slot = int(np.flatnonzero(wrong)[0])
             raise ValueError(f"{name}.{field} must be finite, got {numbers[slot]} for slot {slot}")
     multiply, add = (np.asarray(part, float) for part in change[1:])
-    low, high = bounds
-    # What is set, and not perturbed; a number that came through a logarithm is off by its rounding.
-    slack = 1e-9 * max(abs(low), abs(high))
-    outside = mask & (multiply == 0) & ((add < low - slack) | (add > high + slack))
+    outside = mask & ~kind.accepts(multiply, add)
     if outside.any():
         slot = int(np.flatnonzero(outside)[0])
+        perturbed = f"{multiply[slot]:g} times, and " if multiply[slot] else ""
         raise ValueError(
-            f"{name} must be in the space, from {low:g} to {high:g}, got {add[slot]:g} for slot "
+            f"{name} must be in the space, {kind.range}, got {perturbed}{add[slot]:g} for slot "
             f"{slot}"
         )

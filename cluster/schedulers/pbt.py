@@ -6,8 +6,9 @@ import dataclasses
 
 import numpy as np
 
-from gradhpo.cluster.schedulers.decision import NEW, Decision
+from gradhpo.cluster.schedulers.decision import Decision
 from gradhpo.cluster.schedulers.table import Table
+from gradhpo.cluster.schedulers.truncation import check_quantile, truncated
 from gradhpo.cluster.space import SearchSpace
 from gradhpo.errors import check_number
 
@@ -34,7 +35,7 @@ class PBT:
     factors: tuple[float, ...] = (0.8, 1.25)
 
     def __post_init__(self) -> None:
-        quantile = check_number("PBT: quantile", self.quantile, 0, 0.5, open_low=True)
+        quantile = check_quantile("PBT", self.quantile)
         resample = check_number("PBT: resample", self.resample, 0, 1)
         factors = tuple(float(f) for f in self.factors)
         if not factors or not all(0 < f < float("inf") for f in factors):
@@ -44,15 +45,7 @@ class PBT:
 
     def __call__(self, table: Table, space: SearchSpace, rng: np.random.Generator) -> Decision:
         """Decide."""
-        slots = np.arange(len(table.score))
-        order, diverged = table.ranking(), table.diverged()
-        count = min(max(1, int(self.quantile * len(slots))), len(slots) // 2)
-        losers = diverged.copy()
-        losers[order[len(slots) - count :]] = True
-        best = order[: max(1, count)]
-        best = best[~diverged[best]]
-        parents = slots.copy()
-        parents[losers] = rng.choice(best, losers.sum()) if len(best) else NEW
+        parents = truncated(table, self.quantile, rng)
         changes = space.explore(
             rng, table.values, parents, factors=self.factors, resample=self.resample
         )

@@ -6,8 +6,8 @@ import dataclasses
 
 import numpy as np
 
-from gradhpo.cluster.schedulers.decision import NEW, Decision
-from gradhpo.cluster.schedulers.table import Table
+from gradhpo.cluster.schedulers.decision import Decision
+from gradhpo.cluster.schedulers.table import NEW, Table
 from gradhpo.cluster.space import SearchSpace
 from gradhpo.errors import check_count
 

@@ -9,14 +9,18 @@ from typing import Any
 import numpy as np
 
 from gradhpo.cluster import importing
+from gradhpo.cluster.schedulers.asha import ASHA
 from gradhpo.cluster.schedulers.decision import Decision, Scheduler
 from gradhpo.cluster.schedulers.halving import SuccessiveHalving
+from gradhpo.cluster.schedulers.pb2 import PB2
 from gradhpo.cluster.schedulers.pbt import PBT
 from gradhpo.cluster.schedulers.random_search import RandomSearch
 from gradhpo.cluster.schedulers.table import Table
 from gradhpo.cluster.space import SearchSpace
 
-BUILT_IN: dict[str, Any] = {c.__name__: c for c in (PBT, SuccessiveHalving, RandomSearch)}
+BUILT_IN: dict[str, Any] = {
+    c.__name__: c for c in (PBT, PB2, SuccessiveHalving, ASHA, RandomSearch)
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +41,13 @@ class Named:
 
 
 def loaded(scheduler: Scheduler) -> Scheduler:
-    """Return a scheduler itself, imported where it is given by name."""
+    """Return a scheduler itself, imported where it is given by name.
+
+    Raises:
+      ImportError: if it needs a package that is not installed.
+    """
+    if isinstance(scheduler, PB2):
+        scheduler.require()
     return scheduler.load() if isinstance(scheduler, Named) else scheduler
 
 

@@ -1,0 +1,99 @@
+"""What schedulers see: the table of each population after a generation, and those before it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from gradhpo.cluster import columns as names
+from gradhpo.cluster.columns import BORN, PARENT, TRIAL, Columns
+from gradhpo.cluster.schedulers import NEW, Table
+from gradhpo.cluster.space import SearchSpace
+
+IDLE = 100
+"""Generations after which a table is forgotten for which no scheduler asked meanwhile."""
+
+
+class History:
+    """The tables of a sweep's generations.
+
+    From the first question of a scheduler on, what it asked for and what comes is kept in memory,
+    8 bytes for each column and slot: a table is read once, or again after `IDLE` generations.
+    Nothing is kept for schedulers that never ask.
+
+    Args:
+      parts: the slots of each variant.
+      space: what is searched.
+      metric: what is compared.
+      sign: 1 to minimize it, -1 to maximize it.
+      read: returns a generation's columns, which the storage may have or not have yet.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[slice],
+        space: SearchSpace,
+        metric: str,
+        sign: int,
+        read: Callable[[int], Columns],
+    ) -> None:
+        self._parts, self._settings = parts, list(space.settings())
+        self._metric, self._sign, self._read = metric, sign, read
+        self._kept: dict[int, list[Table]] = {}
+        self._used: dict[int, int] = {}
+        """By generation of a table that is kept, the last one in which it was asked for."""
+        self._now, self._asked = -1, False
+
+    def tables(self, generation: int, columns: Columns) -> list[Table]:
+        """Return the tables of a generation that was computed, variant by variant."""
+        self._now = generation
+        made = self._made(generation, columns)
+        if self._asked:
+            self._kept[generation], self._used[generation] = made, generation
+            self._keep({g for g, used in self._used.items() if generation - used < IDLE})
+        return made
+
+    def forget_after(self, generation: int) -> None:
+        """Forget the tables of the generations after this one, which are computed again."""
+        self._keep({g for g in self._kept if g <= generation})
+
+    def _keep(self, generations: set[int]) -> None:
+        self._kept = {g: made for g, made in self._kept.items() if g in generations}
+        self._used = {g: used for g, used in self._used.items() if g in generations}
+
+    def _earlier(self, variant: int, generation: int) -> Table:
+        self._asked = True
+        if generation not in self._kept:
+            self._kept[generation] = self._made(generation, self._read(generation))
+        self._used[generation] = self._now
+        return self._kept[generation][variant]
+
+    def _made(self, generation: int, columns: Columns) -> list[Table]:
+        return [self._table(v, generation, columns) for v in range(len(self._parts))]
+
+    def _table(self, variant: int, generation: int, columns: Columns) -> Table:
+        part = self._parts[variant]
+        parents = columns[PARENT][part]
+        measured = {n: _frozen(columns[n][part].copy()) for n in names.measured(columns)}
+
+        def column(name: str) -> np.ndarray:
+            return measured[name] if name in measured else _frozen(columns[name][part].copy())
+
+        return Table(
+            generation=generation,
+            score=_frozen(columns[self._metric][part] * self._sign),
+            trial=column(TRIAL),
+            age=_frozen(generation - columns[BORN][part] + 1),
+            values={name: column(names.setting(name)) for name in self._settings},
+            metrics=measured,
+            parent=_frozen(np.where(parents == NEW, NEW, parents - part.start)),
+            earlier=functools.partial(self._earlier, variant),
+        )
+
+
+def _frozen(array: np.ndarray) -> np.ndarray:
+    """Return an array that cannot be written: a scheduler must not change the sweep's table."""
+    array.setflags(write=False)
+    return array

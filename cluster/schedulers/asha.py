@@ -1,0 +1,65 @@
+"""ASHA's rungs, between synchronous generations (Li et al. 2020)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from gradhpo.cluster.schedulers.decision import Decision
+from gradhpo.cluster.schedulers.halving import check_rungs, longest_life, rungs
+from gradhpo.cluster.schedulers.table import NEW, Table
+from gradhpo.cluster.space import SearchSpace
+
+
+@dataclasses.dataclass(frozen=True)
+class ASHA:
+    """ASHA's rungs (Li et al. 2020), decided between generations, in slots that are never empty.
+
+    A trial that has run `grace·reduction^k` generations is on a rung, and goes on if it is among
+    the best 1/reduction of all trials that ever reached that rung, in this sweep and population,
+    or the best of them. The others' slots, diverged trials' and those of trials that ran `longest`
+    generations get new trials.
+
+    `SuccessiveHalving` compares a trial with those that reach the rung in the same generation
+    alone: in small populations with one or two others, and of a weak cohort the best goes on.
+    Here it is compared with all that came before, and a strong cohort goes on as a whole. Unlike
+    the paper's, a trial that was stopped is gone, and not promoted later: its slot is taken.
+
+    Args:
+      reduction: at least 2, the factor between rungs.
+      grace: generations that every trial gets.
+      longest: generations after which a trial is complete; by default the highest rung that one
+        trial of a full population reaches, `grace·reduction^⌊log(slots)/log(reduction)⌋`.
+
+    Raises:
+      ValueError: for an argument out of range.
+    """
+
+    reduction: int = 3
+    grace: int = 1
+    longest: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in check_rungs(self.reduction, self.grace, self.longest).items():
+            object.__setattr__(self, name, value)
+
+    def __call__(self, table: Table, space: SearchSpace, rng: np.random.Generator) -> Decision:
+        """Decide."""
+        del space, rng
+        parents = np.arange(len(table.score))
+        longest = longest_life(self.longest, len(parents), self.reduction, self.grace)
+        stopped = table.diverged() | (table.age >= longest)
+        for rung in rungs(self.reduction, self.grace, table.age.max()):
+            here = (table.age == rung) & ~table.diverged()
+            if here.any():
+                stopped |= here & (table.score > self._cut(table, rung))
+        parents[stopped] = NEW
+        return Decision(parents)
+
+    def _cut(self, table: Table, rung: int) -> float:
+        """Return the worst score with which a trial goes on from a rung."""
+        tables = [table.history(g) for g in range(rung - 1, table.generation + 1)]
+        reached = np.concatenate([made.score[made.age == rung] for made in tables])
+        reached = np.sort(np.where(np.isfinite(reached), reached, np.inf))
+        return float(reached[max(1, len(reached) // self.reduction) - 1])
