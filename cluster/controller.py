@@ -15,13 +15,15 @@ import numpy as np
 
 from gradhpo.checkpoints import DamagedFile, Saved
 from gradhpo.cluster import columns as names
-from gradhpo.cluster import schedulers
+from gradhpo.cluster import front, schedulers
 from gradhpo.cluster.columns import BORN, PARENT, TRIAL, Columns, decision_of
 from gradhpo.cluster.events import Damaged, GenerationDone, Note, Tell
 from gradhpo.cluster.executors import Executor
 from gradhpo.cluster.failures import StateGone, SweepError
+from gradhpo.cluster.front import Found
 from gradhpo.cluster.history import History
-from gradhpo.cluster.journal import Best, Entry, Journal
+from gradhpo.cluster.journal import Entry, Journal
+from gradhpo.cluster.objectives import Objectives
 from gradhpo.cluster.orders import Import, Order, Result
 from gradhpo.cluster.schedulers import NEW, Decision, Scheduler, Table
 from gradhpo.cluster.space import LR_HYPER, Change, Changes, SearchSpace
@@ -68,9 +70,7 @@ class Rules:
     scheduler: Scheduler
     space: SearchSpace
     seed: int
-    metric: str
-    sign: int
-    """1 to minimize the metric, -1 to maximize it."""
+    objectives: Objectives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +97,11 @@ class Computed:
     plan: Plan
     columns: Columns
     decision: Decision
-    best: Best | None
-    """Of all generations so far; if it is of this one, its checkpoint is to come."""
+    found: tuple[Found, ...]
+    """What is kept of all generations so far; of this one's trials the checkpoints are to come."""
     seconds: float
-    winner: Saved | None = None
-    """The best trial's state alone, where this generation's states are not written."""
+    alone: dict[int, Saved] = dataclasses.field(default_factory=dict)
+    """By shard, the states of the kept trials of this generation, apart from all others."""
 
     @property
     def save(self) -> bool:
@@ -109,9 +109,9 @@ class Computed:
         return self.orders[0].save
 
     @property
-    def has_best(self) -> bool:
-        """Whether the best trial is of this generation."""
-        return self.best is not None and self.best["generation"] == self.plan.generation
+    def slots(self) -> list[int]:
+        """The slots whose trials are kept as they are after this generation."""
+        return sorted(f.slot for f in self.found if f.generation == self.plan.generation)
 
 
 class Controller:
@@ -234,10 +234,10 @@ class Controller:
         columns = gather(plan, results, self._layout)
         tables = self._history.tables(plan.generation, columns)
         decision = decide(tables, plan, self._layout, self._rules)
-        best = self._best(plan, columns)
+        found = self._found(plan, columns)
         seconds = time.perf_counter() - started
-        self._computed.append(Computed(made, plan, columns, decision, best, seconds))
-        self._stopping.ask(plan.generation + 1, best)
+        self._computed.append(Computed(made, plan, columns, decision, found, seconds))
+        self._stopping.ask(plan.generation + 1, found)
         if settle:
             self._flush()
         return following(plan, decision, self._rules)
@@ -269,9 +269,12 @@ class Controller:
         start = self._start(plan) or [None] * self._layout.shards
         made = orders(plan, start, self._layout, self._rules.space, save)
         before = self._computed[-1] if self._computed else None
-        if before is not None and before.best and before.has_best and not before.save:
-            shard, slot = divmod(before.best["slot"], self._layout.slots)
-            made[shard] = dataclasses.replace(made[shard], winner=slot)
+        # A front would keep whole checkpoints of many generations: its trials are written apart.
+        if before is not None and (not before.save or self._rules.objectives.several):
+            for slot in before.slots:
+                shard, own = divmod(slot, self._layout.slots)
+                winners = (*made[shard].winners, own)
+                made[shard] = dataclasses.replace(made[shard], winners=winners)
         return made
 
     def _take_in(self, results: list[Result]) -> None:
@@ -280,7 +283,7 @@ class Controller:
             for made in result.checkpoints:
                 self._written[result.shard, made.generation] = made.saved
             if result.winner is not None:
-                self._computed[-1].winner = result.winner
+                self._computed[-1].alone[result.shard] = result.winner
         while self._computed:
             oldest = self._computed[0]
             saved = self._told(oldest) if oldest.save else []
@@ -315,11 +318,12 @@ class Controller:
         generation = done.plan.generation
         try:
             content = {**done.columns, **names.of_decision(done.decision)}
+            found = self._with_checkpoints(done, saved)
             entry: Entry = {
                 "generation": generation,
                 "table": self._storage.save_table(generation, content),
                 "checkpoints": saved,
-                "best": self._saved_best(done, saved),
+                **front.written(found, self._rules.objectives.several),
                 "seconds": round(done.seconds, 6),
             }
             if what := self._changes.get(generation):
@@ -332,41 +336,36 @@ class Controller:
             raise SweepError(f"{where}: {error}") from error
         self._prune()
         self._written = {name: one for name, one in self._written.items() if name[1] > generation}
-        best = entry["best"] and entry["best"]["score"] * self._rules.sign
         table = names.shown(done.columns)
-        self._tell(GenerationDone(generation + 1, table, best, entry["seconds"]))
+        told = front.told(found, self._rules.objectives)
+        self._tell(GenerationDone(generation + 1, table, seconds=entry["seconds"], **told))
 
-    def _best(self, plan: Plan, columns: Columns) -> Best | None:
-        """Return the best trial so far; one of this generation without its checkpoint."""
-        entries = self._journal.last
-        before = entries[-1]["best"] if entries else None
-        before = self._computed[-1].best if self._computed else before
-        score = columns[self._rules.metric] * self._rules.sign
-        if not np.isfinite(score).any():
-            return before
-        slot = int(np.nanargmin(np.where(np.isfinite(score), score, np.nan)))
-        if before is not None and not score[slot] < before["score"]:
-            return before
-        return {
-            "score": float(score[slot]),
-            "trial": int(plan.trial[slot]),
-            "slot": slot,
-            "generation": plan.generation,
-            "checkpoint": Saved("", ""),
-        }
+    def _found(self, plan: Plan, columns: Columns) -> tuple[Found, ...]:
+        """Return what is kept so far; of this generation's trials without their checkpoints."""
+        before = front.of_journal(self._journal.last)
+        before = self._computed[-1].found if self._computed else before
+        scores = self._rules.objectives.scores(columns)
+        return front.joined(before, scores, plan.trial, plan.generation)
 
-    def _saved_best(self, done: Computed, saved: list[Saved]) -> Best | None:
-        if done.best is None or not done.has_best:
-            return self._journal.last[-1]["best"] if self._journal.last else None
-        checkpoint = saved[done.best["slot"] // self._layout.slots] if saved else done.winner
-        assert checkpoint is not None
-        return {**done.best, "checkpoint": checkpoint}
+    def _with_checkpoints(self, done: Computed, saved: list[Saved]) -> tuple[Found, ...]:
+        """Return what a generation keeps, with the files that its own trials are in.
+
+        Those of earlier ones have theirs from the journal: when this generation was computed they
+        were not durable yet.
+        """
+        there = {f[1:4]: f for f in front.of_journal(self._journal.last)}
+        files: dict[int, Saved] = {}
+        for slot in done.slots:
+            shard = slot // self._layout.slots
+            files[slot] = done.alone[shard] if shard in done.alone else saved[shard]
+        kept = [there.get(f[1:4], f) for f in done.found]
+        return front.with_checkpoints(kept, done.plan.generation, files)
 
     def _prune(self) -> None:
         """Remove checkpoints but for those of two generations, and the best trial's."""
         if len(self._journal.durable) > 1:
             keep = {saved.file for e in self._journal.last for saved in e["checkpoints"]}
-            keep |= {e["best"]["checkpoint"].file for e in self._journal.last if e["best"]}
+            keep |= {f.checkpoint.file for e in self._journal.last for f in front.found_in(e)}
             self._storage.prune(self._journal.durable[0]["generation"], keep)
 
     def _go_back(self, error: DamagedFile) -> None:

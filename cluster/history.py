@@ -59,15 +59,18 @@ class History:
         def column(name: str) -> np.ndarray:
             return measured[name] if name in measured else _frozen(columns[name][part].copy())
 
+        compared = {name: columns[name][part] for name in rules.objectives.names}
+        scores = rules.objectives.scores(compared)
         return Table(
             generation=generation,
-            score=_frozen(columns[rules.metric][part] * rules.sign),
+            score=_frozen(rules.objectives.score(compared)),
             trial=column(TRIAL),
             age=_frozen(generation - columns[BORN][part] + 1),
             values={name: column(names.setting(name)) for name in rules.space.settings()},
             metrics=measured,
             parent=_frozen(np.where(parents == NEW, NEW, parents - part.start)),
             earlier=functools.partial(self._earlier, variant),
+            objectives=dict(zip(compared, _frozen(scores.T), strict=True)),
         )
 
 

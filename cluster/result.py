@@ -13,13 +13,17 @@ import numpy as np
 
 from gradhpo.checkpoints import DamagedFile
 from gradhpo.cluster import columns as names
-from gradhpo.cluster import importing, manifest, programs, settings
+from gradhpo.cluster import front, importing, manifest, programs, settings
 from gradhpo.cluster.columns import PARENT, TRIAL, Columns, decision_of
 from gradhpo.cluster.controller import Layout, Plan, Rules, first_plan, following, plan_of
 from gradhpo.cluster.division import divide
 from gradhpo.cluster.events import Event, Prepared, WorkerLost
 from gradhpo.cluster.failures import SweepError
+from gradhpo.cluster.front import Found
+from gradhpo.cluster.hypervolume import hypervolume
 from gradhpo.cluster.journal import Journal
+from gradhpo.cluster.numbers_of import number_of
+from gradhpo.cluster.objectives import Objectives
 from gradhpo.cluster.orders import Order, Spec
 from gradhpo.cluster.schedulers import NEW, RandomSearch
 from gradhpo.cluster.settings import Identity
@@ -85,17 +89,39 @@ class Trial:
 
     number: int
     generation: int
-    score: float
-    """Of the sweep's metric."""
+    slot: int
+    scores: dict[str, float]
+    """Of what the sweep compares, by name."""
     metrics: dict[str, float]
+    settings: dict[str, float]
+    """What it has of the space's numbers, by name, as `Sweep(points=…)` takes them."""
     lr_hyper: float | None
     choices: dict[str, Any]
     """What it has of `SearchSpace.choices`."""
     lineage: list[int]
     """The trials whose weights it goes on from, the first one first, itself last."""
-    arrays: dict[str, np.ndarray]
-    """Its whole state by path, such as `.params['w']`."""
+    load: Any = dataclasses.field(repr=False)
     restore: Any = dataclasses.field(repr=False)
+
+    @property
+    def score(self) -> float:
+        """Of the sweep's metric.
+
+        Raises:
+          SweepError: if there are several objectives.
+        """
+        if len(self.scores) > 1:
+            raise SweepError(f"a trial has no score but scores: of {', '.join(self.scores)}")
+        return next(iter(self.scores.values()))
+
+    @functools.cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Its whole state by path, such as `.params['w']`; read when it is asked for first.
+
+        Raises:
+          DamagedFile: if its checkpoint is damaged; `replay` computes it again.
+        """
+        return self.load()
 
     @functools.cached_property
     def state(self) -> BilevelState:
@@ -181,8 +207,7 @@ class SweepResult:
       storage: the sweep's folder, or its address.
       spec: what its workers were told.
       layout: its shards.
-      metric: its name.
-      sign: 1 if it is minimized, -1 if maximized.
+      objectives: what trials are compared by.
       load_data: returns what the problem's function gets as `data`.
       report: of the run that made it.
 
@@ -195,15 +220,15 @@ class SweepResult:
         storage: Where,
         spec: Spec,
         layout: Layout,
-        metric: str,
-        sign: int,
+        objectives: Objectives,
         load_data: Callable[[], Any] = lambda: None,
         report: Report | None = None,
     ) -> None:
         self._where, self._storage = storage, Storage(storage)
         self._spec, self._layout = spec, layout
-        self._metric, self._sign, self._load_data = metric, sign, load_data
+        self._objectives, self._load_data = objectives, load_data
         self.report = report
+        self._plans: dict[int, Plan] = {}
         self._entries = list(Journal(storage).entries())
         if not self._entries:
             raise SweepError(f"no generation is done in {storage}")
@@ -235,7 +260,7 @@ class SweepResult:
             made = identity.data
             return (importing.load(made) if isinstance(made, str) else made)()
 
-        return cls(storage, spec, layout, identity.metric, identity.sign, load_data)
+        return cls(storage, spec, layout, identity.objectives, load_data)
 
     @property
     def generations(self) -> int:
@@ -259,13 +284,26 @@ class SweepResult:
 
     @property
     def metric(self) -> str:
-        """The name of the sweep's metric."""
-        return self._metric
+        """The name of the sweep's metric.
+
+        Raises:
+          SweepError: if there are several objectives, see `objectives`.
+        """
+        return self._objectives.only("there is no one metric", "Take objectives")[0]
 
     @property
     def sign(self) -> int:
-        """1 if the metric is minimized, -1 if maximized."""
-        return self._sign
+        """1 if the metric is minimized, -1 if maximized.
+
+        Raises:
+          SweepError: if there are several objectives, see `objectives`.
+        """
+        return self._objectives.only("there is no one sign", "Take objectives")[1]
+
+    @property
+    def objectives(self) -> Objectives:
+        """What trials are compared by: the metric, or several."""
+        return self._objectives
 
     @property
     def space(self) -> SearchSpace:
@@ -364,41 +402,55 @@ class SweepResult:
         """The trial with the best metric at the end of any generation.
 
         Raises:
-          SweepError: if every trial has diverged.
+          SweepError: if every trial has diverged, or there are several objectives: see `front`.
           DamagedFile: if its checkpoint is damaged; `replay` computes it again.
         """
-        found = self._best()
-        slot, generation = found["slot"], found["generation"]
-        local = slot % self._layout.slots
-        with self._named():
-            arrays = slot_of(*self._storage.load(found["checkpoint"]), local)
-        variant = self._variant_of_slot(slot)
-        rates = self._plan(generation).lr_hyper
-        host = ShardHost
-        return Trial(
-            number=found["trial"],
-            generation=generation,
-            score=found["score"] * self._sign,
-            metrics=self._metrics(found),
-            lr_hyper=None if rates is None else float(rates[slot]),
-            choices=self._spec.space.variants()[variant],
-            lineage=self._lineage(slot, generation),
-            arrays=arrays,
-            restore=lambda: host(self._spec, self._load_data()).restore(
-                variant, found["checkpoint"], local
-            ),
-        )
+        made = self._trial(self._winner())
+        _ = made.arrays  # whether it can be read is said now
+        return made
+
+    @functools.cached_property
+    def front(self) -> list[Trial]:
+        """The trials that no other dominates, as they were after a generation: the best first.
+
+        By the first objective, that is. Of any generation, as many as `gradhpo.cluster.front.MOST`,
+        those with most room around them; each with its state on the disk. One metric has a front
+        of one trial, the best.
+
+        Raises:
+          SweepError: if every trial has diverged.
+        """
+        return [self._trial(found) for found in sorted(self._found())]
+
+    def hypervolume(self, reference: Mapping[str, float]) -> float:
+        """Return how much the front dominates, up to a reference point, in the objectives' units.
+
+        Args:
+          reference: by objective; worse than what counts.
+
+        Raises:
+          SweepError: if every trial has diverged.
+          ValueError: unless it names the objectives.
+        """
+        signs = self._objectives.signs
+        if set(reference) != set(signs):
+            raise ValueError(f"reference must name {', '.join(signs)}, got {dict(reference)!r}")
+        scores = np.array([found.scores for found in self._found()])
+        return hypervolume(scores, np.array([reference[n] * sign for n, sign in signs.items()]))
 
     @functools.cached_property
     def schedule(self) -> list[Turn]:
-        """The winner's life, generation by generation, through the trials that it came from.
+        """The winner's life, see `schedule_of`."""
+        return self.schedule_of(self._winner())
+
+    def schedule_of(self, trial: Trial | Found) -> list[Turn]:
+        """Return a trial's life, generation by generation, through those that it came from.
 
         Raises:
           DamagedFile: if a table that says how a setting changed is damaged.
         """
-        found = self._best()
-        slot, turns = found["slot"], list[Turn]()
-        for generation in range(found["generation"], -1, -1):
+        slot, turns = trial.slot, list[Turn]()
+        for generation in range(trial.generation, -1, -1):
             plan = self._plan(generation)
             before = decision_of(self._table(generation - 1)).changes if generation else None
             if before is None:
@@ -416,31 +468,39 @@ class SweepResult:
             slot = parent
         return turns[::-1]
 
-    def replay(self) -> BilevelState:
-        """Compute the winner again from scratch, alone, and return its state.
+    def replay(self, trial: Trial | None = None) -> BilevelState:
+        """Compute a trial again from scratch, alone, and return its state.
 
         It runs in every slot of one shard, with the sweep's own program: the same bits. On another
         kind of hardware the last bits may differ.
+
+        Args:
+          trial: of `front`; by default the best.
         """
         import jax
 
-        variant = self._winners_variant(self._spec.steps)
+        found = trial or self._winner()
+        variant = self._variant_alone(found, self._spec.steps)
         state = variant.zeros()
-        for index, turn in enumerate(self.schedule):
+        for index, turn in enumerate(self.schedule_of(found)):
             state, _ = variant.turn(state, turn.order(self._spec.slots, fresh=index == 0))
         return jax.tree.map(np.asarray, _row(variant, state))
 
-    def trajectory(self) -> dict[str, np.ndarray]:
-        """Compute the winner again, step by step, and return the λ that each was taken with.
+    def trajectory(self, trial: Trial | None = None) -> dict[str, np.ndarray]:
+        """Compute a trial again, step by step, and return the λ that each was taken with.
+
+        Args:
+          trial: of `front`; by default the best.
 
         Returns:
           By the dotted name of a leaf of λ (`"hyperparams"` where λ is a single array), an array
           `(steps + 1, …)`: before each step, perturbations included, and after the last.
           `gradhpo.export.write_script` makes a script of it.
         """
-        variant = self._winners_variant(1)
+        found = trial or self._winner()
+        variant = self._variant_alone(found, 1)
         state, values = variant.zeros(), list[PyTree]()
-        for index, turn in enumerate(self.schedule):
+        for index, turn in enumerate(self.schedule_of(found)):
             order = turn.order(self._spec.slots, fresh=index == 0)
             for _ in range(self._spec.steps):
                 values.append(variant.hyperparams_at(state, order))
@@ -449,9 +509,9 @@ class SweepResult:
         values.append(_row(variant, state).hyperparams)
         return by_name(values)
 
-    def _winners_variant(self, steps: int) -> Variant:
-        """Return what computes the winner alone, so many steps at a time."""
-        number = self._variant_of_slot(self._best()["slot"])
+    def _variant_alone(self, trial: Trial | Found, steps: int) -> Variant:
+        """Return what computes a trial alone, so many steps at a time."""
+        number = self._variant_of_slot(trial.slot)
         importing.extend_path(self._spec.sys_path)
         spec = dataclasses.replace(self._spec, batching=self._layouts[number], steps=steps)
         variant = Variant(spec, spec.space.variants()[number], self._load_data())
@@ -468,16 +528,21 @@ class SweepResult:
     def history(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield each generation with the metric of every slot."""
         for generation in range(self.generations):
-            yield generation, self._table(generation)[self._metric]
+            yield generation, self._table(generation)[self.metric]
 
     def plot(self, path: Path | str) -> None:
         """Draw the metric of all trials over generations, and the winner's line; needs matplotlib.
+
+        Of several objectives the first two, of all trials, and the front.
 
         Raises:
           ImportError: if matplotlib is not installed.
         """
         from matplotlib.figure import Figure
 
+        if self._objectives.several:
+            self._plot_front(path)
+            return
         rows = np.stack([row for _, row in self.history()]).astype(float)
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
@@ -486,16 +551,63 @@ class SweepResult:
         axes.plot([t.generation for t in self.schedule], line, color="black", label="the winner")
         with np.errstate(all="ignore"):
             positive = np.nanmin(rows) > 0
-        axes.set(xlabel="generation", ylabel=self._metric, yscale="log" if positive else "linear")
+        axes.set(xlabel="generation", ylabel=self.metric, yscale="log" if positive else "linear")
         axes.legend()
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)
 
-    def _best(self) -> Any:
-        found = self._entries[-1]["best"]
-        if found is None:
+    def _plot_front(self, path: Path | str) -> None:
+        from matplotlib.figure import Figure
+
+        first, second = self._objectives.names[:2]
+        figure = Figure(figsize=(5, 4), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(self.table[first], self.table[second], "C0.", alpha=0.3, label="all trials")
+        kept = [trial.scores for trial in self.front]
+        line = ([scores[first] for scores in kept], [scores[second] for scores in kept])
+        axes.plot(*line, "k.-", drawstyle="steps-post", label="the front")
+        axes.set(xlabel=first, ylabel=second)
+        axes.legend()
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+
+    def _winner(self) -> Found:
+        self._objectives.only("there is no best trial", "Take one of result.front")
+        return self._found()[0]
+
+    def _found(self) -> tuple[Found, ...]:
+        found = front.of_journal(self._entries)
+        if not found:
             raise SweepError("every trial of the sweep has diverged")
         return found
+
+    def _trial(self, found: Found) -> Trial:
+        slot, generation, saved = found.slot, found.generation, found.checkpoint
+        local, variant = slot % self._layout.slots, self._variant_of_slot(slot)
+        rates, host, measured = self._plan(generation).lr_hyper, ShardHost, self._metrics(found)
+        rate = {} if rates is None else {LR_HYPER: float(rates[slot])}
+
+        def load() -> dict[str, np.ndarray]:
+            with self._named():
+                return slot_of(*self._storage.load(saved), local)
+
+        return Trial(
+            number=found.trial,
+            generation=generation,
+            slot=slot,
+            scores=self._objectives.shown(found.scores),
+            metrics=measured,
+            settings={
+                name: number_of(about, (measured | rate)[names.setting(name)])
+                for name, about in self._spec.space.settings().items()
+                if names.setting(name) in measured | rate
+            },
+            lr_hyper=rate.get(LR_HYPER),
+            choices=self._spec.space.variants()[variant],
+            lineage=self._lineage(slot, generation),
+            load=load,
+            restore=lambda: host(self._spec, self._load_data()).restore(variant, saved, local),
+        )
 
     def _variant_of_slot(self, slot: int) -> int:
         return self._layout.variant_of(slot // self._layout.slots)
@@ -505,13 +617,13 @@ class SweepResult:
         n = self._layout.population
         return space.draw(np.random.default_rng([self._spec.seed, 0]), np.ones(n, bool))
 
-    def _metrics(self, found: Any) -> dict[str, float]:
-        """Return the winner's row of its table; where that is damaged, what the journal says."""
+    def _metrics(self, found: Found) -> dict[str, float]:
+        """Return a trial's row of its table; where that is damaged, what the journal says."""
         try:
-            table = self._table(found["generation"])
+            table = self._table(found.generation)
         except DamagedFile:
-            return {self._metric: found["score"] * self._sign}
-        return {name: float(table[name][found["slot"]]) for name in names.measured(table)}
+            return self._objectives.shown(found.scores)
+        return {name: float(table[name][found.slot]) for name in names.measured(table)}
 
     def _lineage(self, slot: int, generation: int) -> list[int]:
         """Return the trials that a slot's comes from; two damaged tables in a row cut it short."""
@@ -529,12 +641,18 @@ class SweepResult:
         return list(dict.fromkeys(reversed(trials)))
 
     def _plan(self, generation: int) -> Plan:
-        """Return who ran in which slot: as the table says, or the one before it, which decided."""
+        """Return who ran in which slot; kept, since every trial of a front goes back through it."""
+        if generation not in self._plans:
+            self._plans[generation] = self._read_plan(generation)
+        return self._plans[generation]
+
+    def _read_plan(self, generation: int) -> Plan:
+        """Return what the table says, or the one before it, which decided."""
         try:
             return plan_of(generation, self._table(generation))
         except DamagedFile:
             spec = self._spec
-            rules = Rules(RandomSearch(), spec.space, spec.seed, self._metric, self._sign)
+            rules = Rules(RandomSearch(), spec.space, spec.seed, self._objectives)
             if generation == 0:
                 return first_plan(self._layout, rules)
             before = self._table(generation - 1)

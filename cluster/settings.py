@@ -12,7 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from gradhpo.cluster import importing, schedulers
+from gradhpo.cluster import importing, objectives, schedulers
+from gradhpo.cluster.objectives import Metric, Objectives
 from gradhpo.cluster.processes import ProcessSettings
 from gradhpo.cluster.schedulers import PBT, Scheduler
 from gradhpo.cluster.space import SearchSpace
@@ -71,7 +72,7 @@ class Identity:
     scheduler: Scheduler = dataclasses.field(
         default_factory=PBT, metadata=_written(schedulers.describe, schedulers.parse)
     )
-    metric: str = "val_loss"
+    metric: Metric = "val_loss"
     mode: Literal["min", "max"] = "min"
     seed: int = 0
     shards: int | None = None
@@ -97,14 +98,15 @@ class Identity:
             known = ", ".join(f"{name}(…)" for name in schedulers.BUILT_IN)
             accepted = f"{known} or a function"
             raise TypeError(f"scheduler must be {accepted}, got {self.scheduler!r}")
-        if self.mode not in ("min", "max"):
-            raise ValueError(f"mode must be one of ('min', 'max'), got {self.mode!r}")
+        _set(self, "metric", objectives.checked(self.metric, self.mode))
+        if not isinstance(self.metric, str):  # which says its own directions now
+            _set(self, "mode", "min")
         _check_plain(self)
 
     @property
-    def sign(self) -> int:
-        """1 if the metric is minimized, -1 if maximized."""
-        return 1 if self.mode == "min" else -1
+    def objectives(self) -> Objectives:
+        """What trials are compared by."""
+        return Objectives.of(self.metric, self.mode)
 
     def describe(self) -> dict[str, Any]:
         """Return the settings as JSON, but for `data`, which only its arrays identify."""
@@ -226,6 +228,11 @@ def check_together(identity: Identity, place: Place) -> None:
         raise ValueError(
             'processes above 1 need a batching other than "auto", which every process would '
             "measure on its own"
+        )
+    if identity.objectives.several and place.stop is not None and place.stop.target is not None:
+        raise ValueError(
+            f"stop: target={place.stop.target:g} is of one metric, and the objectives are "
+            f"{identity.objectives}: take patience, for generations that bring nothing to the front"
         )
 
 

@@ -6,10 +6,11 @@ would have computed.
 
 from __future__ import annotations
 
-import math
 import time
+from collections.abc import Sequence
 
-from gradhpo.cluster.journal import Best
+from gradhpo.cluster.front import Found, changed
+from gradhpo.cluster.objectives import Objectives
 from gradhpo.cluster.storage import Storage
 from gradhpo.watch import Stop
 
@@ -20,32 +21,31 @@ class Stopping:
     Args:
       storage: where requests come from; what an earlier run was asked is forgotten.
       stop: the conditions; None for none.
-      metric: its name.
-      sign: 1 if the metric is minimized, -1 if maximized.
+      objectives: what trials are compared by.
       began: `time.monotonic()` of the run's beginning.
     """
 
     def __init__(
-        self, storage: Storage, stop: Stop | None, metric: str, sign: int, began: float
+        self, storage: Storage, stop: Stop | None, objectives: Objectives, began: float
     ) -> None:
         self._storage, self._stop, self._began = storage, stop, began
-        self._metric, self._sign = metric, sign
+        self._objectives = objectives
         self.reason: str | None = None
         """Why it ends; once said, it stays."""
         self.expected = False
         """Whether that was a condition of `Stop`."""
         storage.forget_stop()
 
-    def already(self, done: int, best: Best | None) -> bool:
+    def already(self, done: int, found: Sequence[Found]) -> bool:
         """Whether the sweep that is gone on with is at its end; seconds are each run's own."""
-        self.reason = self._condition(done, best)
+        self.reason = self._condition(done, found)
         self.expected = self.reason is not None
         return self.expected
 
-    def ask(self, done: int, best: Best | None) -> None:
-        """See whether it ends after so many generations, with this best so far."""
+    def ask(self, done: int, found: Sequence[Found]) -> None:
+        """See whether it ends after so many generations, of which this is kept."""
         if self.reason is None:
-            self.reason = self._condition(done, best) or self._late()
+            self.reason = self._condition(done, found) or self._late()
             self.expected = self.reason is not None
         if self.reason is None:
             self.reason = self._storage.stop_request()
@@ -58,16 +58,20 @@ class Stopping:
         """Forget what was asked, now that it is done."""
         self._storage.forget_stop()
 
-    def _condition(self, done: int, best: Best | None) -> str | None:
-        stop, score = self._stop, math.inf if best is None else best["score"]
+    def _condition(self, done: int, found: Sequence[Found]) -> str | None:
+        stop = self._stop
         if stop is None or not done:
             return None
-        if stop.target is not None and score <= stop.target * self._sign:
-            value = f"{self._metric} is {score * self._sign:.6g}"
-            return f"the target is reached: {value}, target={stop.target:g}"
-        since = done - (0 if best is None else best["generation"] + 1)
+        if stop.target is not None and found:
+            metric, sign = self._objectives.only("a target is of one", "Take patience")
+            (score,) = found[0].scores
+            if score <= stop.target * sign:
+                value = f"{metric} is {score * sign:.6g}"
+                return f"the target is reached: {value}, target={stop.target:g}"
+        since = done - (changed(found) + 1)
         if stop.patience is not None and since >= stop.patience:
-            return f"{since} generations without a best so far, patience={stop.patience}"
+            what = "a trial for the front" if self._objectives.several else "a best so far"
+            return f"{since} generations without {what}, patience={stop.patience}"
         return None
 
     def _late(self) -> str | None:

@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 import time
 import tomllib
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from gradhpo.cluster.division import divide
 from gradhpo.cluster.event_log import EventLog
 from gradhpo.cluster.events import Callback, Event, Importing, Note, Observer, Telling
 from gradhpo.cluster.failures import SweepError
+from gradhpo.cluster.objectives import Metric
 from gradhpo.cluster.orders import Spec
 from gradhpo.cluster.result import Report, SweepResult, spec_of
 from gradhpo.cluster.running import Run
@@ -58,7 +59,9 @@ class Sweep:
       scheduler: `PBT`, `PB2`, `SuccessiveHalving`, `ASHA`, `RandomSearch`, or any function of
         `(table, space, rng)`; see `schedulers`.
       metric: what is compared: one of the five metrics of a step, or a name of `Problem.metrics`.
-      mode: "min" or "max".
+        Or several objectives, `["val_loss", "size"]` or `{"val_loss": "min", "accuracy": "max"}`:
+        schedulers then see non-dominated fronts, and the result has a `front` in place of `best`.
+      mode: "min" or "max", of one metric or of a list.
       seed: decides all randomness, from 0 to 2³² - 1.
       shards: into how many the population is divided; by default the smallest number that fits
         `workers` and the choices. Part of what the numbers depend on.
@@ -119,7 +122,7 @@ class Sweep:
         steps_per_generation: int,
         storage: Where,
         scheduler: Scheduler | None = None,
-        metric: str = "val_loss",
+        metric: Metric | Sequence[str] = "val_loss",
         mode: Literal["min", "max"] = "min",
         seed: int = 0,
         shards: int | None = None,
@@ -152,7 +155,8 @@ class Sweep:
         self.identity = Identity(
             problem=problem, optimizer=optimizer, space=space, population=population,
             steps_per_generation=steps_per_generation, scheduler=scheduler,  # pyright: ignore
-            metric=metric, mode=mode, seed=seed, shards=shards, batching=batching, mesh=mesh,
+            metric=metric, mode=mode,  # pyright: ignore
+            seed=seed, shards=shards, batching=batching, mesh=mesh,
             data=data, episode_length=episode_length, lr_reptile=lr_reptile,
             episode_init=episode_init, lr_schedule=lr_schedule, record=record,
             validation=validation,
@@ -312,12 +316,12 @@ class Sweep:
 
     def _display(self) -> Display:
         steps = self.identity.population * self.identity.steps_per_generation
-        about = (str(self.storage), self.generations, steps, self.identity.metric)
+        about = (str(self.storage), self.generations, steps, self.identity.objectives)
         return Display(self.place.progress, *about)
 
     def _result(self, made: Report | None) -> SweepResult:
         identity = self.identity
-        about = (self.layout, identity.metric, identity.sign)
+        about = (self.layout, identity.objectives)
         return SweepResult(self.storage, self._spec(), *about, self._load_data, made)
 
     def _spec(self) -> Spec:
