@@ -17,6 +17,7 @@ from gradhpo.checkpoints import DamagedFile, Saved
 from gradhpo.cluster import columns as names
 from gradhpo.cluster import front, schedulers
 from gradhpo.cluster.columns import BORN, PARENT, TRIAL, Columns, decision_of
+from gradhpo.cluster.drawing import Drawing, stored_in
 from gradhpo.cluster.events import Damaged, GenerationDone, Note, Tell
 from gradhpo.cluster.executors import Executor
 from gradhpo.cluster.failures import StateGone, SweepError
@@ -25,6 +26,7 @@ from gradhpo.cluster.history import History
 from gradhpo.cluster.journal import Entry, Journal
 from gradhpo.cluster.objectives import Objectives
 from gradhpo.cluster.orders import Import, Order, Result
+from gradhpo.cluster.samplers import Past
 from gradhpo.cluster.schedulers import NEW, Decision, Scheduler, Table
 from gradhpo.cluster.space import LR_HYPER, Change, Changes, SearchSpace
 from gradhpo.cluster.stopping import Stopping
@@ -71,6 +73,8 @@ class Rules:
     space: SearchSpace
     seed: int
     objectives: Objectives
+    drawing: Drawing = dataclasses.field(default_factory=Drawing)
+    """Where the settings of new trials come from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +159,8 @@ class Controller:
         """The oldest first: at most those since the last checkpoints, and one more."""
         self._written: dict[tuple[int, int], Saved] = {}
         """By shard and generation, the checkpoints that workers told of."""
+        self._past: Past | None = None
+        """What a sampler is told of, up to the generation that was computed last."""
 
     def run(self, generations: int) -> None:
         """Run up to this many generations in all.
@@ -196,10 +202,13 @@ class Controller:
         Where that has no checkpoints, those after the last that has are computed again: as their
         tables say, which stay as they are.
         """
-        plan = first_plan(self._layout, self._rules)
         if self._journal.durable:
             entry = self._journal.durable[-1]
             plan = self._after(entry["generation"], self._storage.load(entry["table"])[0])
+        else:
+            plan = first_plan(self._layout, self._rules)
+        if self._rules.drawing.sampler is not None:
+            self._past = self._remembered(plan)
         tables = {entry["generation"]: entry["table"] for entry in self._journal.last}
         while plan.generation <= self._journal.generation and not self._stopping.reason:
             table = self._storage.load_table(plan.generation, tables.get(plan.generation))
@@ -207,6 +216,26 @@ class Controller:
             self._compare(gather(plan, results, self._layout), table, plan.generation)
             plan = self._after(plan.generation, table)
         return plan
+
+    def _remembered(self, first: Plan) -> Past:
+        """Return what a sampler is told of, from all tables; before there is one, from a plan."""
+        rules, n = self._rules, self._layout.population
+        past = rules.drawing.past(rules.space, rules.objectives, rules.seed, n)
+        given = rules.drawing.given(rules.space, n)
+        if self._journal.generation < 0:
+            past.begin_first(_began(first), given)
+        saved = {entry["generation"]: entry["table"] for entry in self._journal.entries()}
+        for generation in range(self._journal.generation + 1):
+            try:
+                table = self._storage.load_table(generation, saved.get(generation))
+            except DamagedFile as error:
+                if generation >= self._journal.last[0]["generation"]:
+                    raise  # as for a sweep without a sampler
+                raise SweepError(f"{error}. The sampler needs to be told of it") from error
+            if generation == 0:
+                past.begin_first(names.first_of(table), given)
+            _follow(past, generation, table, decision_of(table))
+        return past
 
     def _after(self, generation: int, table: Columns) -> Plan:
         return following(plan_of(generation, table), decision_of(table), self._rules)
@@ -233,7 +262,9 @@ class Controller:
         self._take_in(results)
         columns = gather(plan, results, self._layout)
         tables = self._history.tables(plan.generation, columns)
-        decision = decide(tables, plan, self._layout, self._rules)
+        decision = decide(tables, plan, self._layout, self._rules, self._past)
+        if self._past is not None:
+            _follow(self._past, plan.generation, columns, decision)
         found = self._found(plan, columns)
         seconds = time.perf_counter() - started
         self._computed.append(Computed(made, plan, columns, decision, found, seconds))
@@ -318,14 +349,17 @@ class Controller:
         generation = done.plan.generation
         try:
             content = {**done.columns, **names.of_decision(done.decision)}
+            if generation == 0 and self._rules.drawing.own:
+                content |= names.of_first(_began(done.plan))
             found = self._with_checkpoints(done, saved)
             entry: Entry = {
                 "generation": generation,
                 "table": self._storage.save_table(generation, content),
                 "checkpoints": saved,
-                **front.written(found, self._rules.objectives.several),
+                "best": None,
                 "seconds": round(done.seconds, 6),
             }
+            front.write(entry, found, self._rules.objectives.several)
             if what := self._changes.get(generation):
                 entry["changes"] = what
             if stopped is not None and generation + 1 < self._total:
@@ -411,11 +445,26 @@ def first_plan(layout: Layout, rules: Rules) -> Plan:
         changes={},
         lr_hyper=None if rules.space.lr_hyper is None else np.zeros(n),
     )
-    rng = np.random.default_rng([rules.seed, 0])
-    fresh = np.ones(n, bool)
-    return following(
-        empty, Decision(np.full(n, NEW, np.int64), rules.space.draw(rng, fresh)), rules
-    )
+    parts = [layout.population_of(variant) for variant in range(layout.variants)]
+    try:
+        drawn = rules.drawing.first(rules.space, rules.objectives, rules.seed, parts)
+    except Exception as error:
+        what = "the sampler failed before the first generation"
+        raise SweepError(f"{what}: {type(error).__name__}: {error}") from error
+    return following(empty, Decision(np.full(n, NEW, np.int64), drawn), rules)
+
+
+def _began(plan: Plan) -> dict[str, np.ndarray]:
+    """Return what the trials of the first plan begin with, by name of a setting."""
+    rate = {} if plan.lr_hyper is None else {LR_HYPER: plan.lr_hyper}
+    return {**stored_in(plan.changes), **rate}
+
+
+def _follow(past: Past, generation: int, table: Columns, decision: Decision) -> None:
+    """Take in what became of a generation's trials, and those that begin after it."""
+    fresh = decision.parents == NEW
+    past.end(table, generation, decision.parents)
+    past.begin(generation + 1, fresh, stored_in(decision.changes), np.zeros(len(fresh), bool))
 
 
 def following(plan: Plan, decision: Decision, rules: Rules) -> Plan:
@@ -464,11 +513,20 @@ def gather(plan: Plan, results: list[Result], layout: Layout) -> Columns:
     return table
 
 
-def decide(tables: Sequence[Table], plan: Plan, layout: Layout, rules: Rules) -> Decision:
+def decide(
+    tables: Sequence[Table], plan: Plan, layout: Layout, rules: Rules, past: Past | None = None
+) -> Decision:
     """Ask the scheduler about each variant's population, and draw the settings of new trials.
 
+    Args:
+      tables: of each population, after the generation.
+      plan: of the generation.
+      layout: the slots.
+      rules: what decides.
+      past: what a sampler is told of, up to the generation before.
+
     Raises:
-      SweepError: if the scheduler fails or returns something else than a fitting `Decision`.
+      SweepError: if the scheduler or the sampler fails, or returns something that does not fit.
     """
     parents, changes = np.arange(layout.population), _no_changes(layout.population, rules.space)
     settings = rules.space.settings()
@@ -485,7 +543,12 @@ def decide(tables: Sequence[Table], plan: Plan, layout: Layout, rules: Rules) ->
             raise SweepError(f"{what}: {type(error).__name__}: {error}") from error
         fresh = made.parents == NEW
         parents[part] = np.where(fresh, NEW, made.parents + first)
-        drawn = rules.space.draw(rng, fresh) if fresh.any() else {}
+        history = past and past.history(variant, part, table, parents)
+        try:
+            drawn = rules.drawing.changes(rules.space, rng, fresh, history) if fresh.any() else {}
+        except Exception as error:
+            what = f"the sampler failed after generation {plan.generation}"
+            raise SweepError(f"{what}: {type(error).__name__}: {error}") from error
         for name in settings:
             for change in (made.changes.get(name), drawn.get(name)):
                 if change is not None:

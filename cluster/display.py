@@ -77,7 +77,7 @@ class Display:
     def _generation(self, event: GenerationDone) -> None:
         self._computed += 1
         scores = self._objectives.scores(event.table)
-        finite = np.isfinite(scores).all(axis=1)
+        finite = np.asarray(np.isfinite(scores).all(axis=1))
         best = self._best(event)
         numbers = {name: float("nan") if x is None else x for name, x in best.items()}
         if not self._objectives.several:

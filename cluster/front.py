@@ -13,7 +13,7 @@ import numpy as np
 
 from gradhpo.checkpoints import Saved
 from gradhpo.cluster.dominance import crowding, nondominated
-from gradhpo.cluster.journal import Entry
+from gradhpo.cluster.journal import Best, Entry, Member
 from gradhpo.cluster.objectives import Objectives
 
 MOST = 32
@@ -68,22 +68,38 @@ def found_in(entry: Entry | None) -> tuple[Found, ...]:
     """Return what a line of the journal says is kept."""
     if entry is None:
         return ()
-    about = ("trial", "slot", "generation", "checkpoint")
     if "front" in entry:
-        return tuple(
-            Found(tuple(one["scores"]), *(one[name] for name in about)) for one in entry["front"]
-        )
+        return tuple(_found(one, tuple(one["scores"])) for one in entry["front"])
     best = entry["best"]
-    return () if best is None else (Found((best["score"],), *(best[name] for name in about)),)
+    return () if best is None else (_found(best, (best["score"],)),)
 
 
-def written(found: Sequence[Found], several: bool) -> dict[str, Any]:
-    """Return the part of a journal's line that `found_in` reads."""
-    rows = [one._asdict() for one in found]
+def _found(kept: Best | Member, scores: tuple[float, ...]) -> Found:
+    return Found(scores, kept["trial"], kept["slot"], kept["generation"], kept["checkpoint"])
+
+
+def write(entry: Entry, found: Sequence[Found], several: bool) -> None:
+    """Write it into a line, as `found_in` reads it."""
     if several:
-        return {"best": None, "front": [{**row, "scores": list(row["scores"])} for row in rows]}
-    best = [{"score": row.pop("scores")[0], **row} for row in rows]
-    return {"best": best[0] if best else None}
+        entry["front"] = [
+            {
+                "scores": list(one.scores),
+                "trial": one.trial,
+                "slot": one.slot,
+                "generation": one.generation,
+                "checkpoint": one.checkpoint,
+            }
+            for one in found
+        ]
+        return
+    for one in found:
+        entry["best"] = {
+            "score": one.scores[0],
+            "trial": one.trial,
+            "slot": one.slot,
+            "generation": one.generation,
+            "checkpoint": one.checkpoint,
+        }
 
 
 def told(found: Sequence[Found], objectives: Objectives) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from gradhpo.cluster.columns import TRIAL, setting
-from gradhpo.cluster.discrete import Categorical, Choice, Integer
-from gradhpo.cluster.distributions import Distribution, Uniform
+from gradhpo.cluster.distributions import Distribution
 from gradhpo.cluster.numbers_of import number_of
+from gradhpo.cluster.optuna_kinds import kind_of
 from gradhpo.cluster.result import SweepResult
 from gradhpo.files import Where
 from gradhpo.observers.packages import load, require
@@ -64,18 +64,9 @@ class _Setting:
     """A number that is searched, over the whole study."""
 
     def __init__(self, optuna: Any, about: Distribution, first: np.ndarray) -> None:
-        self._about, kinds = about, optuna.distributions
+        self._about = about
         values = [number_of(about, x) for x in first[np.isfinite(first)].tolist()]
-        if isinstance(about, Choice | Categorical) and set(values) <= set(about.values):
-            self.kind = kinds.CategoricalDistribution(about.values)
-            return
-        bounds = (about.low, about.high) if isinstance(about, Uniform) else about.bounds
-        low, high = min(*bounds, *values), max(*bounds, *values)  # hypergradients may lead out
-        log = isinstance(about, Uniform | Integer) and about.log and low > 0
-        if isinstance(about, Integer) and all(value == round(value) for value in values):
-            self.kind = kinds.IntDistribution(int(low), int(high), log=log)
-            return
-        self.kind = kinds.FloatDistribution(low, high, log=log)
+        self.kind = kind_of(optuna, about, values)
 
     def value(self, stored: float) -> float | None:
         """Return what was drawn; None for what is no number any more."""

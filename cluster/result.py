@@ -114,13 +114,17 @@ class Trial:
             raise SweepError(f"a trial has no score but scores: of {', '.join(self.scores)}")
         return next(iter(self.scores.values()))
 
-    @functools.cached_property
+    @property
     def arrays(self) -> dict[str, np.ndarray]:
         """Its whole state by path, such as `.params['w']`; read when it is asked for first.
 
         Raises:
           DamagedFile: if its checkpoint is damaged; `replay` computes it again.
         """
+        return self._arrays
+
+    @functools.cached_property
+    def _arrays(self) -> dict[str, np.ndarray]:
         return self.load()
 
     @functools.cached_property
@@ -615,6 +619,9 @@ class SweepResult:
     def _first_changes(self) -> Mapping[str, Change]:
         space: SearchSpace = self._spec.space
         n = self._layout.population
+        if self._first_is_told:
+            first = names.first_of(self._table(0))
+            return {name: Change(np.ones(n, bool), np.zeros(n), x) for name, x in first.items()}
         return space.draw(np.random.default_rng([self._spec.seed, 0]), np.ones(n, bool))
 
     def _metrics(self, found: Found) -> dict[str, float]:
@@ -653,6 +660,8 @@ class SweepResult:
         except DamagedFile:
             spec = self._spec
             rules = Rules(RandomSearch(), spec.space, spec.seed, self._objectives)
+            if generation == 0 and self._first_is_told:
+                raise
             if generation == 0:
                 return first_plan(self._layout, rules)
             before = self._table(generation - 1)
@@ -677,6 +686,12 @@ class SweepResult:
         if entries is None:
             return [self._spec.batching] * self._layout.variants
         return [entry["batching"] for entry in entries]
+
+    @functools.cached_property
+    def _first_is_told(self) -> bool:
+        """Whether the first table says what was drawn, and not the seed."""
+        known = manifest.read(self.where)
+        return any(known[name] is not None for name in manifest.FIRST)
 
     @functools.cached_property
     def _saved(self) -> dict[int, Any]:

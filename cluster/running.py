@@ -195,7 +195,7 @@ class Run:
     ) -> Controller:
         identity = self._identity
         about = (identity.scheduler, identity.space, identity.seed)
-        rules = Rules(*about, identity.objectives)
+        rules = Rules(*about, identity.objectives, identity.drawing)
         what = (Storage(self._storage), self._journal, executor, self._layout, rules)
         every = self._place.checkpoint_every
 

@@ -13,7 +13,15 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from gradhpo.cluster import claim, executors, importing, manifest, schedulers, settings
+from gradhpo.cluster import (
+    claim,
+    executors,
+    importing,
+    manifest,
+    samplers,
+    schedulers,
+    settings,
+)
 from gradhpo.cluster.display import Display
 from gradhpo.cluster.division import divide
 from gradhpo.cluster.event_log import EventLog
@@ -23,6 +31,7 @@ from gradhpo.cluster.objectives import Metric
 from gradhpo.cluster.orders import Spec
 from gradhpo.cluster.result import Report, SweepResult, spec_of
 from gradhpo.cluster.running import Run
+from gradhpo.cluster.samplers import Sampler
 from gradhpo.cluster.schedulers import Scheduler
 from gradhpo.cluster.settings import Identity, Place
 from gradhpo.cluster.space import SearchSpace
@@ -82,6 +91,11 @@ class Sweep:
       validation: a function that gives the whole validation set as one batch of the validation
         loss, from `Problem.data` (without arguments where there is none), or a reference to one:
         its loss is measured after every generation, as "validation_loss", which `metric` may name.
+      sampler: what draws new trials in place of the space: `OptunaSampler("TPESampler")`, or any
+        object with `ask(space, history, rng, n)`; see `samplers`.
+      points: what the first trials begin with: dictionaries of settings and choices, or trials of
+        another sweep, such as its `front`; see `points_from`. What a point leaves out is drawn.
+      first_seed: decides the draws of the first generation in place of `seed`.
       workers: how many processes (or gangs of them) hold shards, at most.
       resources: of each process: `num_cpus`, `num_gpus`, `memory`, or any of Ray's by name.
       processes: of each worker; several are one JAX job that holds one shard together.
@@ -135,6 +149,9 @@ class Sweep:
         lr_schedule: Any = None,
         record: int | None = None,
         validation: Any = None,
+        sampler: Sampler | None = None,
+        points: Sequence[Any] | None = None,
+        first_seed: int | None = None,
         *,
         workers: int = 1,
         resources: Mapping[str, float] | None = None,
@@ -159,7 +176,7 @@ class Sweep:
             seed=seed, shards=shards, batching=batching, mesh=mesh,
             data=data, episode_length=episode_length, lr_reptile=lr_reptile,
             episode_init=episode_init, lr_schedule=lr_schedule, record=record,
-            validation=validation,
+            validation=validation, sampler=sampler, points=points, first_seed=first_seed,
         )  # fmt: skip
         self.place = Place(
             storage=storage,  # pyright: ignore[reportArgumentType]
@@ -330,7 +347,8 @@ class Sweep:
     def _references(self) -> list[str]:
         identity = self.identity
         scheduler = schedulers.describe(identity.scheduler).get("function")
-        given = (identity.problem, identity.optimizer, scheduler, identity.data)
+        sampler = identity.sampler and samplers.describe(identity.sampler).get("function")
+        given = (identity.problem, identity.optimizer, scheduler, sampler, identity.data)
         return [
             name
             for name in (*given, identity.lr_schedule, identity.validation)
@@ -340,7 +358,8 @@ class Sweep:
     def _load_scheduler(self) -> None:
         importing.extend_path(self._folders)
         scheduler = schedulers.loaded(self.identity.scheduler)
-        self.identity = dataclasses.replace(self.identity, scheduler=scheduler)
+        sampler = samplers.loaded(self.identity.sampler)
+        self.identity = dataclasses.replace(self.identity, scheduler=scheduler, sampler=sampler)
 
     def _load_data(self) -> Any:
         if not isinstance(self.identity.data, str):

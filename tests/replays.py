@@ -11,8 +11,8 @@ import functools
 import numpy as np
 
 from gradhpo.cluster.controller import Layout, Rules, decide, first_plan, following
-from gradhpo.cluster.objectives import Objectives
 from gradhpo.cluster.history import History
+from gradhpo.cluster.objectives import Objectives
 from gradhpo.cluster.schedulers import NEW
 from tests.record_sweeps import FILE, SPACE
 

@@ -19,6 +19,7 @@ from gradhpo.cluster import (
 )
 from gradhpo.cluster.controller import Layout, Rules
 from gradhpo.cluster.history import History
+from gradhpo.cluster.objectives import Objectives
 from tests.file_operations import Variant
 from tests.sweeps import assert_same_tables, sweep
 
@@ -106,7 +107,9 @@ def columns(generation, slots, score):
 
 def two_populations(read):
     space = SearchSpace({"rate": loguniform(1e-3, 1)}, choices={"method": ["a", "b"]})
-    return History(Layout(2, 2, 4), Rules(RandomSearch(), space, 0, "val_loss", -1), read)
+    return History(
+        Layout(2, 2, 4), Rules(RandomSearch(), space, 0, Objectives({"val_loss": -1})), read
+    )
 
 
 def test_each_population_has_its_own_history_and_a_table_is_read_once():

@@ -49,6 +49,10 @@ class Table:
         """Return the slots from the best to the worst; diverged ones last."""
         return np.argsort(np.where(np.isfinite(self.score), self.score, np.inf), kind="stable")
 
+    def compared(self) -> np.ndarray:
+        """Return `(slots, objectives)`, all minimized: one column where there is one metric."""
+        return np.stack([*self.objectives.values()] or [self.score], axis=1)
+
     def diverged(self) -> np.ndarray:
         """Return which slots' trials have diverged."""
         return ~np.isfinite(self.score)
