@@ -14,7 +14,7 @@ from gradhpo.cluster.objectives import Objectives
 from gradhpo.cluster.settings import Identity, read
 from tests.sweeps import SETTINGS, sweep
 
-DIGEST = ""
+DIGEST = "fc711940a96cd8f8f0c39e8b7adf133572e26e437ea34cbb010657ffa20ab358"
 """Of the small sweep, as it was before there were points and samplers."""
 SPACE = SearchSpace(
     {"a": uniform(-2, 3), "b": loguniform(1e-3, 1, stored="log"), "c": choice([1, 2, 4])},
