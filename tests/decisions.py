@@ -5,6 +5,7 @@ import numpy as np
 from gradhpo.cluster import RandomSearch
 from gradhpo.cluster.controller import Layout, Rules, decide, first_plan, following
 from gradhpo.cluster.drawing import Drawing, stored_in
+from gradhpo.cluster.history import History
 from gradhpo.cluster.objectives import Objectives
 from gradhpo.cluster.schedulers import NEW
 
@@ -27,6 +28,8 @@ class Decided:
         self.rules = Rules(scheduler, space, seed, objectives, drawing or Drawing())
         self.layout = Layout(self.variants, self.variants, slots // self.variants)
         self.plan = first_plan(self.layout, self.rules)
+        self.seen = []
+        self.history = History(self.layout, self.rules, self.seen.__getitem__)
         self.past = self.rules.drawing.past(space, objectives, seed, slots)
         given = self.rules.drawing.given(space, slots)
         self.past.begin_first(stored_in(self.plan.changes), given)
@@ -42,8 +45,10 @@ class Decided:
     def generation(self):
         """Run one, and let it be decided."""
         plan, columns = self.plan, self.columns()
+        self.seen.append(columns)
         self.scores.append(np.stack([columns[name] for name in self.metrics], axis=1))
-        decision = decide(columns, plan, self.layout, self.rules, self.past)
+        tables = self.history.tables(plan.generation, columns)
+        decision = decide(tables, plan, self.layout, self.rules, self.past)
         self.past.end(columns, plan.generation, decision.parents)
         fresh = decision.parents == NEW
         self.past.begin(

@@ -1,5 +1,8 @@
 """Samplers draw new trials: Optuna's as Optuna itself would, and anybody's own."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -105,6 +108,20 @@ def test_samplers_in_toml_and_what_is_none():
         samplers.checked(Middle)
     with pytest.raises(TypeError, match=r"sampler must be an OptunaSampler"):
         samplers.loaded(samplers.parse({"function": "tests.test_samplers:METRICS"}))
+
+
+def test_the_sampler_of_the_documentation_works():
+    page = (Path(__file__).parent.parent / "docs" / "cluster.md").read_text()
+    (code,) = re.findall(
+        r"```python\n(import numpy as np\n\n\nclass AroundTheBest:.*?)```", page, re.S
+    )
+    there = {}
+    exec(code, there)
+    space = SearchSpace({"a": uniform(0.1, 3)})
+    metrics = {"loss": lambda a: np.where(a <= 0.1, np.nan, (a - 1) ** 2)}
+    scores = Decided(space, metrics, Drawing(there["AroundTheBest"]()), slots=8).run(12)
+    assert np.isnan(scores[0]).any()
+    assert np.nanmin(scores[-1]) < 0.1 < np.nanmin(scores[1])
 
 
 # --- against Optuna itself -----------------------------------------------------------------------
