@@ -1,12 +1,13 @@
 """Non-dominated sorting, crowding and hypervolume, against brute force and closed forms."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 
 from gradhpo.checkpoints import Saved
-from gradhpo.cluster import SuccessiveHalving, front
+from gradhpo.cluster import ASHA, SuccessiveHalving, front
 from gradhpo.cluster.dominance import crowding, fronts, nondominated, places
 from gradhpo.cluster.front import Found, found_in, joined
 from gradhpo.cluster.hypervolume import hypervolume
@@ -130,7 +131,9 @@ def test_one_metric_keeps_the_first_of_the_best():
 def table(columns, signs):
     compared = Objectives(signs)
     scores, n = compared.score(columns), len(next(iter(columns.values())))
-    return Table(0, scores, np.arange(n), np.ones(n, int), {}, columns)
+    objectives = dict(zip(signs, compared.scores(columns).T, strict=True))
+    ages = np.ones(n, int)
+    return Table(0, scores, np.arange(n), ages, {}, columns, objectives=objectives)
 
 
 def test_schedulers_see_the_places():
@@ -147,6 +150,19 @@ def test_schedulers_see_the_places():
     halved = SuccessiveHalving(reduction=2)(seen, SearchSpace(), rng).parents
     assert (halved == NEW)[[4, 7]].all()
     assert (halved != NEW).sum() == 6
+
+
+def test_asha_compares_all_that_reached_a_rung_by_their_objectives():
+    """Places of different generations say nothing: the first of a weak one is still weak."""
+    rng = np.random.default_rng(1)
+    strong, weak = rng.uniform(0, 1, (2, 8)), rng.uniform(2, 3, (2, 8))
+    first = table(dict(zip("ab", strong, strict=True)), {"a": 1, "b": 1})
+    later = table(dict(zip("ab", weak, strict=True)), {"a": 1, "b": 1})
+    then = dataclasses.replace(later, generation=1, earlier=lambda generation: first)
+    asha = ASHA(reduction=2, longest=4)
+    assert (asha(then, SearchSpace(), rng).parents == NEW).all()
+    goes_on = asha(first, SearchSpace(), rng).parents != NEW
+    assert goes_on.tolist() == (places(strong.T) < 4).tolist()
 
 
 def test_what_is_compared_is_checked():

@@ -1,5 +1,6 @@
 """Samplers draw new trials: Optuna's as Optuna itself would, and anybody's own."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -28,11 +29,11 @@ SPACE = SearchSpace(
 METRICS = {"loss": lambda a, b, c: (a - 1) ** 2 + (b + 3) ** 2 + c}
 
 
+@dataclasses.dataclass(frozen=True)
 class Middle:
     """Draws near the best so far, and otherwise in the middle: NumPy and nothing else."""
 
-    def __init__(self, width=0.1):
-        self.width = width
+    width: float = 0.1
 
     def ask(self, space, history, rng, n):
         assert list(space.searched()) == list(history.values)
@@ -106,6 +107,15 @@ def test_samplers_in_toml_and_what_is_none():
         OptunaSampler("TPESampler", gamma=len)
     with pytest.raises(TypeError, match=r"sampler must be an OptunaSampler"):
         samplers.checked(Middle)
+
+    class Secret:
+        ask = Middle.ask
+
+        def __init__(self):
+            self.width = 0.1
+
+    with pytest.raises(TypeError, match=r"Secret has width, which a sweep cannot write down"):
+        samplers.checked(Secret())
     with pytest.raises(TypeError, match=r"sampler must be an OptunaSampler"):
         samplers.loaded(samplers.parse({"function": "tests.test_samplers:METRICS"}))
 

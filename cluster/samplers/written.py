@@ -42,11 +42,18 @@ def checked(sampler: Any) -> Sampler:
     """Return a sampler.
 
     Raises:
-      TypeError: for what is none.
+      TypeError: for what is none, or has settings that are no dataclass's.
     """
     if isinstance(sampler, type) or not isinstance(sampler, Sampler):
         accepted = "an OptunaSampler(…), or an object with ask(space, history, rng, n)"
         raise TypeError(f"sampler must be {accepted}, got {sampler!r}")
+    told = isinstance(sampler, OptunaSampler) or dataclasses.is_dataclass(sampler)
+    if not told and getattr(sampler, "__dict__", None):
+        names = ", ".join(vars(sampler))
+        raise TypeError(
+            f"sampler: {type(sampler).__name__} has {names}, which a sweep cannot write down: make "
+            "it a dataclass of what it is, and nothing else"
+        )
     return sampler
 
 
