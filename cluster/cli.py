@@ -332,11 +332,13 @@ def _run(
 
 def _chosen(result: SweepResult, number: int | None) -> Trial:
     """Return the best trial, or the one of the front that has this number."""
-    if number is None:
+    if number is None and not result.objectives.several:
         return result.best
+    numbers = ", ".join(str(trial.number) for trial in result.front)
+    if number is None:
+        raise ValueError(f"of several objectives no trial is the best: --trial, one of {numbers}")
     there = [trial for trial in result.front if trial.number == number]
     if not there:
-        numbers = ", ".join(str(trial.number) for trial in result.front)
         raise ValueError(f"trial {number} is not on the front, which has {numbers}")
     return there[-1]
 

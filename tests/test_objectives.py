@@ -108,6 +108,9 @@ def test_the_commands_show_the_front_and_one_of_its_trials(swept, tmp_path):
     said, status = command("best", result.where, "--trial", 999)
     assert status == 1
     assert "trial 999 is not on the front, which has" in said
+    said, status = command("export", result.where, "--safetensors", tmp_path / "a.safetensors")
+    assert status == 1
+    assert f"no trial is the best: --trial, one of {result.front[0].number}, " in said
     said, _ = command("status", result.where)
     assert said.count("  front test_loss ") == len(result.front)
     said, status = command("check", result.where)
