@@ -17,11 +17,11 @@ KINDS = {
 }
 
 
-def run(folder, every, rows=None):
+def run(folder, every, rows, kind):
     """Run the sweep to its end; return what it found, as a digest."""
     del rows
     about = {"population": 6, "shards": 2, "generations": 5, "checkpoint_every": every}
-    result = sweep(folder, **about, **KINDS[sys.argv[5]]).run()
+    result = sweep(folder, **about, **KINDS[kind]).run()
     digest = hashlib.sha256()
     for name, column in result.table.items():
         digest.update(name.encode() + column.tobytes())
@@ -36,4 +36,4 @@ if __name__ == "__main__":
     if (sampler := KINDS[sys.argv[5]].get("sampler")) is not None:
         sampler.make(0)  # imports Optuna, before the forks
     file_operations.run = run
-    file_operations.main(sys.argv[1], *map(int, sys.argv[2:5]))
+    file_operations.main(sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5])
