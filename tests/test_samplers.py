@@ -71,6 +71,28 @@ def test_trials_that_copy_are_not_told_and_those_that_go_on_are_told_once():
     assert (told.born + told.age)[~told.ended].max() == 5
 
 
+def test_each_combination_of_choices_has_a_history_of_its_own():
+    space = dataclasses.replace(SPACE, choices={"method": ["x", "y"]})
+    told = {}
+
+    @dataclasses.dataclass
+    class Watched:
+        def ask(self, space, history, rng, n):
+            told.setdefault(history.seed, []).append((len(history), n, history.given.sum()))
+            return Middle().ask(space, history, rng, n)
+
+    given = ({"a": 0.5, "method": "y"}, {"a": 1.0, "method": "y"})
+    made = Decided(space, METRICS, Drawing(Watched(), given), slots=8)
+    made.run(2)
+    first, second = told.values()
+    assert first == [(0, 4, 0), (4, 4, 0), (8, 4, 0)]
+    assert second == [(2, 2, 2), (4, 4, 2), (8, 4, 2)]
+    assert made.drawn[0]["a"][4:6].tolist() == [0.5, 1.0]
+    scores = np.stack(made.scores)[:, 4:, 0]
+    history = made.past.history(1, slice(4, 8))
+    assert history.scores[:8, 0].tolist() == scores.ravel().tolist()
+
+
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
