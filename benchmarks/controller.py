@@ -27,6 +27,7 @@ from gradhpo.cluster.controller import Columns, Controller, Layout, Rules
 from gradhpo.cluster.events import Event, GenerationDone
 from gradhpo.cluster.executors import Executor
 from gradhpo.cluster.journal import Journal
+from gradhpo.cluster.objectives import Objectives
 from gradhpo.cluster.orders import Checkpoint, Order, Prepared, Result
 from gradhpo.cluster.stopping import Stopping
 from gradhpo.cluster.storage import Storage
@@ -132,8 +133,8 @@ def run(
             if isinstance(event, GenerationDone):
                 after(event.generation)
 
-        rules = Rules(scheduler, SPACE, 0, "val_loss", 1)
-        stopping = Stopping(Storage(storage), None, rules.metric, rules.sign, 0.0, tell)
+        rules = Rules(scheduler, SPACE, 0, Objectives({"val_loss": 1}))
+        stopping = Stopping(Storage(storage), None, rules.objectives, 0.0, tell)
         made = Controller(Storage(storage), Journal(storage), stub, layout, rules, tell, stopping)
         started = time.perf_counter()
         made.run(generations)

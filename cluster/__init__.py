@@ -12,6 +12,7 @@ from gradhpo.cluster.events import Observer
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.local_ray import local_ray
 from gradhpo.cluster.result import SweepResult, Trial
+from gradhpo.cluster.samplers import Drawn, OptunaSampler, Sampler
 from gradhpo.cluster.schedulers import (
     ASHA,
     NEW,
@@ -27,6 +28,7 @@ from gradhpo.cluster.schedulers import (
 from gradhpo.cluster.space import Change, SearchSpace
 from gradhpo.cluster.sweep import Sweep
 from gradhpo.cluster.variant import trial_key
+from gradhpo.cluster.warm_start import points_from
 from gradhpo.lock import StorageInUse
 
 __all__ = [
@@ -37,9 +39,12 @@ __all__ = [
     "Change",
     "DamagedFile",
     "Decision",
+    "Drawn",
     "Observer",
+    "OptunaSampler",
     "RandomSearch",
     "Rows",
+    "Sampler",
     "Scheduler",
     "SearchSpace",
     "StorageInUse",
@@ -55,6 +60,7 @@ __all__ = [
     "integer",
     "local_ray",
     "loguniform",
+    "points_from",
     "trial_key",
     "uniform",
 ]

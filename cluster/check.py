@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from gradhpo import checkpoints
 from gradhpo.checkpoints import Saved
-from gradhpo.cluster import manifest, programs
+from gradhpo.cluster import front, manifest, programs
 from gradhpo.cluster.events import Event
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.journal import Entry, Journal
@@ -108,16 +108,15 @@ def _verified(storage: Where, journal: Journal) -> Iterator[Finding]:
         yield Finding(True, what)
     newest = {saved.file for saved in _newest(journal)}
     older = [s for entry in journal.durable[:-1] for s in entry["checkpoints"]]
-    best = entries[-1]["best"] if entries else None
+    kept = {found.checkpoint.file: found for found in front.of_journal(entries)}
     saved = {s.file: s for s in (*_newest(journal), *older, *(e["table"] for e in entries))}
-    if best is not None:
-        saved[best["checkpoint"].file] = best["checkpoint"]
+    saved |= {file: found.checkpoint for file, found in kept.items()}
     for file, one in saved.items():
         if not (found := _damaged(storage, [one])):
             good += 1
         elif file in newest:
             yield Finding(False, f"{found[0]}. Neither this generation nor the one before is whole")
-        elif best is not None and file == best["checkpoint"].file:
+        elif file in kept:
             yield Finding(False, f"{found[0]}. The winner's weights: replay() computes them again")
         elif file.startswith(f"{TABLES}/"):
             yield Finding(False, f"{found[0]}. The numbers of its generation; the sweep goes on")

@@ -8,7 +8,7 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,13 +17,14 @@ import typer
 
 from gradhpo import files
 from gradhpo.checkpoints import DamagedFile
-from gradhpo.cluster import event_log, manifest, optuna_study
+from gradhpo.cluster import event_log, front, manifest, optuna_study
 from gradhpo.cluster.check import check_storage
 from gradhpo.cluster.events import Importing, Stopped
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.journal import Journal
+from gradhpo.cluster.objectives import Objectives
 from gradhpo.cluster.printable import printable
-from gradhpo.cluster.result import SweepResult
+from gradhpo.cluster.result import SweepResult, Trial
 from gradhpo.cluster.settings import folder_of
 from gradhpo.cluster.storage import Storage
 from gradhpo.cluster.sweep import Sweep
@@ -55,6 +56,7 @@ Track = Annotated[
     list[str] | None,
     typer.Option(help="csv=FILE, json=FILE, tensorboard=FOLDER, wandb=PROJECT, mlflow=EXPERIMENT."),
 ]
+Number = Annotated[int | None, typer.Option(help="Of a trial on the front, in place of the best.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw all trials and the winner (PNG).")]
 
 
@@ -171,17 +173,19 @@ def status(
 
 def _status(place: files.Where) -> None:
     about, journal = manifest.read(place), Journal(place)
+    compared = Objectives.of(about["metric"], about["mode"])
     done, total = journal.generation + 1, about["generations"]
     who = Storage(place).files.holder()
     state = f"running ({who})" if who else "complete" if done >= total else "not running"
     _say(f"{place}: {state}, {done} of {total} generations")
     _say(
         f"  {about['population']} trials in {about['shards']} shards, "
-        f"{about['steps_per_generation']} steps a generation, metric {about['metric']}"
+        f"{about['steps_per_generation']} steps a generation, metric {', '.join(compared.names)}"
     )
-    if journal.last and (found := journal.last[-1]["best"]) is not None:
-        score = found["score"] * (1 if about["mode"] == "min" else -1)
-        _say(f"  best {score:.6g}: trial {found['trial']}, generation {found['generation'] + 1}")
+    for found in sorted(front.of_journal(journal.last)):
+        scores = _scores(compared.shown(found.scores), named=compared.several)
+        what = "front" if compared.several else "best"
+        _say(f"  {what} {scores}: trial {found.trial}, generation {found.generation + 1}")
     if who and done:
         seconds = journal.last[-1]["seconds"]
         _say(f"  the last generation took {seconds:.1f} s; {(total - done) * seconds:.0f} s left")
@@ -215,12 +219,17 @@ def check(storage: Where) -> None:
 def best(
     storage: Where,
     output: Annotated[Path | None, typer.Option(help="Save its arrays (.npz).")] = None,
+    trial: Number = None,
     plot: Plot = None,
 ) -> None:
-    """Print the best trial so far."""
+    """Print the best trial so far; of several objectives the front, or one of its trials."""
     result = SweepResult.from_storage(storage)
-    _print_best(result)
-    found = result.best
+    if result.objectives.several and trial is None and output is None:
+        _print_found(result)
+        _draw(result, plot)
+        return
+    found = _chosen(result, trial)
+    _print_trial(result, found)
     for name, array in found.arrays.items():
         if name.startswith(".hyperparams"):
             _say(f"  {name[len('.hyperparams') :] or 'hyperparams'} = {_short(array)}")
@@ -266,6 +275,7 @@ def export(
     script: Annotated[
         Path | None, typer.Option(help="A .py for the best trial's λ(t); imports the sweep's code.")
     ] = None,
+    trial: Number = None,
 ) -> None:
     """Hand a sweep, finished or running, to other tools; its best trial to other programs."""
     result = SweepResult.from_storage(storage)
@@ -275,17 +285,19 @@ def export(
         made = optuna_study.export_study(result.where, optuna, study)
         _say(f"Optuna: {len(made.trials)} trials in the study {made.study_name!r}")
     if safetensors is not None:
-        _say(f"{safetensors}: {', '.join(save_safetensors(safetensors, result.best))}")
+        saved = save_safetensors(safetensors, _chosen(result, trial))
+        _say(f"{safetensors}: {', '.join(saved)}")
     if orbax is not None:
-        save_orbax(orbax, result.best)
+        save_orbax(orbax, _chosen(result, trial))
         _say(f"{orbax}: params and hyperparams, for StandardCheckpointer().restore")
     if script is not None:
         known = manifest.read(result.where)
         given = manifest.settings(known)
         references = [given[name] for name in manifest.OBJECTS if name in given]
         _say(Importing(references, known["sys_path"]).line())
-        write_script(script, result.trajectory())
-        _say(f"{script}: λ(t) of {result.best.number}; its numbers are in {script.stem}.npz")
+        found = _chosen(result, trial)
+        write_script(script, result.trajectory(found))
+        _say(f"{script}: λ(t) of {found.number}; its numbers are in {script.stem}.npz")
 
 
 def _stop(patience: int | None, target: float | None, seconds: float | None) -> Any:
@@ -303,7 +315,7 @@ def _run(
     made: Sweep, plot: Path | None, allowed: list[str] | None, track: list[str] | None
 ) -> None:
     result = made.run(observers=list(map(named, track or ())), allow_changed=allowed or ())
-    _print_best(result)
+    _print_found(result)
     if (report := result.report) is not None:
         cached = f", {report.restores} times from JAX's cache" if report.restores else ""
         _say(
@@ -318,9 +330,40 @@ def _run(
         sys.exit(STOPPED)
 
 
-def _print_best(result: SweepResult) -> None:
-    found = result.best
-    _say(f"Best: trial {found.number} after generation {found.generation + 1}")
+def _chosen(result: SweepResult, number: int | None) -> Trial:
+    """Return the best trial, or the one of the front that has this number."""
+    if number is None and not result.objectives.several:
+        return result.best
+    numbers = ", ".join(str(trial.number) for trial in result.front)
+    if number is None:
+        raise ValueError(f"of several objectives no trial is the best: --trial, one of {numbers}")
+    there = [trial for trial in result.front if trial.number == number]
+    if not there:
+        raise ValueError(f"trial {number} is not on the front, which has {numbers}")
+    return there[-1]
+
+
+def _print_found(result: SweepResult) -> None:
+    """Print the best trial, or a line for each of the front."""
+    if not result.objectives.several:
+        _print_trial(result, result.best)
+        return
+    _say(f"The front, of {result.objectives}:")
+    for trial in result.front:
+        has = _scores({**trial.settings, **trial.choices}, named=True)
+        when = f"trial {trial.number} after generation {trial.generation + 1}"
+        _say(f"  {_scores(trial.scores, named=True)}: {when}{f', {has}' if has else ''}")
+
+
+def _scores(numbers: Mapping[str, Any], named: bool) -> str:
+    """Return numbers in a line, with their names or without."""
+    shown = {n: f"{x:.6g}" if isinstance(x, float) else str(x) for n, x in numbers.items()}
+    return ", ".join(f"{n} {text}" if named else text for n, text in shown.items())
+
+
+def _print_trial(result: SweepResult, found: Trial) -> None:
+    kind = "On the front" if result.objectives.several else "Best"
+    _say(f"{kind}: trial {found.number} after generation {found.generation + 1}")
     _say("  " + ", ".join(f"{name} {value:.6g}" for name, value in found.metrics.items()))
     if found.lr_hyper is not None:
         _say(f"  lr_hyper {found.lr_hyper:.6g}")

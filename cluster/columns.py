@@ -37,6 +37,10 @@ SEPARATOR = "|"
 CURVE = "curve"
 """In the columns of metrics inside a generation: `curve|NAME`, `(slots, steps that are kept)`."""
 
+FIRST = "first"
+"""In the first table's columns of what its trials began with, where the seed alone does not say it:
+`first|NAME`."""
+
 OF_TRIALS = (TRIAL, BORN, PARENT, LR_HYPER)
 """What a plan says of the trials before a generation; everything else is measured after it."""
 RESERVED = (
@@ -96,6 +100,17 @@ def of_decision(decision: Decision) -> Columns:
         for field in Change._fields
     }
     return {NEXT_PARENT: decision.parents, **changes}
+
+
+def of_first(stored: Mapping[str, np.ndarray]) -> Columns:
+    """Return what the first trials began with, by name of a setting, as columns."""
+    return {SEPARATOR.join((FIRST, name)): column for name, column in stored.items()}
+
+
+def first_of(table: Mapping[str, np.ndarray]) -> Columns:
+    """Return what the first trials began with, by name of a setting, from the first table."""
+    begins = FIRST + SEPARATOR
+    return {n.removeprefix(begins): x for n, x in table.items() if n.startswith(begins)}
 
 
 def decision_of(table: Mapping[str, np.ndarray]) -> Decision:

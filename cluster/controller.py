@@ -15,14 +15,18 @@ import numpy as np
 
 from gradhpo.checkpoints import DamagedFile, Saved
 from gradhpo.cluster import columns as names
-from gradhpo.cluster import schedulers
+from gradhpo.cluster import front, schedulers
 from gradhpo.cluster.columns import BORN, PARENT, TRIAL, Columns, decision_of
+from gradhpo.cluster.drawing import Drawing, stored_in
 from gradhpo.cluster.events import Damaged, GenerationDone, Note, Tell
 from gradhpo.cluster.executors import Executor
 from gradhpo.cluster.failures import StateGone, SweepError
+from gradhpo.cluster.front import Found
 from gradhpo.cluster.history import History
-from gradhpo.cluster.journal import Best, Entry, Journal
+from gradhpo.cluster.journal import Entry, Journal
+from gradhpo.cluster.objectives import Objectives
 from gradhpo.cluster.orders import Import, Order, Result
+from gradhpo.cluster.samplers import Past
 from gradhpo.cluster.schedulers import NEW, Decision, Scheduler, Table
 from gradhpo.cluster.space import LR_HYPER, Change, Changes, SearchSpace
 from gradhpo.cluster.stopping import Stopping
@@ -68,9 +72,9 @@ class Rules:
     scheduler: Scheduler
     space: SearchSpace
     seed: int
-    metric: str
-    sign: int
-    """1 to minimize the metric, -1 to maximize it."""
+    objectives: Objectives
+    drawing: Drawing = dataclasses.field(default_factory=Drawing)
+    """Where the settings of new trials come from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +101,11 @@ class Computed:
     plan: Plan
     columns: Columns
     decision: Decision
-    best: Best | None
-    """Of all generations so far; if it is of this one, its checkpoint is to come."""
+    found: tuple[Found, ...]
+    """What is kept of all generations so far; of this one's trials the checkpoints are to come."""
     seconds: float
-    winner: Saved | None = None
-    """The best trial's state alone, where this generation's states are not written."""
+    alone: dict[int, Saved] = dataclasses.field(default_factory=dict)
+    """By shard, the states of the kept trials of this generation, apart from all others."""
 
     @property
     def save(self) -> bool:
@@ -109,9 +113,9 @@ class Computed:
         return self.orders[0].save
 
     @property
-    def has_best(self) -> bool:
-        """Whether the best trial is of this generation."""
-        return self.best is not None and self.best["generation"] == self.plan.generation
+    def slots(self) -> list[int]:
+        """The slots whose trials are kept as they are after this generation."""
+        return sorted(f.slot for f in self.found if f.generation == self.plan.generation)
 
 
 class Controller:
@@ -150,14 +154,15 @@ class Controller:
         self._stopping, self._total = stopping, 0
         self._changes = changes
         parts = [layout.population_of(variant) for variant in range(layout.variants)]
-        about = (parts, rules.space, rules.metric, rules.sign)
-        self._history = History(*about, self._columns)
+        self._history = History(parts, rules.space, rules.objectives, self._columns)
         self._tables: dict[int, Saved] = {}
         """By generation, what the journal has named, when a scheduler last asked for one."""
         self._computed: list[Computed] = []
         """The oldest first: at most those since the last checkpoints, and one more."""
         self._written: dict[tuple[int, int], Saved] = {}
         """By shard and generation, the checkpoints that workers told of."""
+        self._past: Past | None = None
+        """What a sampler is told of, up to the generation that was computed last."""
 
     def run(self, generations: int) -> None:
         """Run up to this many generations in all.
@@ -199,10 +204,13 @@ class Controller:
         Where that has no checkpoints, those after the last that has are computed again: as their
         tables say, which stay as they are.
         """
-        plan = first_plan(self._layout, self._rules)
         if self._journal.durable:
             entry = self._journal.durable[-1]
             plan = self._after(entry["generation"], self._storage.load(entry["table"])[0])
+        else:
+            plan = first_plan(self._layout, self._rules)
+        if self._rules.drawing.sampler is not None:
+            self._past = self._remembered(plan)
         tables = {entry["generation"]: entry["table"] for entry in self._journal.last}
         while plan.generation <= self._journal.generation and not self._stopping.reason:
             table = self._storage.load_table(plan.generation, tables.get(plan.generation))
@@ -210,6 +218,26 @@ class Controller:
             self._compare(gather(plan, results, self._layout), table, plan.generation)
             plan = self._after(plan.generation, table)
         return plan
+
+    def _remembered(self, first: Plan) -> Past:
+        """Return what a sampler is told of, from all tables; before there is one, from a plan."""
+        rules, n = self._rules, self._layout.population
+        past = rules.drawing.past(rules.space, rules.objectives, rules.seed, n)
+        given = rules.drawing.given(rules.space, n)
+        if self._journal.generation < 0:
+            past.begin_first(_began(first), given)
+        saved = {entry["generation"]: entry["table"] for entry in self._journal.entries()}
+        for generation in range(self._journal.generation + 1):
+            try:
+                table = self._storage.load_table(generation, saved.get(generation))
+            except DamagedFile as error:
+                if generation >= self._journal.last[0]["generation"]:
+                    raise  # as for a sweep without a sampler
+                raise SweepError(f"{error}. The sampler needs to be told of it") from error
+            if generation == 0:
+                past.begin_first(names.first_of(table), given)
+            _follow(past, generation, table, decision_of(table))
+        return past
 
     def _after(self, generation: int, table: Columns) -> Plan:
         return following(plan_of(generation, table), decision_of(table), self._rules)
@@ -236,11 +264,13 @@ class Controller:
         self._take_in(results)
         columns = gather(plan, results, self._layout)
         tables = self._history.tables(plan.generation, columns)
-        decision = decide(tables, plan, self._layout, self._rules)
-        best = self._best(plan, columns)
+        decision = decide(tables, plan, self._layout, self._rules, self._past)
+        if self._past is not None:
+            _follow(self._past, plan.generation, columns, decision)
+        found = self._found(plan, columns)
         seconds = time.perf_counter() - started
-        self._computed.append(Computed(made, plan, columns, decision, best, seconds))
-        self._stopping.ask(plan.generation + 1, best)
+        self._computed.append(Computed(made, plan, columns, decision, found, seconds))
+        self._stopping.ask(plan.generation + 1, found)
         if settle:
             self._flush()
         return following(plan, decision, self._rules)
@@ -272,9 +302,12 @@ class Controller:
         start = self._start(plan) or [None] * self._layout.shards
         made = orders(plan, start, self._layout, self._rules.space, save)
         before = self._computed[-1] if self._computed else None
-        if before is not None and before.best and before.has_best and not before.save:
-            shard, slot = divmod(before.best["slot"], self._layout.slots)
-            made[shard] = dataclasses.replace(made[shard], winner=slot)
+        # A front would keep whole checkpoints of many generations: its trials are written apart.
+        if before is not None and (not before.save or self._rules.objectives.several):
+            for slot in before.slots:
+                shard, own = divmod(slot, self._layout.slots)
+                winners = (*made[shard].winners, own)
+                made[shard] = dataclasses.replace(made[shard], winners=winners)
         return made
 
     def _take_in(self, results: list[Result]) -> None:
@@ -283,7 +316,7 @@ class Controller:
             for made in result.checkpoints:
                 self._written[result.shard, made.generation] = made.saved
             if result.winner is not None:
-                self._computed[-1].winner = result.winner
+                self._computed[-1].alone[result.shard] = result.winner
         while self._computed:
             oldest = self._computed[0]
             saved = self._told(oldest) if oldest.save else []
@@ -318,13 +351,17 @@ class Controller:
         generation = done.plan.generation
         try:
             content = {**done.columns, **names.of_decision(done.decision)}
+            if generation == 0 and self._rules.drawing.own:
+                content |= names.of_first(_began(done.plan))
+            found = self._with_checkpoints(done, saved)
             entry: Entry = {
                 "generation": generation,
                 "table": self._storage.save_table(generation, content),
                 "checkpoints": saved,
-                "best": self._saved_best(done, saved),
+                "best": None,
                 "seconds": round(done.seconds, 6),
             }
+            front.write(entry, found, self._rules.objectives.several)
             if what := self._changes(generation):
                 entry["changes"] = what
             if stopped is not None and generation + 1 < self._total:
@@ -335,41 +372,36 @@ class Controller:
             raise SweepError(f"{where}: {error}") from error
         self._prune()
         self._written = {name: one for name, one in self._written.items() if name[1] > generation}
-        best = entry["best"] and entry["best"]["score"] * self._rules.sign
         table = names.shown(done.columns)
-        self._tell(GenerationDone(generation + 1, table, best, entry["seconds"]))
+        told = front.told(found, self._rules.objectives)
+        self._tell(GenerationDone(generation + 1, table, seconds=entry["seconds"], **told))
 
-    def _best(self, plan: Plan, columns: Columns) -> Best | None:
-        """Return the best trial so far; one of this generation without its checkpoint."""
-        entries = self._journal.last
-        before = entries[-1]["best"] if entries else None
-        before = self._computed[-1].best if self._computed else before
-        score = columns[self._rules.metric] * self._rules.sign
-        if not np.isfinite(score).any():
-            return before
-        slot = int(np.nanargmin(np.where(np.isfinite(score), score, np.nan)))
-        if before is not None and not score[slot] < before["score"]:
-            return before
-        return {
-            "score": float(score[slot]),
-            "trial": int(plan.trial[slot]),
-            "slot": slot,
-            "generation": plan.generation,
-            "checkpoint": Saved("", ""),
-        }
+    def _found(self, plan: Plan, columns: Columns) -> tuple[Found, ...]:
+        """Return what is kept so far; of this generation's trials without their checkpoints."""
+        before = front.of_journal(self._journal.last)
+        before = self._computed[-1].found if self._computed else before
+        scores = self._rules.objectives.scores(columns)
+        return front.joined(before, scores, plan.trial, plan.generation)
 
-    def _saved_best(self, done: Computed, saved: list[Saved]) -> Best | None:
-        if done.best is None or not done.has_best:
-            return self._journal.last[-1]["best"] if self._journal.last else None
-        checkpoint = saved[done.best["slot"] // self._layout.slots] if saved else done.winner
-        assert checkpoint is not None
-        return {**done.best, "checkpoint": checkpoint}
+    def _with_checkpoints(self, done: Computed, saved: list[Saved]) -> tuple[Found, ...]:
+        """Return what a generation keeps, with the files that its own trials are in.
+
+        Those of earlier ones have theirs from the journal: when this generation was computed they
+        were not durable yet.
+        """
+        there = {f[1:4]: f for f in front.of_journal(self._journal.last)}
+        files: dict[int, Saved] = {}
+        for slot in done.slots:
+            shard = slot // self._layout.slots
+            files[slot] = done.alone[shard] if shard in done.alone else saved[shard]
+        kept = [there.get(f[1:4], f) for f in done.found]
+        return front.with_checkpoints(kept, done.plan.generation, files)
 
     def _prune(self) -> None:
         """Remove checkpoints but for those of two generations, and the best trial's."""
         if len(self._journal.durable) > 1:
             keep = {saved.file for e in self._journal.last for saved in e["checkpoints"]}
-            keep |= {e["best"]["checkpoint"].file for e in self._journal.last if e["best"]}
+            keep |= {f.checkpoint.file for e in self._journal.last for f in front.found_in(e)}
             self._storage.prune(self._journal.durable[0]["generation"], keep)
 
     def _go_back(self, error: DamagedFile) -> None:
@@ -415,11 +447,26 @@ def first_plan(layout: Layout, rules: Rules) -> Plan:
         changes={},
         lr_hyper=None if rules.space.lr_hyper is None else np.zeros(n),
     )
-    rng = np.random.default_rng([rules.seed, 0])
-    fresh = np.ones(n, bool)
-    return following(
-        empty, Decision(np.full(n, NEW, np.int64), rules.space.draw(rng, fresh)), rules
-    )
+    parts = [layout.population_of(variant) for variant in range(layout.variants)]
+    try:
+        drawn = rules.drawing.first(rules.space, rules.objectives, rules.seed, parts)
+    except Exception as error:
+        what = "the sampler failed before the first generation"
+        raise SweepError(f"{what}: {type(error).__name__}: {error}") from error
+    return following(empty, Decision(np.full(n, NEW, np.int64), drawn), rules)
+
+
+def _began(plan: Plan) -> dict[str, np.ndarray]:
+    """Return what the trials of the first plan begin with, by name of a setting."""
+    rate = {} if plan.lr_hyper is None else {LR_HYPER: plan.lr_hyper}
+    return {**stored_in(plan.changes), **rate}
+
+
+def _follow(past: Past, generation: int, table: Columns, decision: Decision) -> None:
+    """Take in what became of a generation's trials, and those that begin after it."""
+    fresh = decision.parents == NEW
+    past.end(table, generation, decision.parents)
+    past.begin(generation + 1, fresh, stored_in(decision.changes), np.zeros(len(fresh), bool))
 
 
 def following(plan: Plan, decision: Decision, rules: Rules) -> Plan:
@@ -468,11 +515,20 @@ def gather(plan: Plan, results: list[Result], layout: Layout) -> Columns:
     return table
 
 
-def decide(tables: Sequence[Table], plan: Plan, layout: Layout, rules: Rules) -> Decision:
+def decide(
+    tables: Sequence[Table], plan: Plan, layout: Layout, rules: Rules, past: Past | None = None
+) -> Decision:
     """Ask the scheduler about each variant's population, and draw the settings of new trials.
 
+    Args:
+      tables: of each population, after the generation.
+      plan: of the generation.
+      layout: the slots.
+      rules: what decides.
+      past: what a sampler is told of, up to the generation before.
+
     Raises:
-      SweepError: if the scheduler fails or returns something else than a fitting `Decision`.
+      SweepError: if the scheduler or the sampler fails, or returns something that does not fit.
     """
     parents, changes = np.arange(layout.population), _no_changes(layout.population, rules.space)
     settings = rules.space.settings()
@@ -489,7 +545,12 @@ def decide(tables: Sequence[Table], plan: Plan, layout: Layout, rules: Rules) ->
             raise SweepError(f"{what}: {type(error).__name__}: {error}") from error
         fresh = made.parents == NEW
         parents[part] = np.where(fresh, NEW, made.parents + first)
-        drawn = rules.space.draw(rng, fresh) if fresh.any() else {}
+        history = past and past.history(variant, part, table, parents)
+        try:
+            drawn = rules.drawing.changes(rules.space, rng, fresh, history) if fresh.any() else {}
+        except Exception as error:
+            what = f"the sampler failed after generation {plan.generation}"
+            raise SweepError(f"{what}: {type(error).__name__}: {error}") from error
         for name in settings:
             for change in (made.changes.get(name), drawn.get(name)):
                 if change is not None:

@@ -9,6 +9,7 @@ import time
 import numpy as np
 
 from gradhpo.cluster.events import Event, GenerationDone, Resumed, Running, Starting
+from gradhpo.cluster.objectives import Objectives
 from gradhpo.cluster.printable import printable
 from gradhpo.progress import Bar
 
@@ -24,16 +25,26 @@ class Display:
       where: the storage, as the first lines name it.
       generations: of the whole sweep.
       steps: trial-steps in a generation.
-      metric: its name in the table.
+      objectives: what trials are compared by.
     """
 
     def __init__(
-        self, show: bool | None, where: str, generations: int, steps: int, metric: str
+        self,
+        show: bool | None,
+        where: str,
+        generations: int,
+        steps: int,
+        objectives: Objectives,
     ) -> None:
         self._silent = show is False
         drawn = sys.stderr.isatty() and (show or importlib.util.find_spec("tqdm") is not None)
         self._lines = not self._silent and not drawn
-        self._where, self._total, self._steps, self._metric = where, generations, steps, metric
+        self._where, self._total, self._steps, self._objectives = (
+            where,
+            generations,
+            steps,
+            objectives,
+        )
         self._computed = 0
         self._since = self._printed = time.monotonic()
         self._show = False if self._lines or self._silent else show
@@ -65,15 +76,16 @@ class Display:
 
     def _generation(self, event: GenerationDone) -> None:
         self._computed += 1
-        scores = event.table[self._metric]
-        finite = scores[np.isfinite(scores)]
-        shown = {
-            "best": float("nan") if event.best is None else event.best,
-            "median": float(np.median(finite)) if len(finite) else float("nan"),
-            "diverged": float(len(scores) - len(finite)),
-            "trial-steps/s": self._rate(),
-        }
-        self._bar.advance(1, **shown)
+        scores = self._objectives.scores(event.table)
+        finite = np.asarray(np.isfinite(scores).all(axis=1))
+        best = self._best(event)
+        numbers = {name: float("nan") if x is None else x for name, x in best.items()}
+        if not self._objectives.several:
+            sign = next(iter(self._objectives.signs.values()))
+            good = scores[finite, 0] * sign
+            numbers["median"] = float(np.median(good)) if len(good) else float("nan")
+        diverged = float(len(finite) - finite.sum())
+        self._bar.advance(1, **{**numbers, "diverged": diverged, "trial-steps/s": self._rate()})
         now = time.monotonic()
         if not self._lines:
             return
@@ -82,11 +94,26 @@ class Display:
             self._printed = now
             left = (self._total - event.generation) * (now - self._since) / self._computed
             self._bar.write(
-                f"generation {event.generation}/{self._total}: {printable(self._metric)} best "
-                f"{shown['best']:.4g}, median {shown['median']:.4g}, "
-                f"{shown['diverged']:.0f} diverged, {self._rate():,.0f} trial-steps/s, "
-                f"{_clock(left)} left"
+                f"generation {event.generation}/{self._total}: {self._text(numbers)}, "
+                f"{diverged:.0f} diverged, {self._rate():,.0f} trial-steps/s, {_clock(left)} left"
             )
+
+    def _best(self, event: GenerationDone) -> dict[str, float | None]:
+        """Return the best so far: of the metric, or of each objective, and how many are kept."""
+        if not self._objectives.several:
+            return {"best": event.best}
+        shown: dict[str, float | None] = {"front": float(len(event.front))}
+        for name, sign in self._objectives.signs.items():
+            column = [scores[name] for scores in event.front]
+            shown[name] = (min(column) if sign > 0 else max(column)) if column else None
+        return shown
+
+    def _text(self, numbers: dict[str, float]) -> str:
+        if not self._objectives.several:
+            metric = printable(self._objectives.names[0])
+            return f"{metric} best {numbers['best']:.4g}, median {numbers['median']:.4g}"
+        reached = [f"{printable(n)} {numbers[n]:.4g}" for n in self._objectives.names]
+        return f"a front of {numbers['front']:.0f}, reaching {', '.join(reached)}"
 
     def _rate(self) -> float:
         return self._computed * self._steps / max(1e-9, time.monotonic() - self._since)

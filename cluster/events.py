@@ -160,8 +160,11 @@ class GenerationDone(Progress):
     table: Mapping[str, np.ndarray]
     """Each column `(population,)`."""
     best: float | None
-    """The metric of the best trial so far; None while every trial has diverged."""
+    """The metric of the best trial so far; None while every trial has diverged, and where there
+    are several objectives."""
     seconds: float
+    front: Sequence[Mapping[str, float]] = ()
+    """Of several objectives: those of the trials so far that no other dominates."""
     name: ClassVar[str] = "generation"
 
     @property
@@ -186,6 +189,7 @@ class GenerationDone(Progress):
         """Yield the best so far, and the median and extremes of what was measured."""
         if self.generation > after:
             drawn = {} if self.best is None else {"best": self.best}
+            drawn |= self._of_front()
             drawn |= {"seconds": self.seconds, "diverged": self._diverged()}
             for name in (*columns.measured(self.table), columns.LR_HYPER):
                 column = np.asarray(self.table.get(name, ()), float)
@@ -194,6 +198,14 @@ class GenerationDone(Progress):
                     drawn[f"least/{name}"] = float(finite.min())
                     drawn[f"greatest/{name}"] = float(finite.max())
             yield self.generation, drawn
+
+    def _of_front(self) -> dict[str, float]:
+        """Return how large the front is, and how far it reaches in each objective."""
+        drawn = {"front": float(len(self.front))} if self.front else {}
+        for name in self.front[0] if self.front else ():
+            column = [scores[name] for scores in self.front]
+            drawn |= {f"front/least/{name}": min(column), f"front/greatest/{name}": max(column)}
+        return drawn
 
     def _diverged(self) -> float:
         return float((self.table[columns.DIVERGED] > 0).sum())

@@ -9,6 +9,7 @@ import numpy as np
 
 from gradhpo.cluster import columns as names
 from gradhpo.cluster.columns import BORN, PARENT, TRIAL, Columns
+from gradhpo.cluster.objectives import Objectives
 from gradhpo.cluster.schedulers import NEW, Table
 from gradhpo.cluster.space import SearchSpace
 
@@ -26,8 +27,7 @@ class History:
     Args:
       parts: the slots of each variant.
       space: what is searched.
-      metric: what is compared.
-      sign: 1 to minimize it, -1 to maximize it.
+      objectives: what is compared.
       read: returns a generation's columns, which the storage may have or not have yet.
     """
 
@@ -35,12 +35,11 @@ class History:
         self,
         parts: Sequence[slice],
         space: SearchSpace,
-        metric: str,
-        sign: int,
+        objectives: Objectives,
         read: Callable[[int], Columns],
     ) -> None:
         self._parts, self._settings = parts, list(space.settings())
-        self._metric, self._sign, self._read = metric, sign, read
+        self._objectives, self._read = objectives, read
         self._kept: dict[int, list[Table]] = {}
         self._used: dict[int, int] = {}
         """By generation of a table that is kept, the last one in which it was asked for."""
@@ -81,15 +80,18 @@ class History:
         def column(name: str) -> np.ndarray:
             return measured[name] if name in measured else _frozen(columns[name][part].copy())
 
+        compared = {name: columns[name][part] for name in self._objectives.names}
+        scores = self._objectives.scores(compared)
         return Table(
             generation=generation,
-            score=_frozen(columns[self._metric][part] * self._sign),
+            score=_frozen(self._objectives.score(compared)),
             trial=column(TRIAL),
             age=_frozen(generation - columns[BORN][part] + 1),
             values={name: column(names.setting(name)) for name in self._settings},
             metrics=measured,
             parent=_frozen(np.where(parents == NEW, NEW, parents - part.start)),
             earlier=functools.partial(self._earlier, variant),
+            objectives=dict(zip(compared, _frozen(scores.T), strict=True)),
         )
 
 

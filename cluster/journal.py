@@ -26,6 +26,16 @@ class Best(TypedDict):
     checkpoint: Saved
 
 
+class Member(TypedDict):
+    """A trial of the front, as it was after a generation."""
+
+    scores: list[float]
+    trial: int
+    slot: int
+    generation: int
+    checkpoint: Saved
+
+
 class Entry(TypedDict):
     """A line of the journal."""
 
@@ -35,7 +45,9 @@ class Entry(TypedDict):
     checkpoints: list[Saved]
     """One for each shard; none where the generation was not to be written (`checkpoint_every`)."""
     best: Best | None
-    """None where every trial has diverged."""
+    """None where every trial has diverged, and where there are several objectives."""
+    front: NotRequired[list[Member]]
+    """Of several objectives: the trials that no other dominates."""
     seconds: float
     changes: NotRequired[list[str]]
     """What was allowed to be other than in the generation before: "data", "code"."""
@@ -132,4 +144,6 @@ def _decode(line: bytes) -> Entry | None:
     entry["checkpoints"] = [Saved(*saved) for saved in entry["checkpoints"]]
     if entry["best"] is not None:
         entry["best"]["checkpoint"] = Saved(*entry["best"]["checkpoint"])
+    for member in entry.get("front", ()):
+        member["checkpoint"] = Saved(*member["checkpoint"])
     return entry

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gradhpo.checkpoints import DamagedFile
-from gradhpo.cluster.columns import PARENT, TRIAL, decision_of
+from gradhpo.cluster.columns import PARENT, TRIAL, decision_of, first_of
 from gradhpo.cluster.controller import Layout, Plan, Rules, first_plan, following, plan_of
 from gradhpo.cluster.orders import Order
 from gradhpo.cluster.schedulers import NEW
@@ -62,16 +62,26 @@ class Lineage:
       tables: of the sweep.
       layout: its shards.
       rules: what decided; the scheduler is not asked.
+      told: whether the first table says what was drawn, and not the seed.
     """
 
-    def __init__(self, tables: Tables, layout: Layout, rules: Rules) -> None:
-        self._tables, self._layout, self._rules = tables, layout, rules
+    def __init__(self, tables: Tables, layout: Layout, rules: Rules, told: bool) -> None:
+        self._tables, self._layout, self._rules, self._told = tables, layout, rules, told
+        self._plans: dict[int, Plan] = {}
 
     def plan(self, generation: int) -> Plan:
-        """Return who ran in which slot: as the table says, or the one before it, which decided."""
+        """Return who ran in which slot; kept, since every trial of a front goes back through it."""
+        if generation not in self._plans:
+            self._plans[generation] = self._read(generation)
+        return self._plans[generation]
+
+    def _read(self, generation: int) -> Plan:
+        """Return what the table says, or the one before it, which decided."""
         try:
             return plan_of(generation, self._tables.at(generation))
         except DamagedFile:
+            if generation == 0 and self._told:
+                raise
             if generation == 0:
                 return first_plan(self._layout, self._rules)
             before = self._tables.at(generation - 1)
@@ -132,5 +142,8 @@ class Lineage:
 
     def _first_changes(self) -> Mapping[str, Change]:
         n = self._layout.population
+        if self._told:
+            first = first_of(self._tables.at(0))
+            return {name: Change(np.ones(n, bool), np.zeros(n), x) for name, x in first.items()}
         rng = np.random.default_rng([self._rules.seed, 0])
         return self._rules.space.draw(rng, np.ones(n, bool))

@@ -34,10 +34,15 @@ OLDER = {
     "lr_schedule": None,
     "record": None,
     "validation": None,
+    "sampler": None,
+    "points": None,
+    "first_seed": None,
     "streams": None,
 }
 """What a manifest says that does not have these names yet."""
-NEWER = ("record", "validation")
+FIRST = ("sampler", "points", "first_seed")
+"""What decides the first generation beside the seed; its first table then says what was drawn."""
+NEWER = ("record", "validation", *FIRST)
 """What identifies a sweep only where it is given: older storages were digested without."""
 STREAMS = "by trial and step"
 """How randomness is drawn; runs that drew it otherwise can be read, and not resumed."""
@@ -119,9 +124,11 @@ def settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
 def objects(manifest: Mapping[str, Any]) -> list[str]:
     """Return what only the program that made a storage can make again."""
     given = {name: manifest[name] for name in OBJECTS if manifest[name] is not None}
-    scheduler = str(manifest["scheduler"].get("function", ""))
     made = [name for name, value in given.items() if "reference" not in value]
-    return [*made, *(["scheduler"] if not importing.findable(scheduler) else [])]
+    for name in ("scheduler", "sampler"):
+        function = str((manifest[name] or {}).get("function", ""))
+        made += [] if importing.findable(function) else [name]
+    return made
 
 
 def space(manifest: Mapping[str, Any]) -> SearchSpace:

@@ -7,16 +7,15 @@ from typing import Any
 import numpy as np
 
 from gradhpo.cluster.columns import TRIAL, setting
-from gradhpo.cluster.discrete import Categorical, Choice, Integer
-from gradhpo.cluster.distributions import Distribution, Uniform
+from gradhpo.cluster.distributions import Distribution
+from gradhpo.cluster.numbers_of import number_of
+from gradhpo.cluster.optuna_kinds import kind_of
 from gradhpo.cluster.result import SweepResult
 from gradhpo.files import Where
 from gradhpo.observers.packages import load, require
 
 MADE = "gradhpo"
 """The attribute of a study that says which storage it was exported from."""
-CLOSE = 1e-6
-"""How far a float32 may be from the choice that it stands for, relatively."""
 
 
 def export_study(storage: Where, url: str, name: str | None = None) -> Any:
@@ -52,11 +51,11 @@ def export_study(storage: Where, url: str, name: str | None = None) -> Any:
                 "name"
             )
         optuna.delete_study(study_name=name, storage=url)
-    direction = "minimize" if result.sign > 0 else "maximize"
-    study = optuna.create_study(study_name=name, storage=url, direction=direction)
+    directions = ["minimize" if s > 0 else "maximize" for s in result.objectives.signs.values()]
+    study = optuna.create_study(study_name=name, storage=url, directions=directions)
     study.set_user_attr(MADE, result.where)
     study.set_user_attr("generations", result.generations)
-    study.set_user_attr("metric", result.metric)
+    study.set_user_attr("metric", ", ".join(result.objectives.names))
     study.add_trials(trials)
     return study
 
@@ -65,36 +64,20 @@ class _Setting:
     """A number that is searched, over the whole study."""
 
     def __init__(self, optuna: Any, about: Distribution, first: np.ndarray) -> None:
-        self._about, kinds = about, optuna.distributions
-        self._log = isinstance(about, Uniform) and about.stored == "log"
-        values = [self._value(x) for x in first[np.isfinite(first)].tolist()]
-        if isinstance(about, Choice | Categorical) and set(values) <= set(about.values):
-            self.kind = kinds.CategoricalDistribution(about.values)
-            return
-        bounds = (about.low, about.high) if isinstance(about, Uniform) else about.bounds
-        low, high = min(*bounds, *values), max(*bounds, *values)  # hypergradients may lead out
-        log = isinstance(about, Uniform | Integer) and about.log and low > 0
-        if isinstance(about, Integer) and all(value == round(value) for value in values):
-            self.kind = kinds.IntDistribution(int(low), int(high), log=log)
-            return
-        self.kind = kinds.FloatDistribution(low, high, log=log)
+        self._about = about
+        values = [number_of(about, x) for x in first[np.isfinite(first)].tolist()]
+        self.kind = kind_of(optuna, about, values)
 
     def value(self, stored: float) -> float | None:
         """Return what was drawn; None for what is no number any more."""
-        return self._value(stored) if np.isfinite(stored) else None
-
-    def _value(self, stored: float) -> float:
-        if isinstance(self._about, Choice | Categorical):
-            near = min(self._about.values, key=lambda known: abs(known - stored))
-            return near if np.isclose(near, stored, rtol=CLOSE, atol=0) else stored
-        return float(np.exp(stored)) if self._log else stored
+        return number_of(self._about, stored) if np.isfinite(stored) else None
 
 
 class _Trials:
     """All trials of a sweep, as Optuna has them."""
 
     def __init__(self, optuna: Any, result: SweepResult) -> None:
-        self._optuna, self._space, self._metric = optuna, result.space, result.metric
+        self._optuna, self._space, self._objectives = optuna, result.space, result.objectives
         self._table = result.table
         self._sources = {copy.trial: copy.source for copy in result.copies}
         self._last = set(result.final[TRIAL].tolist())
@@ -114,20 +97,22 @@ class _Trials:
         return [self._frozen(rows) for rows in self._rows]
 
     def _frozen(self, rows: np.ndarray) -> Any:
-        scores = self._table[self._metric][rows].astype(float)
+        scores = np.stack([self._table[n][rows] for n in self._objectives.names], 1).astype(float)
         generations = self._table["generation"][rows]
         number = int(self._table[TRIAL][rows[0]])
         state = self._living if number in self._last else "PRUNED"
-        if not np.isfinite(scores[-1]):
+        if not np.isfinite(scores[-1]).all():
             state = "FAIL"
         about = {"trial": number, "slot": int(self._table["slot"][rows[-1]])}
         if number in self._sources:
             about["copied"] = self._sources[number]
         params, kinds = self._params(rows[0])
-        pairs = zip(generations.tolist(), scores.tolist(), strict=True)
+        # Optuna has values on the way of one metric alone.
+        column = scores[:, 0] if not self._objectives.several else scores[:0, 0]
+        pairs = zip(generations[: len(column)].tolist(), column.tolist(), strict=True)
         return self._optuna.trial.create_trial(
             state=self._optuna.trial.TrialState[state],
-            value=scores[-1].item() if state in ("COMPLETE", "PRUNED") else None,
+            values=scores[-1].tolist() if state in ("COMPLETE", "PRUNED") else None,
             params=params,
             distributions=kinds,
             intermediate_values={step: score for step, score in pairs if np.isfinite(score)},

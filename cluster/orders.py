@@ -77,8 +77,8 @@ class Order:
     imports: tuple[Import, ...] = ()
     save: bool = True
     """Whether the state after the generation is to be written; that goes on after the result."""
-    winner: int | None = None
-    """A slot that had the best trial before this generation: to be written, alone."""
+    winners: tuple[int, ...] = ()
+    """Slots whose trials are kept as they were before this generation: to be written, apart."""
 
     def by_source(self) -> dict[int, list[Import]]:
         """Return the imports by the shard that they come from."""
@@ -108,7 +108,7 @@ class Result(NamedTuple):
     incarnation: int
     seconds: float
     winner: Saved | None = None
-    """What was written of the order's `winner`."""
+    """What was written of the order's `winners`."""
 
 
 class Prepared(NamedTuple):

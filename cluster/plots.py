@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gradhpo.cluster.discrete import Integer
+from gradhpo.cluster.distributions import Distribution, Uniform
 from gradhpo.cluster.lineage import Turn
-from gradhpo.cluster.space import Choice, Distribution
 
 QUANTILES = (0.25, 0.5, 0.75)
 PANELS = 3
@@ -79,6 +80,35 @@ def draw_metric(
     return axes
 
 
+def draw_front(
+    target: Any, compared: Mapping[str, np.ndarray], front: Sequence[Mapping[str, float]]
+) -> Any:
+    """Draw the first two objectives of all trials, and the front.
+
+    Args:
+      target: a path to write a figure to, or matplotlib axes to draw on.
+      compared: by objective, what all trials had.
+      front: of each trial that no other dominates, its objectives.
+
+    Returns:
+      The axes.
+
+    Raises:
+      ImportError: if matplotlib is not installed.
+    """
+    first, second = list(compared)[:2]
+    figure, (axes,) = _axes(target, "SweepResult.plot", 1)
+    axes.plot(compared[first], compared[second], "C0.", alpha=0.3, label="all trials")
+    line = ([scores[first] for scores in front], [scores[second] for scores in front])
+    axes.plot(*line, "k.", label="the front")
+    if len(compared) == 2:
+        axes.plot(*line, "k-", drawstyle="steps-post")
+    axes.set(xlabel=first, ylabel=second)
+    axes.legend(fontsize=7)
+    _save(figure, target)
+    return axes
+
+
 def draw_settings(
     target: Any,
     columns: Mapping[str, np.ndarray],
@@ -105,13 +135,14 @@ def draw_settings(
     figure, axes = _axes(target, "SweepResult.plot_settings", len(columns))
     for panel, (name, stored) in zip(axes, columns.items(), strict=True):
         about = space[name]
-        log = not isinstance(about, Choice) and about.log
-        rows = np.exp(stored) if not isinstance(about, Choice) and about.stored == "log" else stored
+        log = isinstance(about, Uniform | Integer) and about.log
+        rows = np.exp(stored) if isinstance(about, Uniform) and about.stored == "log" else stored
         _trials(panel, rows)
         _winner(panel, rows, turns)
         scale = "log" if log and np.nanmin(rows) > 0 else "linear"  # hypergradients may lead out
         panel.set(xlabel="generation", ylabel=name or "hyperparams", yscale=scale)
-    axes[0].legend(fontsize=7)
+    if turns:
+        axes[0].legend(fontsize=7)
     _save(figure, target)
     return axes
 
@@ -121,6 +152,9 @@ def _trials(axes: Any, rows: np.ndarray) -> None:
 
 
 def _winner(axes: Any, rows: np.ndarray, turns: Sequence[Turn]) -> None:
+    """Draw the winner's line; of several objectives there is none."""
+    if not turns:
+        return
     line = [rows[turn.generation, turn.slot] for turn in turns]
     axes.plot([turn.generation for turn in turns], line, color="black", label="the winner")
 

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gradhpo.checkpoints import DamagedFile
 from gradhpo.cluster import columns as names
-from gradhpo.cluster import importing, manifest, plots, programs, settings
+from gradhpo.cluster import front, importing, manifest, plots, programs, settings
 from gradhpo.cluster.columns import TRIAL, Columns
 from gradhpo.cluster.controller import Layout, Rules
 from gradhpo.cluster.division import divide
 from gradhpo.cluster.failures import SweepError
+from gradhpo.cluster.front import Found
+from gradhpo.cluster.hypervolume import hypervolume
 from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.lineage import Copy, Lineage, Turn
+from gradhpo.cluster.numbers_of import number_of
+from gradhpo.cluster.objectives import Objectives
 from gradhpo.cluster.orders import Spec
 from gradhpo.cluster.replay import Replay
 from gradhpo.cluster.report import Report
 from gradhpo.cluster.schedulers import RandomSearch
 from gradhpo.cluster.settings import Identity
 from gradhpo.cluster.shard import ShardHost, slot_of
-from gradhpo.cluster.space import SearchSpace
+from gradhpo.cluster.space import LR_HYPER, SearchSpace
 from gradhpo.cluster.storage import Storage
 from gradhpo.cluster.tables import Tables, named
 from gradhpo.cluster.variant import build, data_key
@@ -47,17 +51,43 @@ class Trial:
 
     number: int
     generation: int
-    score: float
-    """Of the sweep's metric."""
+    slot: int
+    scores: dict[str, float]
+    """Of what the sweep compares, by name."""
     metrics: dict[str, float]
+    settings: dict[str, float]
+    """What it has of the space's numbers, by name, as `Sweep(points=…)` takes them."""
     lr_hyper: float | None
     choices: dict[str, Any]
     """What it has of `SearchSpace.choices`."""
     lineage: list[int]
     """The trials whose weights it goes on from, the first one first, itself last."""
-    arrays: dict[str, np.ndarray]
-    """Its whole state by path, such as `.params['w']`."""
+    load: Any = dataclasses.field(repr=False)
     restore: Any = dataclasses.field(repr=False)
+
+    @property
+    def score(self) -> float:
+        """Of the sweep's metric.
+
+        Raises:
+          SweepError: if there are several objectives.
+        """
+        if len(self.scores) > 1:
+            raise SweepError(f"a trial has no score but scores: of {', '.join(self.scores)}")
+        return next(iter(self.scores.values()))
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Its whole state by path, such as `.params['w']`; read when it is asked for first.
+
+        Raises:
+          DamagedFile: if its checkpoint is damaged; `replay` computes it again.
+        """
+        return self._arrays
+
+    @functools.cached_property
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return self.load()
 
     @functools.cached_property
     def state(self) -> BilevelState:
@@ -82,8 +112,7 @@ class SweepResult:
       storage: the sweep's folder, or its address.
       spec: what its workers were told.
       layout: its shards.
-      metric: its name.
-      sign: 1 if it is minimized, -1 if maximized.
+      objectives: what trials are compared by.
       load_data: returns what the problem's function gets as `data`.
       report: of the run that made it.
 
@@ -96,14 +125,13 @@ class SweepResult:
         storage: Where,
         spec: Spec,
         layout: Layout,
-        metric: str,
-        sign: int,
+        objectives: Objectives,
         load_data: Callable[[], Any] = lambda: None,
         report: Report | None = None,
     ) -> None:
         self._where, self._storage = storage, Storage(storage)
         self._spec, self._layout = spec, layout
-        self._metric, self._sign, self._load_data = metric, sign, load_data
+        self._objectives, self._load_data = objectives, load_data
         self.report = report
         self._entries = list(Journal(storage).entries())
         if not self._entries:
@@ -136,7 +164,7 @@ class SweepResult:
             made = identity.data
             return (importing.load(made) if isinstance(made, str) else made)()
 
-        return cls(storage, spec, layout, identity.metric, identity.sign, load_data)
+        return cls(storage, spec, layout, identity.objectives, load_data)
 
     @property
     def generations(self) -> int:
@@ -160,13 +188,26 @@ class SweepResult:
 
     @property
     def metric(self) -> str:
-        """The name of the sweep's metric."""
-        return self._metric
+        """The name of the sweep's metric.
+
+        Raises:
+          SweepError: if there are several objectives, see `objectives`.
+        """
+        return self._objectives.only("there is no one metric", "Take objectives")[0]
 
     @property
     def sign(self) -> int:
-        """1 if the metric is minimized, -1 if maximized."""
-        return self._sign
+        """1 if the metric is minimized, -1 if maximized.
+
+        Raises:
+          SweepError: if there are several objectives, see `objectives`.
+        """
+        return self._objectives.only("there is no one sign", "Take objectives")[1]
+
+    @property
+    def objectives(self) -> Objectives:
+        """What trials are compared by: the metric, or several."""
+        return self._objectives
 
     @property
     def space(self) -> SearchSpace:
@@ -256,63 +297,84 @@ class SweepResult:
         """The trial with the best metric at the end of any generation.
 
         Raises:
-          SweepError: if every trial has diverged.
+          SweepError: if every trial has diverged, or there are several objectives: see `front`.
           DamagedFile: if its checkpoint is damaged; `replay` computes it again.
         """
-        found = self._best()
-        slot, generation = found["slot"], found["generation"]
-        local = slot % self._layout.slots
-        with named(self._storage):
-            arrays = slot_of(*self._storage.load(found["checkpoint"]), local)
-        variant = self._variant_of_slot(slot)
-        rates = self._lines.plan(generation).lr_hyper
-        host = ShardHost
-        return Trial(
-            number=found["trial"],
-            generation=generation,
-            score=found["score"] * self._sign,
-            metrics=self._metrics(found),
-            lr_hyper=None if rates is None else float(rates[slot]),
-            choices=self._spec.space.variants()[variant],
-            lineage=self._lines.trials(slot, generation),
-            arrays=arrays,
-            restore=lambda: host(self._spec, self._load_data()).restore(
-                variant, found["checkpoint"], local
-            ),
-        )
+        made = self._trial(self._winner())
+        _ = made.arrays  # whether it can be read is said now
+        return made
+
+    @functools.cached_property
+    def front(self) -> list[Trial]:
+        """The trials that no other dominates, as they were after a generation: the best first.
+
+        By the first objective, that is. Of any generation, as many as `gradhpo.cluster.front.MOST`,
+        those with most room around them; each with its state on the disk. One metric has a front
+        of one trial, the best.
+
+        Raises:
+          SweepError: if every trial has diverged.
+        """
+        return [self._trial(found) for found in sorted(self._found())]
+
+    def hypervolume(self, reference: Mapping[str, float]) -> float:
+        """Return how much the front dominates, up to a reference point, in the objectives' units.
+
+        Args:
+          reference: by objective; worse than what counts.
+
+        Raises:
+          SweepError: if every trial has diverged.
+          ValueError: unless it names the objectives.
+        """
+        signs = self._objectives.signs
+        if set(reference) != set(signs):
+            raise ValueError(f"reference must name {', '.join(signs)}, got {dict(reference)!r}")
+        scores = np.array([found.scores for found in self._found()])
+        return hypervolume(scores, np.array([reference[n] * sign for n, sign in signs.items()]))
 
     @functools.cached_property
     def schedule(self) -> list[Turn]:
-        """The winner's life, generation by generation, through the trials that it came from.
+        """The winner's life, see `schedule_of`."""
+        return self.schedule_of(self._winner())
+
+    def schedule_of(self, trial: Trial | Found) -> list[Turn]:
+        """Return a trial's life, generation by generation, through those that it came from.
 
         Raises:
           DamagedFile: if a table that says how a setting changed is damaged.
         """
-        found = self._best()
-        return self._lines.turns(found["slot"], found["generation"])
+        return self._lines.turns(trial.slot, trial.generation)
 
-    def replay(self) -> BilevelState:
-        """Compute the winner again from scratch, alone, and return its state.
+    def replay(self, trial: Trial | None = None) -> BilevelState:
+        """Compute a trial again from scratch, alone, and return its state.
 
         It runs in every slot of one shard, with the sweep's own program: the same bits. On another
         kind of hardware the last bits may differ.
-        """
-        return self._replay().state()
 
-    def trajectory(self) -> dict[str, np.ndarray]:
-        """Compute the winner again, step by step, and return the λ that each was taken with.
+        Args:
+          trial: of `front`; by default the best.
+        """
+        return self._replay(trial).state()
+
+    def trajectory(self, trial: Trial | None = None) -> dict[str, np.ndarray]:
+        """Compute a trial again, step by step, and return the λ that each was taken with.
+
+        Args:
+          trial: of `front`; by default the best.
 
         Returns:
           By the dotted name of a leaf of λ (`"hyperparams"` where λ is a single array), an array
           `(steps + 1, …)`: before each step, perturbations included, and after the last.
           `gradhpo.export.write_script` makes a script of it.
         """
-        return self._replay().trajectory()
+        return self._replay(trial).trajectory()
 
-    def _replay(self) -> Replay:
-        number = self._variant_of_slot(self._best()["slot"])
+    def _replay(self, trial: Trial | None) -> Replay:
+        found = trial or self._winner()
+        number = self._variant_of_slot(found.slot)
         spec = dataclasses.replace(self._spec, batching=self._layouts[number])
-        return Replay(spec, number, self.schedule, self._load_data)
+        return Replay(spec, number, self.schedule_of(found), self._load_data)
 
     @functools.cached_property
     def data(self) -> PyTree:
@@ -324,12 +386,13 @@ class SweepResult:
     def history(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield each generation with the metric of every slot."""
         for generation in range(self.generations):
-            yield generation, self._tables.at(generation)[self._metric]
+            yield generation, self._tables.at(generation)[self.metric]
 
     def plot(self, target: Any) -> Any:
         """Draw the metric over generations; needs matplotlib.
 
-        All trials, their median and middle half, the best so far, and the winner.
+        All trials, their median and middle half, the best so far, and the winner; of several
+        objectives the first two, of all trials, and the front.
 
         Args:
           target: a path to write a figure to, or matplotlib axes to draw on.
@@ -340,11 +403,16 @@ class SweepResult:
         Raises:
           ImportError: if matplotlib is not installed.
         """
+        if self._objectives.several:
+            compared = {name: self.table[name] for name in self._objectives.names}
+            return plots.draw_front(target, compared, [trial.scores for trial in self.front])
         rows = np.stack([row for _, row in self.history()]).astype(float)
-        return plots.draw_metric(target, rows, self.schedule, self._metric, self._sign)
+        return plots.draw_metric(target, rows, self.schedule, self.metric, self.sign)
 
     def plot_settings(self, target: Any) -> list[Any]:
         """Draw what each searched setting was in all trials, and in the winner.
+
+        Of several objectives there is no winner: of them the trials alone.
 
         Args:
           target: a path to write a figure to, or matplotlib axes to draw on, one for each setting.
@@ -358,24 +426,61 @@ class SweepResult:
         """
         shape, space = (self.generations, self._layout.population), self.space.settings()
         columns = {n: self.table[names.setting(n)].reshape(shape).astype(float) for n in space}
-        return plots.draw_settings(target, columns, space, self.schedule)
+        turns = [] if self._objectives.several else self.schedule
+        return plots.draw_settings(target, columns, space, turns)
 
-    def _best(self) -> Any:
-        found = self._entries[-1]["best"]
-        if found is None:
+    def _winner(self) -> Found:
+        self._objectives.only("there is no best trial", "Take one of result.front")
+        return self._found()[0]
+
+    def _found(self) -> tuple[Found, ...]:
+        found = front.of_journal(self._entries)
+        if not found:
             raise SweepError("every trial of the sweep has diverged")
         return found
+
+    def _trial(self, found: Found) -> Trial:
+        slot, generation, saved = found.slot, found.generation, found.checkpoint
+        local, variant = slot % self._layout.slots, self._variant_of_slot(slot)
+        rates, host, measured = (
+            self._lines.plan(generation).lr_hyper,
+            ShardHost,
+            self._metrics(found),
+        )
+        rate = {} if rates is None else {LR_HYPER: float(rates[slot])}
+
+        def load() -> dict[str, np.ndarray]:
+            with named(self._storage):
+                return slot_of(*self._storage.load(saved), local)
+
+        return Trial(
+            number=found.trial,
+            generation=generation,
+            slot=slot,
+            scores=self._objectives.shown(found.scores),
+            metrics=measured,
+            settings={
+                name: number_of(about, (measured | rate)[names.setting(name)])
+                for name, about in self._spec.space.settings().items()
+                if names.setting(name) in measured | rate
+            },
+            lr_hyper=rate.get(LR_HYPER),
+            choices=self._spec.space.variants()[variant],
+            lineage=self._lines.trials(slot, generation),
+            load=load,
+            restore=lambda: host(self._spec, self._load_data()).restore(variant, saved, local),
+        )
 
     def _variant_of_slot(self, slot: int) -> int:
         return self._layout.variant_of(slot // self._layout.slots)
 
-    def _metrics(self, found: Any) -> dict[str, float]:
-        """Return the winner's row of its table; where that is damaged, what the journal says."""
+    def _metrics(self, found: Found) -> dict[str, float]:
+        """Return a trial's row of its table; where that is damaged, what the journal says."""
         try:
-            table = self._tables.at(found["generation"])
+            table = self._tables.at(found.generation)
         except DamagedFile:
-            return {self._metric: found["score"] * self._sign}
-        return {name: float(table[name][found["slot"]]) for name in names.measured(table)}
+            return self._objectives.shown(found.scores)
+        return {name: float(table[name][found.slot]) for name in names.measured(table)}
 
     @functools.cached_property
     def _tables(self) -> Tables:
@@ -383,9 +488,10 @@ class SweepResult:
 
     @functools.cached_property
     def _lines(self) -> Lineage:
-        spec = self._spec
-        rules = Rules(RandomSearch(), spec.space, spec.seed, self._metric, self._sign)
-        return Lineage(self._tables, self._layout, rules)
+        rules = Rules(RandomSearch(), self._spec.space, self._spec.seed, self._objectives)
+        known = manifest.read(self.where)
+        told = any(known[name] is not None for name in manifest.FIRST)
+        return Lineage(self._tables, self._layout, rules, told)
 
     @functools.cached_property
     def _layouts(self) -> list[Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from gradhpo.checkpoints import DamagedFile
-from gradhpo.cluster import columns, executors, manifest, programs
+from gradhpo.cluster import columns, executors, front, manifest, programs
 from gradhpo.cluster.allowed import AllowedChanges
 from gradhpo.cluster.controller import Controller, Layout, Rules
 from gradhpo.cluster.events import (
@@ -84,12 +84,11 @@ class Run:
         for what in self._journal.damaged:
             tell(Damaged(what, None))
         storage, identity = Storage(self._storage), self._identity
-        asked = (storage, self._place.stop, identity.metric, identity.sign, self._clock, tell)
+        asked = (storage, self._place.stop, identity.objectives, self._clock, tell)
         stopping = Stopping(*asked)
-        best = self._journal.last[-1]["best"] if done else None
         if done >= total:
             return None
-        if stopping.already(done, best):
+        if stopping.already(done, front.of_journal(self._journal.last)):
             tell(self._stopped(total, stopping, how_to_resume))
             return None
         tell(Starting())
@@ -143,9 +142,9 @@ class Run:
             if entry["generation"] >= after:
                 with contextlib.suppress(DamagedFile):
                     table = Storage(self._storage).load(entry["table"])[0]
-                    best = entry["best"] and entry["best"]["score"] * self._identity.sign
+                    told = front.told(front.found_in(entry), self._identity.objectives)
                     done, seconds = entry["generation"] + 1, entry["seconds"]
-                    yield GenerationDone(done, columns.shown(table), best, seconds)
+                    yield GenerationDone(done, columns.shown(table), seconds=seconds, **told)
 
     def _prepare(
         self,
@@ -161,11 +160,11 @@ class Run:
         layouts = layouts if known is None else [entry["batching"] for entry in known]
         prepared = executor.prepare(dict(enumerate(layouts)))
         for made in prepared:
-            if self._identity.metric not in made.columns:
-                raise SweepError(
-                    f"metric={self._identity.metric!r} is not in the table, which has "
-                    f"{', '.join(made.columns)}"
-                )
+            for name in self._identity.objectives.names:
+                if name not in made.columns:
+                    raise SweepError(
+                        f"metric={name!r} is not in the table, which has {', '.join(made.columns)}"
+                    )
         for text in dict.fromkeys(text for made in prepared for text in made.unreached):
             warn_user(text, UnreachedWarning)
         durable = self._journal.durable
@@ -196,7 +195,7 @@ class Run:
     ) -> Controller:
         identity = self._identity
         about = (identity.scheduler, identity.space, identity.seed)
-        rules = Rules(*about, identity.metric, identity.sign)
+        rules = Rules(*about, identity.objectives, identity.drawing)
         what = (Storage(self._storage), self._journal, executor, self._layout, rules)
         every = self._place.checkpoint_every
 

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from gradhpo.cluster import importing, schedulers
+from gradhpo.cluster import importing, objectives, samplers, schedulers
+from gradhpo.cluster import points as points_of
+from gradhpo.cluster.drawing import Drawing
+from gradhpo.cluster.objectives import Metric, Objectives
 from gradhpo.cluster.processes import ProcessSettings
+from gradhpo.cluster.samplers import Sampler
 from gradhpo.cluster.schedulers import PBT, Scheduler
 from gradhpo.cluster.space import SearchSpace
 from gradhpo.errors import check_count, check_hashable, check_number
@@ -51,8 +55,16 @@ def _stop(given: Any) -> Stop:
     return Stop(**table)
 
 
+def _points(given: Any) -> Any:
+    """Return the points of a table of TOML, which may say where to find them."""
+    from gradhpo.cluster import warm_start  # reads results, which know of settings
+
+    return warm_start.read(given)
+
+
 _OBJECT = _written(importing.named, importing.reference_of)
 _STOP = _written(dataclasses.asdict, _stop)
+_SAMPLER = _written(samplers.describe, samplers.parse)
 _LOCAL: dict[str, Any] = {"local": True}
 """What a storage does not tell the next run."""
 
@@ -71,7 +83,7 @@ class Identity:
     scheduler: Scheduler = dataclasses.field(
         default_factory=PBT, metadata=_written(schedulers.describe, schedulers.parse)
     )
-    metric: str = "val_loss"
+    metric: Metric = "val_loss"
     mode: Literal["min", "max"] = "min"
     seed: int = 0
     shards: int | None = None
@@ -84,6 +96,11 @@ class Identity:
     lr_schedule: Any = dataclasses.field(default=None, metadata=_OBJECT)
     record: int | None = None
     validation: Any = dataclasses.field(default=None, metadata=_OBJECT)
+    sampler: Sampler | None = dataclasses.field(default=None, metadata=_SAMPLER)
+    points: Sequence[points_of.Point] | None = dataclasses.field(
+        default=None, metadata=_written(list, _points)
+    )
+    first_seed: int | None = None
 
     def __post_init__(self) -> None:
         self._check_objects()
@@ -97,14 +114,21 @@ class Identity:
             known = ", ".join(f"{name}(…)" for name in schedulers.BUILT_IN)
             accepted = f"{known} or a function"
             raise TypeError(f"scheduler must be {accepted}, got {self.scheduler!r}")
-        if self.mode not in ("min", "max"):
-            raise ValueError(f"mode must be one of ('min', 'max'), got {self.mode!r}")
+        self._check_first()
+        _set(self, "metric", objectives.checked(self.metric, self.mode))
+        if not isinstance(self.metric, str):  # which says its own directions now
+            _set(self, "mode", "min")
         _check_plain(self)
 
     @property
-    def sign(self) -> int:
-        """1 if the metric is minimized, -1 if maximized."""
-        return 1 if self.mode == "min" else -1
+    def objectives(self) -> Objectives:
+        """What trials are compared by."""
+        return Objectives.of(self.metric, self.mode)
+
+    @property
+    def drawing(self) -> Drawing:
+        """Where the settings of new trials come from."""
+        return Drawing(self.sampler, tuple(self.points or ()), self.first_seed)
 
     def describe(self) -> dict[str, Any]:
         """Return the settings as JSON, but for `data`, which only its arrays identify."""
@@ -134,6 +158,13 @@ class Identity:
         if self.space.lr_hyper is None:
             raise ValueError("lr_schedule needs SearchSpace(lr_hyper=…), of which it is a factor")
 
+    def _check_first(self) -> None:
+        if self.sampler is not None:
+            samplers.checked(self.sampler)
+        if self.points is not None:
+            _set(self, "points", points_of.checked(self.points, self.space))
+            points_of.slots_of(self.points, self.space, self.population)
+
     def _check_numbers(self) -> None:
         for name in ("population", "steps_per_generation"):
             _set(self, name, check_count(name, getattr(self, name)))
@@ -147,9 +178,11 @@ class Identity:
                     f"record must be at most steps_per_generation={self.steps_per_generation}, "
                     f"got {self.record}: it keeps every n-th step"
                 )
-        _set(self, "seed", check_count("seed", self.seed, 0))
-        if self.seed >= 2**32:
-            raise ValueError(f"seed must be below 2**32, got {self.seed}")
+        for name in ("seed", "first_seed"):
+            if (value := getattr(self, name)) is not None:
+                _set(self, name, check_count(name, value, 0))
+                if value >= 2**32:
+                    raise ValueError(f"{name} must be below 2**32, got {value}")
         infinity = float("inf")
         _set(self, "lr_reptile", check_number("lr_reptile", self.lr_reptile, -infinity, infinity))
         starts_fresh(self.episode_init, self.episode_length, self.lr_reptile)
@@ -226,6 +259,11 @@ def check_together(identity: Identity, place: Place) -> None:
         raise ValueError(
             'processes above 1 need a batching other than "auto", which every process would '
             "measure on its own"
+        )
+    if identity.objectives.several and place.stop is not None and place.stop.target is not None:
+        raise ValueError(
+            f"stop: target={place.stop.target:g} is of one metric, and the objectives are "
+            f"{identity.objectives}: take patience, for generations that bring nothing to the front"
         )
 
 

@@ -212,18 +212,19 @@ class ShardHost:
             self._writer.start(shard, held.generation, held.incarnation, arrays, about)
 
     def _start_winner(self, order: Order, incarnation: int, state: Arrays) -> Future[Saved] | None:
-        if order.winner is None:
+        if not order.winners:
             return None
-        rows = self._variants[order.variant].take(state, [order.winner])
+        rows = self._variants[order.variant].take(state, list(order.winners))
         if jax.process_index() != 0:
             return None
         about = (order.shard, order.generation - 1, incarnation)
-        return self._writer.start_winner(*about, rows)
+        return self._writer.start_winner(*about, rows, order.winners)
 
 
 def slot_of(arrays: Mapping[str, np.ndarray], about: Mapping[str, Any], slot: int) -> Rows:
-    """Return a slot's arrays from a checkpoint, or from the winner's that was written alone."""
-    row = 0 if about.get("alone") else slot
+    """Return a slot's arrays from a checkpoint, or from some that were written apart."""
+    slots = about.get("slots", [slot])  # one alone is all that there is
+    row = slots.index(slot) if about.get("alone") else slot
     return {name: array[row].copy() for name, array in arrays.items()}
 
 

@@ -93,6 +93,10 @@ class SearchSpace:
             raise ValueError("SearchSpace: a hyperparameter named lr_hyper beside lr_hyper=")
         return {**self.hyperparams, **rate}
 
+    def searched(self) -> dict[str, Distribution]:
+        """Return those of `settings` that can be more than one number."""
+        return {n: about for n, about in self.settings().items() if np.ptp(about.bounds) > 0}
+
     def variants(self) -> list[dict[str, Any]]:
         """Return every combination of the choices, in order; one empty one without choices."""
         names = list(self.choices)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,11 +125,17 @@ class Storage:
         return checkpoints.save(self.files, stem, arrays, about)
 
     def save_winner(
-        self, generation: int, shard: int, incarnation: int, arrays: Mapping[str, np.ndarray]
+        self,
+        generation: int,
+        shard: int,
+        incarnation: int,
+        arrays: Mapping[str, np.ndarray],
+        slots: Sequence[int],
     ) -> Saved:
-        """Write the best trial's state alone, after a generation without checkpoints."""
+        """Write the states of the trials that are kept, apart from the shard's others."""
         stem = f"{CHECKPOINTS}/{generation:06d}/winner-{shard:04d}-i{incarnation}"
-        return checkpoints.save(self.files, stem, arrays, {"alone": True})
+        about = {"alone": True} | ({"slots": list(slots)} if len(slots) > 1 else {})
+        return checkpoints.save(self.files, stem, arrays, about)
 
     def save_table(self, generation: int, columns: Mapping[str, np.ndarray]) -> Saved:
         """Write a generation's table, with the decision that was made from it.

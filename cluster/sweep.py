@@ -6,22 +6,32 @@ import dataclasses
 import shlex
 import time
 import tomllib
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
 
-from gradhpo.cluster import claim, executors, importing, manifest, schedulers, settings
+from gradhpo.cluster import (
+    claim,
+    executors,
+    importing,
+    manifest,
+    samplers,
+    schedulers,
+    settings,
+)
 from gradhpo.cluster.display import Display
 from gradhpo.cluster.division import divide
 from gradhpo.cluster.event_log import EventLog
 from gradhpo.cluster.events import Callback, Event, Importing, Note, Observer, Telling
 from gradhpo.cluster.failures import SweepError
+from gradhpo.cluster.objectives import Metric
 from gradhpo.cluster.orders import Spec
 from gradhpo.cluster.result import Report, SweepResult, spec_of
 from gradhpo.cluster.running import Run
+from gradhpo.cluster.samplers import Sampler
 from gradhpo.cluster.schedulers import Scheduler
 from gradhpo.cluster.settings import Identity, Place
 from gradhpo.cluster.space import SearchSpace
@@ -58,7 +68,9 @@ class Sweep:
       scheduler: `PBT`, `PB2`, `SuccessiveHalving`, `ASHA`, `RandomSearch`, or any function of
         `(table, space, rng)`; see `schedulers`.
       metric: what is compared: one of the five metrics of a step, or a name of `Problem.metrics`.
-      mode: "min" or "max".
+        Or several objectives, `["val_loss", "size"]` or `{"val_loss": "min", "accuracy": "max"}`:
+        schedulers then see non-dominated fronts, and the result has a `front` in place of `best`.
+      mode: "min" or "max", of one metric or of a list.
       seed: decides all randomness, from 0 to 2³² - 1.
       shards: into how many the population is divided; by default the smallest number that fits
         `workers` and the choices. Part of what the numbers depend on.
@@ -79,6 +91,11 @@ class Sweep:
       validation: a function that gives the whole validation set as one batch of the validation
         loss, from `Problem.data` (without arguments where there is none), or a reference to one:
         its loss is measured after every generation, as "validation_loss", which `metric` may name.
+      sampler: what draws new trials in place of the space: `OptunaSampler("TPESampler")`, or any
+        object with `ask(space, history, rng, n)`; see `samplers`.
+      points: what the first trials begin with: dictionaries of settings and choices, or trials of
+        another sweep, such as its `front`; see `points_from`. What a point leaves out is drawn.
+      first_seed: decides the draws of the first generation in place of `seed`.
       workers: how many processes (or gangs of them) hold shards, at most.
       resources: of each process: `num_cpus`, `num_gpus`, `memory`, or any of Ray's by name.
       processes: of each worker; several are one JAX job that holds one shard together.
@@ -119,7 +136,7 @@ class Sweep:
         steps_per_generation: int,
         storage: Where,
         scheduler: Scheduler | None = None,
-        metric: str = "val_loss",
+        metric: Metric | Sequence[str] = "val_loss",
         mode: Literal["min", "max"] = "min",
         seed: int = 0,
         shards: int | None = None,
@@ -132,6 +149,9 @@ class Sweep:
         lr_schedule: Any = None,
         record: int | None = None,
         validation: Any = None,
+        sampler: Sampler | None = None,
+        points: Sequence[Any] | None = None,
+        first_seed: int | None = None,
         *,
         workers: int = 1,
         resources: Mapping[str, float] | None = None,
@@ -152,10 +172,11 @@ class Sweep:
         self.identity = Identity(
             problem=problem, optimizer=optimizer, space=space, population=population,
             steps_per_generation=steps_per_generation, scheduler=scheduler,  # pyright: ignore
-            metric=metric, mode=mode, seed=seed, shards=shards, batching=batching, mesh=mesh,
+            metric=metric, mode=mode,  # pyright: ignore
+            seed=seed, shards=shards, batching=batching, mesh=mesh,
             data=data, episode_length=episode_length, lr_reptile=lr_reptile,
             episode_init=episode_init, lr_schedule=lr_schedule, record=record,
-            validation=validation,
+            validation=validation, sampler=sampler, points=points, first_seed=first_seed,
         )  # fmt: skip
         self.place = Place(
             storage=storage,  # pyright: ignore[reportArgumentType]
@@ -312,12 +333,12 @@ class Sweep:
 
     def _display(self) -> Display:
         steps = self.identity.population * self.identity.steps_per_generation
-        about = (str(self.storage), self.generations, steps, self.identity.metric)
+        about = (str(self.storage), self.generations, steps, self.identity.objectives)
         return Display(self.place.progress, *about)
 
     def _result(self, made: Report | None) -> SweepResult:
         identity = self.identity
-        about = (self.layout, identity.metric, identity.sign)
+        about = (self.layout, identity.objectives)
         return SweepResult(self.storage, self._spec(), *about, self._load_data, made)
 
     def _spec(self) -> Spec:
@@ -326,7 +347,8 @@ class Sweep:
     def _references(self) -> list[str]:
         identity = self.identity
         scheduler = schedulers.describe(identity.scheduler).get("function")
-        given = (identity.problem, identity.optimizer, scheduler, identity.data)
+        sampler = identity.sampler and samplers.describe(identity.sampler).get("function")
+        given = (identity.problem, identity.optimizer, scheduler, sampler, identity.data)
         return [
             name
             for name in (*given, identity.lr_schedule, identity.validation)
@@ -336,7 +358,8 @@ class Sweep:
     def _load_scheduler(self) -> None:
         importing.extend_path(self._folders)
         scheduler = schedulers.loaded(self.identity.scheduler)
-        self.identity = dataclasses.replace(self.identity, scheduler=scheduler)
+        sampler = samplers.loaded(self.identity.sampler)
+        self.identity = dataclasses.replace(self.identity, scheduler=scheduler, sampler=sampler)
 
     def _load_data(self) -> Any:
         if not isinstance(self.identity.data, str):

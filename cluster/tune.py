@@ -89,7 +89,8 @@ def _sweep(settings: Mapping[str, Any], config: Mapping[str, Any], place: Where)
 
 
 def _run(sweep: Sweep) -> None:
-    sign, metric = sweep.identity.sign, sweep.identity.metric
+    instead = "A Tune trial reports one metric"
+    metric, sign = sweep.identity.objectives.only("Tune has one metric", instead)
     best = np.inf
 
     def report(generation: int, table: Mapping[str, np.ndarray]) -> None:

@@ -6,7 +6,7 @@ states once more (on a CPU the state before the present one, which is written as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -65,11 +65,16 @@ class Writer:
         self._flying[shard] = generation, self._submit(save, *args)
 
     def start_winner(
-        self, shard: int, generation: int, incarnation: int, rows: Mapping[str, np.ndarray]
+        self,
+        shard: int,
+        generation: int,
+        incarnation: int,
+        rows: Mapping[str, np.ndarray],
+        slots: Sequence[int],
     ) -> Future[Saved]:
-        """Begin to write the winner's arrays alone; what is returned gives `StorageFailed` too."""
+        """Begin to write some slots' arrays apart; what is returned gives `StorageFailed` too."""
         _on_storage(str(self._storage), check_owner, self._storage, shard, incarnation)
-        return self._submit(self._storage.save_winner, generation, shard, incarnation, rows)
+        return self._submit(self._storage.save_winner, generation, shard, incarnation, rows, slots)
 
     def newest(self, shard: int) -> tuple[Checkpoint, ...]:
         """Return the newest checkpoints of a shard that are durable; waits for none.

@@ -46,7 +46,14 @@ class Stop:
             check_number("target", self.target, -float("inf"), float("inf"))
 
     def why(
-        self, metric: str, minimized: bool, best: Any, since: int, of: str, elapsed: float
+        self,
+        metric: str,
+        minimized: bool,
+        best: Any,
+        since: int,
+        of: str,
+        elapsed: float,
+        lacking: str = "a best so far",
     ) -> str | None:
         """Return which condition holds, in words; None where none does.
 
@@ -57,6 +64,7 @@ class Stop:
           since: how many in a row had no better one.
           of: what is counted so, "evaluations" or "generations".
           elapsed: seconds that this call has run.
+          lacking: what patience waits for.
         """
         if self.target is not None and best is not None:
             good = best <= self.target if minimized else best >= self.target
@@ -64,7 +72,7 @@ class Stop:
                 told = f"{metric} is {float(best):.6g}, target={self.target:g}"
                 return f"the target is reached: {told}"
         if self.patience is not None and since >= self.patience:
-            return f"{since} {of} without a best so far, patience={self.patience}"
+            return f"{since} {of} without {lacking}, patience={self.patience}"
         if self.seconds is not None and elapsed >= self.seconds:
             return f"seconds={self.seconds:g} are over"
         return None

@@ -9,6 +9,7 @@ import numpy as np
 
 from gradhpo.cluster.controller import Layout, Rules, decide, first_plan, following
 from gradhpo.cluster.history import History
+from gradhpo.cluster.objectives import Objectives
 from gradhpo.cluster.schedulers import NEW
 from tests.record_sweeps import FILE, SPACE
 
@@ -72,7 +73,7 @@ def steps():
 
 def replay(scheduler, seed, slots=16, generations=16):
     """Return the best score so far after each generation of a sweep that is not computed."""
-    layout, rules = Layout(1, 1, slots), Rules(scheduler, SPACE, seed, "val_loss", 1)
+    layout, rules = Layout(1, 1, slots), Rules(scheduler, SPACE, seed, Objectives({"val_loss": 1}))
     tables, best = [], []
     history = History([slice(0, slots)], SPACE, "val_loss", 1, tables.__getitem__)
     plan, first, later = first_plan(layout, rules), *steps()

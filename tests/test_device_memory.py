@@ -114,7 +114,7 @@ def test_an_order_that_comes_again_and_an_export_of_before_give_the_same(tmp_pat
     host = ShardHost(made._spec())
     host.prepare(0, "map")
     about = made.identity
-    rules = Rules(about.scheduler, about.space, 0, "val_loss", 1)
+    rules = Rules(about.scheduler, about.space, 0, made.identity.objectives)
     (first, *_) = orders(first_plan(made.layout, rules), [None] * 4, made.layout, about.space)
     numbers = Incarnations(tmp_path)
     incarnation = numbers.new()

@@ -9,6 +9,7 @@ import pytest
 
 from gradhpo.cluster import event_log, events
 from gradhpo.cluster.display import Display
+from gradhpo.cluster.objectives import Objectives
 from tests.sweeps import sweep
 
 PAGE = Path(__file__).parent.parent / "docs" / "cluster.md"
@@ -112,7 +113,7 @@ def test_an_event_that_comes_while_another_is_told_waits():
 
 
 def test_the_display_shows_the_best_so_far_and_no_escapes(capfd):
-    display = Display(None, "a\x1b[2J", 2, 10, "loss")
+    display = Display(None, "a\x1b[2J", 2, 10, Objectives({"loss": 1}))
     display.observe(events.Starting())
     display.observe(events.Running(0))
     display.observe(events.GenerationDone(1, {"loss": np.array([3.0, 4.0])}, 3.0, 0.1))

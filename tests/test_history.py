@@ -17,6 +17,7 @@ from gradhpo.cluster import (
     shard,
 )
 from gradhpo.cluster.history import IDLE, History
+from gradhpo.cluster.objectives import Objectives
 from tests.file_operations import Variant
 from tests.sweeps import assert_same_tables, sweep
 
@@ -104,7 +105,8 @@ def columns(generation, slots, score):
 
 def two_populations(read):
     space = SearchSpace({"rate": loguniform(1e-3, 1)}, choices={"method": ["a", "b"]})
-    return History([slice(0, 4), slice(4, 8)], space, "val_loss", -1, read)
+    parts = [slice(0, 4), slice(4, 8)]
+    return History(parts, space, Objectives({"val_loss": -1}), read)
 
 
 def test_each_population_has_its_own_history_and_a_table_is_read_once():

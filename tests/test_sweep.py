@@ -514,7 +514,7 @@ def test_a_worker_that_was_given_up_cannot_commit(tmp_path):
     host, numbers = ShardHost(made._spec()), Incarnations(tmp_path)
     host.prepare(0, "map")
     old, new = numbers.new(), numbers.new()
-    rules = Rules(made.identity.scheduler, made.identity.space, 0, "val_loss", 1)
+    rules = Rules(made.identity.scheduler, made.identity.space, 0, made.identity.objectives)
     order = orders(first_plan(made.layout, rules), [None] * 4, made.layout, made.identity.space)[0]
     before = contents(tmp_path / "checkpoints")
     numbers.own({0: new})

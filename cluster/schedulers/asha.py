@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 
+from gradhpo.cluster.dominance import places
 from gradhpo.cluster.schedulers.decision import Decision
 from gradhpo.cluster.schedulers.halving import check_rungs, longest_life, rungs
 from gradhpo.cluster.schedulers.table import NEW, Table
@@ -53,13 +54,19 @@ class ASHA:
         for rung in rungs(self.reduction, self.grace, table.age.max()):
             here = (table.age == rung) & ~table.diverged()
             if here.any():
-                stopped |= here & (table.score > self._cut(table, rung))
+                stopped |= here & ~self._goes_on(table, rung)
         parents[stopped] = NEW
         return Decision(parents)
 
-    def _cut(self, table: Table, rung: int) -> float:
-        """Return the worst score with which a trial goes on from a rung."""
+    def _goes_on(self, table: Table, rung: int) -> np.ndarray:
+        """Return which slots' trials on a rung are good enough of all that ever reached it."""
         tables = [table.history(g) for g in range(rung - 1, table.generation + 1)]
-        reached = np.concatenate([made.score[made.age == rung] for made in tables])
-        reached = np.sort(np.where(np.isfinite(reached), reached, np.inf))
-        return float(reached[max(1, len(reached) // self.reduction) - 1])
+        reached = np.concatenate([made.compared()[made.age == rung] for made in tables])
+        # Places of different generations could not be compared: they are of all that came here.
+        score = reached[:, 0] if reached.shape[1] == 1 else places(reached)
+        score = np.where(np.isfinite(score), score, np.inf)
+        cut = np.sort(score)[max(1, len(score) // self.reduction) - 1]
+        here = table.age == rung
+        goes_on = np.zeros(len(here), bool)
+        goes_on[here] = score[len(score) - here.sum() :] <= cut
+        return goes_on

@@ -21,7 +21,8 @@ class Table:
     generation: int
     """Counted from 0."""
     score: np.ndarray
-    """What is minimized; NaN for a trial that has diverged."""
+    """What is minimized; NaN for a trial that has diverged. Of several objectives, a trial's place
+    among the slots, from 0: by non-dominated sorting, and the crowding distance within a front."""
     trial: np.ndarray
     """The trial in each slot, by its number."""
     age: np.ndarray
@@ -36,6 +37,8 @@ class Table:
         default=None, repr=False, compare=False
     )
     """Returns the table of a generation before this one; see `history`."""
+    objectives: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    """By name, what the sweep compares, each as it is minimized."""
 
     def __post_init__(self) -> None:
         if not len(self.parent):
@@ -45,6 +48,10 @@ class Table:
     def ranking(self) -> np.ndarray:
         """Return the slots from the best to the worst; diverged ones last."""
         return np.argsort(np.where(np.isfinite(self.score), self.score, np.inf), kind="stable")
+
+    def compared(self) -> np.ndarray:
+        """Return `(slots, objectives)`, all minimized: one column where there is one metric."""
+        return np.stack([*self.objectives.values()] or [self.score], axis=1)
 
     def diverged(self) -> np.ndarray:
         """Return which slots' trials have diverged."""

@@ -1,0 +1,64 @@
+"""Points for a sweep from what another one found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gradhpo.cluster import columns as names
+from gradhpo.cluster.columns import TRIAL
+from gradhpo.cluster.dominance import places
+from gradhpo.cluster.numbers_of import number_of
+from gradhpo.cluster.points import Point, inside
+from gradhpo.cluster.result import SweepResult
+from gradhpo.errors import check_count
+from gradhpo.files import Where
+
+
+def points_from(storage: Where, best: int) -> list[Point]:
+    """Return the settings and choices of another sweep's best trials, for `Sweep(points=…)`.
+
+    Each trial counts as it was after its best generation; of several objectives the first fronts
+    are the best. They are numbers, and the sweep that takes them does not depend on this storage.
+
+    Args:
+      storage: the other sweep's; no code that it names is run.
+      best: how many trials, at most.
+
+    Raises:
+      SweepError: if it has no generation.
+      ValueError: if all of its trials have diverged.
+    """
+    check_count("best", best)
+    result = SweepResult.from_storage(storage)
+    table, space = result.table, result.space
+    place = places(result.objectives.scores(table))
+    rows = np.argsort(place)[: np.isfinite(place).sum()]
+    if not len(rows):
+        raise ValueError(f"points_from: every trial in {result.where} has diverged")
+    _, first = np.unique(table[TRIAL][rows], return_index=True)
+    made: list[Point] = []
+    for row in rows[np.sort(first)][:best].tolist():
+        has = {name: table[names.setting(name)][row] for name in space.settings()}
+        known = {n: float(x) for n, x in has.items() if np.isfinite(x)}
+        settings = {name: number_of(space.settings()[name], x) for name, x in known.items()}
+        made.append({**inside(settings, space), **space.variants()[int(table["variant"][row])]})
+    return made
+
+
+def read(given: Any) -> Any:
+    """Return the points that TOML or a manifest gives: themselves, or where to find them.
+
+    Raises:
+      ValueError: for a table with other names than storage and best.
+    """
+    if not isinstance(given, dict):
+        return given
+    table: dict[str, Any] = dict(given)  # pyright: ignore[reportUnknownArgumentType]
+    if set(table) != {"storage", "best"}:
+        raise ValueError(
+            'points must be a list of tables, or {storage = "folder", best = 8}, got '
+            f"{sorted(table)}"
+        )
+    return points_from(table["storage"], table["best"])

@@ -1,0 +1,39 @@
+"""`file_operations` for two objectives, or a sampler of Optuna: run by `test_objectives`."""
+
+import hashlib
+import sys
+
+from gradhpo.cluster import OptunaSampler, RandomSearch
+from tests import file_operations
+from tests.sweeps import sweep
+
+KINDS = {
+    "objectives": {"metric": {"val_loss": "min", "hyperparams.log_rate": "min"}},
+    "sampler": {
+        "sampler": OptunaSampler("TPESampler", n_startup_trials=4, multivariate=True),
+        "scheduler": RandomSearch(trial_generations=1),
+        "points": [{"log_rate": 0.2}],
+    },
+}
+
+
+def run(folder, every, rows, kind):
+    """Run the sweep to its end; return what it found, as a digest."""
+    del rows
+    about = {"population": 6, "shards": 2, "generations": 5, "checkpoint_every": every}
+    result = sweep(folder, **about, **KINDS[kind]).run()
+    digest = hashlib.sha256()
+    for name, column in result.table.items():
+        digest.update(name.encode() + column.tobytes())
+    for trial in result.front:
+        digest.update(repr((trial.scores, trial.settings, trial.lineage)).encode())
+        for name, array in trial.arrays.items():
+            digest.update(name.encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    if (sampler := KINDS[sys.argv[5]].get("sampler")) is not None:
+        sampler.make(0)  # imports Optuna, before the forks
+    file_operations.run = run
+    file_operations.main(sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5])

@@ -1,0 +1,237 @@
+"""A sweep of several objectives: its front is that of its table, kept, shown, and gone on with."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import chex
+import numpy as np
+import pytest
+
+import gradhpo
+from gradhpo.cluster import (
+    OptunaSampler,
+    RandomSearch,
+    SweepError,
+    SweepResult,
+    check,
+    events,
+    points_from,
+)
+from gradhpo.cluster.hypervolume import hypervolume
+from gradhpo.cluster.journal import Journal
+from gradhpo.cluster.warm_start import read
+from tests.sweeps import sweep
+from tests.test_dominance import dominates
+from tests.test_events import Kept
+from tests.test_kills import MEMORY, ROOT
+from tests.test_stopping import command
+
+METRIC = {"test_loss": "min", "param_norm": "max"}
+ABOUT = {"metric": METRIC, "generations": 4, "shards": 2, "checkpoint_every": 2}
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """A real sweep of two objectives, and what its observers were told."""
+    kept = Kept()
+    storage = tmp_path_factory.mktemp("objectives")
+    result = sweep(storage, points=[{"log_rate": 0.125}], **ABOUT).run(observers=[kept])
+    return result, [event for event in kept.told if isinstance(event, events.GenerationDone)]
+
+
+def scores(table):
+    return np.stack([table["test_loss"], -table["param_norm"]], axis=1)
+
+
+def test_the_front_is_that_of_all_trials_of_all_generations(swept):
+    result, told = swept
+    rows = scores(result.table).tolist()
+    expected = {tuple(row) for row in rows if not any(dominates(other, row) for other in rows)}
+    found = {(t.scores["test_loss"], -t.scores["param_norm"]) for t in result.front}
+    assert found == expected
+    assert len(found) > 2
+    losses = [trial.scores["test_loss"] for trial in result.front]
+    assert losses == sorted(losses)
+    for trial in result.front:
+        here = (result.table["generation"] == trial.generation) & (
+            result.table["slot"] == trial.slot
+        )
+        assert result.table["trial"][here] == trial.number == trial.lineage[-1]
+        norm = np.sqrt(np.sum(trial.arrays[".params"] ** 2))
+        assert norm == pytest.approx(trial.scores["param_norm"], rel=1e-5)
+        stored = trial.metrics["hyperparams.log_rate"]
+        assert trial.settings == {"log_rate": pytest.approx(np.exp(stored))}
+    assert [event.best for event in told] == [None] * 4
+    shown = [dict(scores) for scores in told[-1].front]
+    assert shown == [trial.scores for trial in result.front]
+    ((_, drawn),) = told[-1].points(0)
+    assert drawn["front"] == len(found)
+    assert drawn["front/least/test_loss"] == losses[0]
+    reference = {"test_loss": 10.0, "param_norm": 0.0}
+    volume = hypervolume(scores(result.table), np.array([10.0, 0]))
+    assert result.hypervolume(reference) == pytest.approx(volume)
+    with pytest.raises(ValueError, match="reference must name test_loss, param_norm, got"):
+        result.hypervolume({"test_loss": 1})
+
+
+def test_what_has_one_metric_alone_is_refused_by_name(swept, tmp_path):
+    result, _ = swept
+    compared = "the objectives are test_loss, param_norm: there is no best trial. Take one of"
+    for ask in (lambda: result.best, lambda: result.schedule, result.replay):
+        with pytest.raises(SweepError, match=compared):
+            ask()
+    with pytest.raises(SweepError, match="a trial has no score but scores"):
+        _ = result.front[0].score
+    with pytest.raises(SweepError, match="there is no one metric"):
+        _ = result.metric
+    with pytest.raises(ValueError, match=r"stop: target=1 is of one metric"):
+        sweep(tmp_path, metric=METRIC, stop=gradhpo.Stop(target=1.0))
+    with pytest.raises(SweepError, match="metric='loss' is not in the table, which has"):
+        sweep(tmp_path, metric=["val_loss", "loss"]).run()
+
+
+def test_the_commands_show_the_front_and_one_of_its_trials(swept, tmp_path):
+    result, _ = swept
+    said, status = command("best", result.where)
+    assert status == 0
+    assert "The front, of test_loss, param_norm (max):" in said
+    for trial in result.front:
+        assert f"trial {trial.number} after generation {trial.generation + 1}" in said
+    last = result.front[-1]
+    said, _ = command("best", result.where, "--trial", last.number, "--output", tmp_path / "a.npz")
+    assert f"On the front: trial {last.number}" in said
+    with np.load(tmp_path / "a.npz") as saved:
+        assert saved[".params"].shape == last.arrays[".params"].shape
+    said, status = command("best", result.where, "--trial", 999)
+    assert status == 1
+    assert "trial 999 is not on the front, which has" in said
+    said, status = command("export", result.where, "--safetensors", tmp_path / "a.safetensors")
+    assert status == 1
+    assert f"no trial is the best: --trial, one of {result.front[0].number}, " in said
+    said, _ = command("status", result.where)
+    assert said.count("  front test_loss ") == len(result.front)
+    said, status = command("check", result.where)
+    assert (status, "DAMAGED" in said) == (0, False)
+
+
+def test_the_front_is_drawn(swept, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (the extra report)")
+    swept[0].plot(tmp_path / "front.png")
+    assert (tmp_path / "front.png").stat().st_size > 1000
+
+
+def test_a_front_holds_no_checkpoints_but_its_own_trials(swept):
+    result, _ = swept
+    entry = Journal(result.where).last[-1]
+    files = {member["checkpoint"].file for member in entry["front"] if member["generation"] < 3}
+    assert files
+    assert all("/winner-" in file for file in files)
+    damaged = Path(result.where, min(files))
+    whole = damaged.read_bytes()
+    try:
+        damaged.unlink()
+        found = [finding.text for finding in check.check_storage(result.where) if not finding.whole]
+        assert len(found) == 1
+        assert "The winner's weights" in found[0]
+    finally:
+        damaged.write_bytes(whole)
+
+
+def test_a_sweep_begins_with_the_best_of_another(swept, tmp_path):
+    result, _ = swept
+    given = points_from(result.where, 3)
+    assert len(given) == 3
+    on_front = {round(t.settings["log_rate"], 9) for t in result.front}
+    assert {round(point["log_rate"], 9) for point in given} <= on_front
+    for taken in (given, result.front[:3], {"storage": result.where, "best": 3}):
+        made = sweep(tmp_path, points=read(taken)).identity.points
+        assert len(made) == 3
+        assert all(0.001 <= point["log_rate"] <= 0.3 for point in made)
+
+
+@pytest.mark.slow
+def test_a_trial_of_the_front_is_computed_again_to_the_bit(swept):
+    result, _ = swept
+    trial = min(result.front, key=lambda trial: trial.generation)
+    chex.assert_trees_all_equal(result.replay(trial), trial.state, strict=True)
+    assert len(result.schedule_of(trial)) <= trial.generation + 1
+    first = SweepResult.from_storage(result.where)
+    assert [t.number for t in first.front] == [t.number for t in result.front]
+
+
+@pytest.mark.slow
+def test_runs_one_after_the_other_are_one_run(tmp_path):
+    """Of two objectives, with new trials from Optuna, and with points."""
+    pytest.importorskip("optuna", reason="optuna is not installed (the extra trackers)")
+    about = {
+        "metric": METRIC,
+        "sampler": OptunaSampler("TPESampler", n_startup_trials=6),
+        "scheduler": RandomSearch(trial_generations=2),
+        "points": [{"log_rate": 0.2}, {}],
+    }
+    straight = sweep(tmp_path / "a", generations=5, **about).run()
+    for generations in (2, 5):
+        again = about | {"sampler": OptunaSampler("TPESampler", n_startup_trials=6)}
+        parts = sweep(tmp_path / "b", generations=generations, checkpoint_every=3, **again).run()
+    for name, column in straight.table.items():
+        assert parts.table[name].tobytes() == column.tobytes(), name
+    assert len(parts.front) == len(straight.front)
+    for one, other in zip(parts.front, straight.front, strict=True):
+        assert (one.number, one.scores, one.lineage) == (other.number, other.scores, other.lineage)
+        for name, array in other.arrays.items():
+            assert one.arrays[name].tobytes() == array.tobytes(), name
+    found = min(parts.front, key=lambda trial: trial.generation)
+    chex.assert_trees_all_equal(parts.replay(found), found.state, strict=True)
+    with pytest.raises(SweepError, match="holds another run: its sampler is"):
+        sweep(tmp_path / "b", generations=6, **about | {"sampler": None}).run()
+
+
+@pytest.mark.slow
+def test_a_study_of_optuna_has_all_objectives(swept, tmp_path):
+    optuna = pytest.importorskip("optuna", reason="optuna is not installed (the extra trackers)")
+    result, _ = swept
+    url = f"sqlite:///{tmp_path}/study.db"
+    said, status = command("export", result.where, "--optuna", url, "--study", "two")
+    assert status == 0, said
+    study = optuna.load_study(study_name="two", storage=url)
+    assert [direction.name for direction in study.directions] == ["MINIMIZE", "MAXIMIZE"]
+    final = dict(zip(result.final["trial"].tolist(), scores(result.final).tolist(), strict=True))
+    for trial in study.trials:
+        if trial.state.name == "COMPLETE":
+            loss, norm = trial.values
+            assert final[trial.user_attrs["trial"]] == pytest.approx([loss, -norm])
+    best = {trial.user_attrs["trial"] for trial in study.best_trials}
+    assert {t.number for t in result.front if t.number in final} & best
+
+
+@pytest.mark.slow
+def test_patience_counts_generations_that_bring_nothing_to_the_front(tmp_path):
+    stop = gradhpo.Stop(patience=2)
+    metric = ["hyperparams.log_rate", "diverged_at"]
+    about = {"generations": 30, "scheduler": RandomSearch(), "metric": metric, "stop": stop}
+    result = sweep(tmp_path, **about).run()
+    assert result.generations == 3
+    assert result.stopped == "2 generations without a trial for the front, patience=2"
+    assert len(result.front) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "every"), [("objectives", 1), ("objectives", 3), ("sampler", 3)])
+def test_a_kill_at_any_file_operation_changes_no_bit(tmp_path, kind, every):
+    if kind == "sampler":
+        pytest.importorskip("optuna", reason="optuna is not installed (the extra trackers)")
+    place = MEMORY if os.access(MEMORY, os.W_OK) else tmp_path
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.kill_searches", folder, str(every), "1", "29", kind],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout) > 5
