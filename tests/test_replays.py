@@ -35,7 +35,8 @@ def test_a_recorded_sweep_decides_as_it_did(sweep):
     assert any((table.parent != slots).any() for table in tables[1:]) == (sweep == "pbt")
 
 
-# Measured: random search -0.79, PBT -0.91, ASHA -0.83, PB2 -0.93.
+# On these seeds random search has -0.79, ASHA -0.83, PBT -0.91 and PB2 -0.93; on 20 of them -0.80,
+# -0.84 (each ± 0.02), -0.92 and -0.92 (each ± 0.01).
 @pytest.mark.parametrize(
     ("scheduler", "better_by"),
     [
