@@ -1,5 +1,6 @@
 """What a store is asked for, and how long: few objects of a long text, no request for ever."""
 
+import itertools
 import re
 import socket
 
@@ -10,6 +11,7 @@ from gradhpo import bucket, objects, stop_request
 from gradhpo.bucket import Bucket
 from gradhpo.files import Unreachable
 from gradhpo.objects import Objects
+from tests.test_bucket import lives
 
 TEXT = "journal.jsonl"
 
@@ -62,6 +64,27 @@ def test_a_damaged_whole_text_costs_what_came_with_it_alone(address, monkeypatch
     store.put(TEXT, 6, b"damaged")
     assert store.read(TEXT) == b"0\n1\n2\n3\ndamaged\n5\n6\n"
     held.release()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
+def test_a_death_at_any_request_changes_no_bit_where_texts_are_often_put_whole(
+    tmp_path, monkeypatch, done
+):
+    monkeypatch.setattr(bucket, "LINES", 2)
+    expected, deaths = lives(tmp_path, 1), 0
+    for number in itertools.count(0, 4):
+        where = f"memory://often-{done}/{number}"
+        found = lives(where, 1, number, done)
+        if found is None:
+            deaths += 1
+            lives(where, 1, 5 * number % 23, not done)
+            found = lives(where, 1)
+        assert found == expected, f"another result after a death at {number}"
+        if number >= 4 * deaths:  # the first that nothing came between
+            break
+    assert deaths > 8
+    MemoryFileSystem.store.clear()
 
 
 def test_whether_somebody_asks_for_the_end_is_one_request(address, monkeypatch):
