@@ -36,7 +36,7 @@ from gradhpo.cluster.schedulers import Scheduler
 from gradhpo.cluster.settings import Identity, Place
 from gradhpo.cluster.space import SearchSpace
 from gradhpo.cluster.storage import Storage
-from gradhpo.files import Where
+from gradhpo.files import Unreachable, Where
 from gradhpo.observers.telling import ended
 from gradhpo.timetable import EpisodeInit
 from gradhpo.watch import Stop
@@ -186,16 +186,30 @@ class Sweep:
             placement=placement, checkpoint_every=checkpoint_every, stop=stop, progress=progress,
         )  # fmt: skip
         settings.check_together(self.identity, self.place)
-        known = claim.shards(self.storage, self.identity.population)
-        self.layout = divide(self.identity, self.place.workers, known)
+        self._asked, self._seen = self.identity, False
+        self._divide()
         sent = {"problem": problem, "optimizer": optimizer}
         sent |= {"lr_schedule": lr_schedule, "validation": validation}
         processes_of = self.place.for_processes(self.layout.shards)
         executors.check(executor, processes_of, sent, self.storage)
-        self.identity = dataclasses.replace(self.identity, shards=self.layout.shards)
         self._folders, self._foreign = importing.folders(), False
         self.events: list[Event] = []
         """What happened in `run`, but for generations: workers lost, programs prepared, …"""
+
+    def _divide(self, needed: bool = False) -> None:
+        """Divide the population into shards, as the sweep is that the storage has.
+
+        A storage that is not reached while a sweep is only described is asked when it is `needed`.
+        """
+        known = None
+        try:
+            known = claim.shards(self.storage, self._asked.population)
+            self._seen = True
+        except (Unreachable, ImportError):  # of the package that talks to it
+            if needed:
+                raise
+        self.layout = divide(self._asked, self.place.workers, known)
+        self.identity = dataclasses.replace(self._asked, shards=self.layout.shards)
 
     def __getattr__(self, name: str) -> Any:
         """Say where a setting is that was an attribute of its own up to version 0.2."""
@@ -290,6 +304,8 @@ class Sweep:
         if isinstance(allow_changed, str) or not set(allow_changed) <= set(claim.ALLOWED):
             accepted = f"a tuple of names, of {tuple(claim.ALLOWED)}"
             raise ValueError(f"allow_changed must be {accepted}, got {allow_changed!r}")
+        if not self._seen:
+            self._divide(needed=True)
         claim.open_folder(self.storage)
         self.events = []
         telling = Telling(self.events)
@@ -310,6 +326,8 @@ class Sweep:
 
     def result(self) -> SweepResult:
         """Return what is done so far, from the storage; nothing runs, and nothing is imported."""
+        if not self._seen:
+            self._divide(needed=True)
         return self._result(None)
 
     def how_to_resume(self) -> str:

@@ -137,7 +137,7 @@ def test_what_a_sweep_cannot_be_kept_in_is_refused_by_name(address, tmp_path, mo
 def test_what_is_not_installed_is_named(address, monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(ImportError, match=r"'gs://bucket/run' needs gcsfs: pip install gcsfs"):
-        sweep("gs://bucket/run")
+        sweep("gs://bucket/run").run()
     monkeypatch.setitem(sys.modules, "fsspec", None)
     with pytest.raises(ImportError, match=r"needs fsspec: pip install gradhpo\[cluster\]"):
         Bucket(address)

@@ -137,6 +137,19 @@ def test_what_is_asked_for_whole_is_one_request_and_a_text_a_listing_more(server
     assert sent[2:] == ["list_objects_v2", "get_object", "get_object"]
 
 
+def test_a_sweep_is_described_where_its_store_is_not_reached(server, monkeypatch):
+    """As on a laptop without credentials; what runs, or reads, says so."""
+    with monkeypatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.delenv(name)
+        made = sweep("s3://bucket/described", generations=1)
+        assert made.storage == "s3://bucket/described"
+        for ask in (made.run, made.result):
+            with pytest.raises(Unreachable, match=r"credentials.*s3://bucket/described"):
+                ask()
+    assert made.run().generations == 1
+
+
 @pytest.mark.slow
 def test_credentials_that_come_later_are_found(server, monkeypatch):
     store = Bucket("s3://bucket/later")
