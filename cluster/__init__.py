@@ -6,10 +6,12 @@ process.
 
 from gradhpo.checkpoints import DamagedFile
 from gradhpo.cluster import events
+from gradhpo.cluster.conditional import when
 from gradhpo.cluster.distributions import choice, loguniform, uniform
 from gradhpo.cluster.events import Observer
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.local_ray import local_ray
+from gradhpo.cluster.race import Race
 from gradhpo.cluster.result import SweepResult, Trial
 from gradhpo.cluster.schedulers import (
     NEW,
@@ -32,6 +34,7 @@ __all__ = [
     "DamagedFile",
     "Decision",
     "Observer",
+    "Race",
     "RandomSearch",
     "Scheduler",
     "SearchSpace",
@@ -48,4 +51,5 @@ __all__ = [
     "loguniform",
     "trial_key",
     "uniform",
+    "when",
 ]

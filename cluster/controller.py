@@ -10,18 +10,20 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from gradhpo.checkpoints import DamagedFile, Saved
 from gradhpo.cluster import columns as names
 from gradhpo.cluster import schedulers
-from gradhpo.cluster.columns import BORN, PARENT, TRIAL, Columns, decision_of
-from gradhpo.cluster.events import Damaged, GenerationDone, Note, Tell
+from gradhpo.cluster.columns import BORN, PARENT, TRIAL, VARIANT, Columns, decision_of
+from gradhpo.cluster.events import CombinationEnded, Damaged, GenerationDone, Note, Tell
 from gradhpo.cluster.executors import Executor
 from gradhpo.cluster.failures import StateGone, SweepError
 from gradhpo.cluster.journal import Best, Entry, Journal
 from gradhpo.cluster.orders import Import, Order, Result
+from gradhpo.cluster.race import Ended, rung
 from gradhpo.cluster.schedulers import NEW, Decision, Scheduler, Table
 from gradhpo.cluster.space import LR_HYPER, Change, Changes, SearchSpace
 from gradhpo.cluster.stopping import Stopping
@@ -33,31 +35,28 @@ MOST_LOSSES = 10
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Which slots belong to which shard and variant: shard by shard, variant by variant."""
+    """Which slots belong to which shard, and at first to which variant: variant by variant."""
 
     variants: int
     shards: int
     """Of all variants together."""
     slots: int
     """Of a shard."""
+    races: bool = False
+    """Whether variants end, and hand their shards over."""
 
     @property
     def population(self) -> int:
         """All slots."""
         return self.shards * self.slots
 
-    def variant_of(self, shard: int) -> int:
-        """Return a shard's variant."""
-        return shard // (self.shards // self.variants)
+    def beginning(self) -> np.ndarray:
+        """Return each slot's variant when a sweep begins."""
+        return np.repeat(np.arange(self.variants), self.population // self.variants)
 
     def part(self, shard: int) -> slice:
         """Return a shard's slots."""
         return slice(shard * self.slots, (shard + 1) * self.slots)
-
-    def population_of(self, variant: int) -> slice:
-        """Return a variant's slots."""
-        size = self.population // self.variants
-        return slice(variant * size, (variant + 1) * size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +84,20 @@ class Plan:
     """int64: from which slot it comes; `NEW` starts anew."""
     changes: Changes
     lr_hyper: np.ndarray | None
-    """float64."""
+    """float64; NaN where a combination has none."""
+    variant: np.ndarray
+    """int64: which combination of choices is in each slot."""
+    anew: np.ndarray
+    """Boolean: where it was another one before."""
+
+
+class Next(NamedTuple):
+    """What was decided after a generation."""
+
+    decision: Decision
+    variant: np.ndarray
+    """Which combination of choices has each slot from now on."""
+    ended: tuple[Ended, ...] = ()
 
 
 @dataclasses.dataclass
@@ -95,7 +107,7 @@ class Computed:
     orders: list[Order]
     plan: Plan
     columns: Columns
-    decision: Decision
+    next: Next
     best: Best | None
     """Of all generations so far; if it is of this one, its checkpoint is to come."""
     seconds: float
@@ -204,7 +216,7 @@ class Controller:
         return plan
 
     def _after(self, generation: int, table: Columns) -> Plan:
-        return following(plan_of(generation, table), decision_of(table), self._rules)
+        return after(generation, table, self._layout, self._rules)
 
     def _compare(self, columns: Columns, table: Columns, generation: int) -> None:
         """Tell if a generation that was computed again differs from its table."""
@@ -228,13 +240,14 @@ class Controller:
         self._take_in(results)
         columns = gather(plan, results, self._layout)
         decision = decide(columns, plan, self._layout, self._rules)
+        decided = race(columns, plan, decision, self._layout, self._rules)
         best = self._best(plan, columns)
         seconds = time.perf_counter() - started
-        self._computed.append(Computed(made, plan, columns, decision, best, seconds))
+        self._computed.append(Computed(made, plan, columns, decided, best, seconds))
         self._stopping.ask(plan.generation + 1, best)
         if settle:
             self._flush()
-        return following(plan, decision, self._rules)
+        return following(plan, decided, self._rules)
 
     def _start(self, plan: Plan) -> list[Saved]:
         """Return the checkpoints that a plan starts from; none where they are not durable."""
@@ -291,7 +304,9 @@ class Controller:
         """Write a generation's table, and then its line: its states are durable."""
         generation = done.plan.generation
         try:
-            content = {**done.columns, **names.of_decision(done.decision)}
+            content = {**done.columns, **names.of_decision(done.next.decision)}
+            if self._layout.races:
+                content[names.NEXT_VARIANT] = done.next.variant
             entry: Entry = {
                 "generation": generation,
                 "table": self._storage.save_table(generation, content),
@@ -301,6 +316,8 @@ class Controller:
             }
             if what := self._changes.get(generation):
                 entry["changes"] = what
+            if done.next.ended:
+                entry["ended"] = [one._asdict() for one in done.next.ended]
             if stopped is not None and generation + 1 < self._total:
                 entry["stopped"] = stopped
             self._journal.append(entry)
@@ -312,6 +329,15 @@ class Controller:
         best = entry["best"] and entry["best"]["score"] * self._rules.sign
         table = names.shown(done.columns)
         self._tell(GenerationDone(generation + 1, table, best, entry["seconds"]))
+        self._tell_ended(done)
+
+    def _tell_ended(self, done: Computed) -> None:
+        """Say which combinations of choices ended after a generation."""
+        combinations, rules = self._rules.space.variants(), self._rules
+        for one in done.next.ended:
+            score = None if one.score is None else one.score * rules.sign
+            about = (combinations[one.variant], rules.metric, score, one.place, one.of)
+            self._tell(CombinationEnded(done.plan.generation + 1, *about))
 
     def _best(self, plan: Plan, columns: Columns) -> Best | None:
         """Return the best trial so far; one of this generation without its checkpoint."""
@@ -380,7 +406,7 @@ def _needed(entry: Entry | None) -> list[Saved]:
 
 def first_plan(layout: Layout, rules: Rules) -> Plan:
     """Return the first generation's plan: every trial is new."""
-    n = layout.population
+    n, variant = layout.population, layout.beginning()
     empty = Plan(
         generation=-1,
         trial=np.full(n, -1, np.int64),
@@ -388,38 +414,51 @@ def first_plan(layout: Layout, rules: Rules) -> Plan:
         parents=np.full(n, NEW, np.int64),
         changes={},
         lr_hyper=None if rules.space.lr_hyper is None else np.zeros(n),
+        variant=variant,
+        anew=np.zeros(n, bool),
     )
-    rng = np.random.default_rng([rules.seed, 0])
-    fresh = np.ones(n, bool)
-    return following(
-        empty, Decision(np.full(n, NEW, np.int64), rules.space.draw(rng, fresh)), rules
-    )
+    changes = first_changes(layout, rules.space, rules.seed)
+    return following(empty, Next(Decision(np.full(n, NEW, np.int64), changes), variant), rules)
 
 
-def following(plan: Plan, decision: Decision, rules: Rules) -> Plan:
+def first_changes(layout: Layout, space: SearchSpace, seed: int) -> Changes:
+    """Return the settings that the first trials draw."""
+    return space.draw_first(np.random.default_rng([seed, 0]), layout.beginning())
+
+
+def following(plan: Plan, decided: Next, rules: Rules) -> Plan:
     """Return the next generation's plan; trials that are new or copies get new numbers."""
-    slots = np.arange(len(plan.trial))
+    decision, slots = decided.decision, np.arange(len(plan.trial))
     replaced = decision.parents != slots
     numbers = plan.trial.max() + np.cumsum(replaced)  # the highest ever: a slot only goes up
     generation = plan.generation + 1
-    changes = dict(decision.changes)
-    lr_hyper = plan.lr_hyper
-    if lr_hyper is not None:
-        source = np.where(decision.parents < 0, slots, decision.parents)
-        lr_hyper = lr_hyper[source]
-        if LR_HYPER in changes:
-            mask, multiply, add = changes.pop(LR_HYPER)
-            assert rules.space.lr_hyper is not None
-            low, high = rules.space.settings()[LR_HYPER].bounds
-            lr_hyper = np.where(mask, np.clip(lr_hyper * multiply + add, low, high), lr_hyper)
     return Plan(
         generation=generation,
         trial=np.where(replaced, numbers, plan.trial),
         born=np.where(replaced, generation, plan.born),
         parents=decision.parents,
-        changes=changes,
-        lr_hyper=lr_hyper,
+        changes={n: change for n, change in decision.changes.items() if n != LR_HYPER},
+        lr_hyper=_next_rates(plan, decided, rules.space),
+        variant=decided.variant,
+        anew=decided.variant != plan.variant,
     )
+
+
+def _next_rates(plan: Plan, decided: Next, space: SearchSpace) -> np.ndarray | None:
+    """Return the outer rates after a decision; NaN in combinations that have none."""
+    if plan.lr_hyper is None:
+        return None
+    parents, n = decided.decision.parents, len(plan.trial)
+    rates = plan.lr_hyper[np.where(parents < 0, np.arange(n), parents)]
+    mask, multiply, add = decided.decision.changes.get(LR_HYPER) or _unchanged(n)
+    low, high = np.full((2, n), np.nan)
+    for number, combination in enumerate(space.variants()):
+        if (one := space.of(combination).settings().get(LR_HYPER)) is not None:
+            low[decided.variant == number], high[decided.variant == number] = one.bounds
+    # What is set, and not perturbed, may come after none.
+    moved = np.where(multiply == 0, add, rates * multiply + add)
+    rates = np.where(mask, np.clip(moved, low, high), rates)
+    return np.where(np.isnan(low), np.nan, rates)
 
 
 def gather(plan: Plan, results: list[Result], layout: Layout) -> Columns:
@@ -433,6 +472,7 @@ def gather(plan: Plan, results: list[Result], layout: Layout) -> Columns:
         BORN: plan.born,
         PARENT: plan.parents,
         **({} if plan.lr_hyper is None else {LR_HYPER: plan.lr_hyper}),
+        **({VARIANT: plan.variant} if layout.races else {}),
     }
     dtypes = {name: column.dtype for result in results for name, column in result.columns.items()}
     shapes = {name: x.shape[1:] for result in results for name, x in result.columns.items()}
@@ -449,25 +489,55 @@ def decide(columns: Columns, plan: Plan, layout: Layout, rules: Rules) -> Decisi
       SweepError: if the scheduler fails or returns something else than a fitting `Decision`.
     """
     parents, changes = np.arange(layout.population), _no_changes(layout.population, rules.space)
-    settings = rules.space.settings()
-    for variant in range(layout.variants):
-        part = layout.population_of(variant)
-        size, first = part.stop - part.start, part.start
+    for variant in np.unique(plan.variant).tolist():
+        part, space = np.flatnonzero(plan.variant == variant), _space_of(variant, rules)
+        settings = space.settings()
         rng = np.random.default_rng([rules.seed, plan.generation + 1, variant])
-        table = _table(columns, part, plan.generation, rules)
+        table = _table(columns, part, plan.generation, rules, list(settings))
         try:
-            made = schedulers.check(rules.scheduler(table, rules.space, rng), size, settings)
+            made = schedulers.check(rules.scheduler(table, space, rng), len(part), settings)
         except Exception as error:
             what = f"the scheduler failed after generation {plan.generation}"
             raise SweepError(f"{what}: {type(error).__name__}: {error}") from error
         fresh = made.parents == NEW
-        parents[part] = np.where(fresh, NEW, made.parents + first)
-        drawn = rules.space.draw(rng, fresh) if fresh.any() else {}
+        parents[part] = np.where(fresh, NEW, part[made.parents])
+        drawn = space.draw(rng, fresh) if fresh.any() else {}
         for name in settings:
             for change in (made.changes.get(name), drawn.get(name)):
                 if change is not None:
                     _merge(changes[name], change, part)
     return Decision(parents, changes)
+
+
+def race(columns: Columns, plan: Plan, decision: Decision, layout: Layout, rules: Rules) -> Next:
+    """Let combinations of choices end where that is due, and others have their slots.
+
+    The slots that change hands get new trials, whatever the scheduler decided for them.
+    """
+    if rules.space.race is None:
+        return Next(decision, plan.variant)
+    score = (columns[rules.metric] * rules.sign).reshape(layout.shards, layout.slots)
+    held = plan.variant[:: layout.slots]
+    found = rung(rules.space.race, plan.generation + 1, layout.variants, held, score)
+    variant = np.repeat(found.variant, layout.slots)
+    return Next(_handed_over(decision, plan, variant, layout, rules), variant, found.ended)
+
+
+def _handed_over(
+    decision: Decision, plan: Plan, variant: np.ndarray, layout: Layout, rules: Rules
+) -> Decision:
+    taken = variant != plan.variant
+    changes = {
+        name: Change(change.mask & ~taken, change.multiply.copy(), change.add.copy())
+        for name, change in decision.changes.items()
+    }
+    for number in np.unique(variant[taken]).tolist():
+        part = np.flatnonzero(taken & (variant == number))
+        rng = np.random.default_rng([rules.seed, plan.generation + 1, layout.variants + number])
+        drawn = _space_of(number, rules).draw(rng, np.ones(len(part), bool))
+        for name, change in drawn.items():
+            _merge(changes[name], change, part)
+    return Decision(np.where(taken, NEW, decision.parents), changes)
 
 
 def orders(
@@ -482,7 +552,7 @@ def orders(
     slots = np.arange(layout.slots, dtype=np.int32)
     for shard in range(layout.shards):
         part = layout.part(shard)
-        parents = plan.parents[part]
+        parents, anew = plan.parents[part], bool(plan.anew[part.start])
         fresh = parents == NEW
         inside = (parents >= part.start) & (parents < part.stop)
         outside = np.flatnonzero(~fresh & ~inside)
@@ -493,7 +563,7 @@ def orders(
         made.append(
             Order(
                 shard=shard,
-                variant=layout.variant_of(shard),
+                variant=int(plan.variant[part.start]),
                 generation=plan.generation,
                 trials=plan.trial[part].astype(np.uint32),
                 parents=np.where(inside, parents - part.start, slots).astype(np.int32),
@@ -504,7 +574,8 @@ def orders(
                     for name in space.hyperparams
                     if name in plan.changes and plan.changes[name].mask[part].any()
                 },
-                start=saved[shard],
+                start=None if anew else saved[shard],
+                anew=anew,
                 imports=tuple(imports),
                 save=save,
             )
@@ -512,13 +583,28 @@ def orders(
     return made
 
 
-def plan_of(generation: int, columns: Columns) -> Plan:
+def plan_of(generation: int, columns: Columns, layout: Layout) -> Plan:
     """Return the plan that a table came from, but for the changes that it began with."""
     trial, born, parents = columns[TRIAL], columns[BORN], columns[PARENT]
-    return Plan(generation, trial, born, parents, {}, columns.get(LR_HYPER))
+    variant = columns.get(VARIANT, layout.beginning())
+    anew = np.zeros(len(trial), bool)
+    return Plan(generation, trial, born, parents, {}, columns.get(LR_HYPER), variant, anew)
 
 
-def _table(columns: Columns, part: slice, generation: int, rules: Rules) -> Table:
+def after(generation: int, columns: Columns, layout: Layout, rules: Rules) -> Plan:
+    """Return the plan that follows a generation, by its table and the decision in it."""
+    plan = plan_of(generation, columns, layout)
+    variant = columns.get(names.NEXT_VARIANT, plan.variant)
+    return following(plan, Next(decision_of(columns), variant), rules)
+
+
+def _space_of(variant: int, rules: Rules) -> SearchSpace:
+    return rules.space.of(rules.space.variants()[variant])
+
+
+def _table(
+    columns: Columns, part: np.ndarray, generation: int, rules: Rules, settings: Sequence[str]
+) -> Table:
 
     def column(name: str) -> np.ndarray:
         """Return a copy that cannot be written: a scheduler must not change the sweep's table."""
@@ -526,22 +612,26 @@ def _table(columns: Columns, part: slice, generation: int, rules: Rules) -> Tabl
         copied.setflags(write=False)
         return copied
 
-    settings = {name: column(names.setting(name)) for name in rules.space.settings()}
+    values = {name: column(names.setting(name)) for name in settings}
     return Table(
         generation=generation,
         score=columns[rules.metric][part] * rules.sign,
         trial=column(TRIAL),
         age=generation - columns[BORN][part] + 1,
-        values=settings,
+        values=values,
         metrics={name: column(name) for name in names.measured(columns)},
     )
 
 
 def _no_changes(n: int, space: SearchSpace) -> dict[str, Change]:
-    return {name: Change(np.zeros(n, bool), np.ones(n), np.zeros(n)) for name in space.settings()}
+    return {name: _unchanged(n) for name in space.names()}
 
 
-def _merge(into: Change, change: Change, part: slice) -> None:
+def _unchanged(n: int) -> Change:
+    return Change(np.zeros(n, bool), np.ones(n), np.zeros(n))
+
+
+def _merge(into: Change, change: Change, part: np.ndarray) -> None:
     mask, multiply, add = change
     mask = np.asarray(mask, bool)
     into.mask[part] |= mask

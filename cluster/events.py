@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from gradhpo.cluster import columns, orders
+from gradhpo.cluster.space import said
 from gradhpo.observers.events import Begun, Event, GoneBack, ObserverFailed, Over, Progress
 from gradhpo.observers.telling import Observer, Telling
 
@@ -16,6 +17,7 @@ __all__ = [
     "Begun",
     "Callback",
     "Changed",
+    "CombinationEnded",
     "Damaged",
     "Event",
     "Finished",
@@ -233,6 +235,30 @@ class Changed(Event):
     def line(self) -> str:
         """Say since when."""
         return f"the {self.what} changed, as allowed: from generation {self.generation + 1} on"
+
+
+@dataclasses.dataclass(frozen=True)
+class CombinationEnded(Event):
+    """A combination of choices lost the race; others have its slots from now on."""
+
+    generation: int
+    """After which, counted from 1."""
+    choices: Mapping[str, Any]
+    metric: str
+    """Its name."""
+    score: float | None
+    """The metric of its best trial; None where all had diverged."""
+    place: int
+    """Among the combinations that were left, from 1."""
+    of: int
+    """How many were left."""
+    name: ClassVar[str] = "combination ended"
+
+    def line(self) -> str:
+        """Say which, and why."""
+        score = "all diverged" if self.score is None else f"{self.metric} {self.score:.4g}"
+        where = f"after generation {self.generation}: {score}, {self.place} of {self.of}"
+        return f"{said(self.choices)} ended {where}. Others have its slots"
 
 
 @dataclasses.dataclass(frozen=True)

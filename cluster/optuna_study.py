@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from gradhpo.cluster.columns import TRIAL, setting
+from gradhpo.cluster.columns import TRIAL, VARIANT, setting
 from gradhpo.cluster.distributions import Choice, Distribution
 from gradhpo.cluster.result import SweepResult
 from gradhpo.files import Where
@@ -61,29 +62,48 @@ def export_study(storage: Where, url: str, name: str | None = None) -> Any:
 
 
 class _Setting:
-    """A number that is searched, over the whole study."""
+    """A number that is searched, over the whole study.
 
-    def __init__(self, optuna: Any, about: Distribution, first: np.ndarray) -> None:
+    Args:
+      optuna: the package.
+      about: by number of a combination of choices, its distribution, where it has one.
+      first: of each trial, the number as it is stored; NaN where there is none.
+      variant: of each trial, its combination.
+    """
+
+    def __init__(
+        self, optuna: Any, about: Mapping[int, Distribution], first: np.ndarray, variant: np.ndarray
+    ) -> None:
         self._about, kinds = about, optuna.distributions
-        self._log = not isinstance(about, Choice) and about.stored == "log"
-        values = [self._value(x) for x in first[np.isfinite(first)].tolist()]
-        if isinstance(about, Choice) and set(values) <= set(about.values):
-            self.kind = kinds.CategoricalDistribution(about.values)
+        found = zip(first.tolist(), variant.tolist(), strict=True)
+        values = [x for x in (self.value(*one) for one in found) if x is not None]
+        several = list(dict.fromkeys(about.values()))
+        if (
+            len(several) == 1
+            and isinstance(one := several[0], Choice)
+            and set(values) <= set(one.values)
+        ):
+            self.kind = kinds.CategoricalDistribution(one.values)
             return
-        bounds = about.bounds if isinstance(about, Choice) else (about.low, about.high)
-        low, high = min(*bounds, *values), max(*bounds, *values)  # hypergradients may lead out
-        log = not isinstance(about, Choice) and about.log and low > 0
+        # One parameter of a study has one kind. Hypergradients may lead out of the bounds.
+        bounds = [x for one in several for x in _bounds(one)]
+        low, high = min(*bounds, *values), max(*bounds, *values)
+        log = low > 0 and all(not isinstance(one, Choice) and one.log for one in several)
         self.kind = kinds.FloatDistribution(low, high, log=log)
 
-    def value(self, stored: float) -> float | None:
-        """Return what was drawn; None for what is no number any more."""
-        return self._value(stored) if np.isfinite(stored) else None
-
-    def _value(self, stored: float) -> float:
-        if isinstance(self._about, Choice):
-            near = min(self._about.values, key=lambda known: abs(known - stored))
+    def value(self, stored: float, variant: int) -> float | None:
+        """Return what was drawn; None for what is no number any more, or never was there."""
+        about = self._about.get(variant)
+        if about is None or not np.isfinite(stored):
+            return None
+        if isinstance(about, Choice):
+            near = min(about.values, key=lambda known: abs(known - stored))
             return near if np.isclose(near, stored, rtol=CLOSE, atol=0) else stored
-        return float(np.exp(stored)) if self._log else stored
+        return float(np.exp(stored)) if about.stored == "log" else stored
+
+
+def _bounds(about: Distribution) -> tuple[float, float]:
+    return about.bounds if isinstance(about, Choice) else (about.low, about.high)
 
 
 class _Trials:
@@ -100,9 +120,16 @@ class _Trials:
         self._rows = np.split(order, starts[1:])
         """Of each trial, by its number, its rows from the first generation on."""
         first = np.array([rows[0] for rows in self._rows])
+        variant = self._table[VARIANT][first]
+        of = [self._space.of(one).settings() for one in self._space.variants()]
         self._settings = {
-            name: _Setting(optuna, about, self._table[setting(name)][first].astype(float))
-            for name, about in self._space.settings().items()
+            name: _Setting(
+                optuna,
+                {number: known[name] for number, known in enumerate(of) if name in known},
+                self._table[setting(name)][first].astype(float),
+                variant,
+            )
+            for name in self._space.names()
         }
 
     def frozen(self) -> list[Any]:
@@ -133,12 +160,12 @@ class _Trials:
     def _params(self, row: int) -> tuple[dict[str, Any], dict[str, Any]]:
         params: dict[str, Any] = {}
         kinds: dict[str, Any] = {}
+        variant = int(self._table[VARIANT][row])
         for name, about in self._settings.items():
-            value = about.value(float(self._table[setting(name)][row]))
+            value = about.value(float(self._table[setting(name)][row]), variant)
             if value is not None:
                 params[name or "hyperparams"], kinds[name or "hyperparams"] = value, about.kind
-        variant = self._space.variants()[int(self._table["variant"][row])]
-        for name, value in variant.items():
+        for name, value in self._space.variants()[variant].items():
             params[name] = value
             kinds[name] = self._optuna.distributions.CategoricalDistribution(
                 self._space.choices[name]

@@ -14,8 +14,16 @@ import numpy as np
 from gradhpo.checkpoints import DamagedFile
 from gradhpo.cluster import columns as names
 from gradhpo.cluster import importing, manifest, programs, settings
-from gradhpo.cluster.columns import PARENT, TRIAL, Columns, decision_of
-from gradhpo.cluster.controller import Layout, Plan, Rules, first_plan, following, plan_of
+from gradhpo.cluster.columns import PARENT, TRIAL, VARIANT, Columns, decision_of
+from gradhpo.cluster.controller import (
+    Layout,
+    Plan,
+    Rules,
+    after,
+    first_changes,
+    first_plan,
+    plan_of,
+)
 from gradhpo.cluster.division import divide
 from gradhpo.cluster.events import Event, Prepared, WorkerLost
 from gradhpo.cluster.failures import SweepError
@@ -39,6 +47,20 @@ class Copy(NamedTuple):
     trial: int
     source: int
     """The trial that it copied."""
+
+
+class EndedCombination(NamedTuple):
+    """A combination of choices that lost the race, see `Race`."""
+
+    generation: int
+    """The last that it ran."""
+    choices: dict[str, Any]
+    score: float | None
+    """The metric of its best trial in that generation; None where all had diverged."""
+    place: int
+    """Among the combinations that were left, from 1."""
+    of: int
+    """How many were left."""
 
 
 class Allowed(NamedTuple):
@@ -276,19 +298,21 @@ class SweepResult:
     def table(self) -> Columns:
         """All generations' tables, one below the other: each column `(generations·population,)`.
 
-        `generation`, `slot`, `variant`, `trial`, `born`, `parent` (the slot it came from; -1 for a
-        new trial), `lr_hyper` where it is searched, the five metrics of the last step, the
-        problem's own, and `hyperparams.…` for searched hyperparameters after the generation.
+        `generation`, `slot`, `variant` (the number of the combination of choices), `trial`, `born`,
+        `parent` (the slot it came from; -1 for a new trial), `lr_hyper` where it is searched, the
+        five metrics of the last step, the problem's own, and `hyperparams.…` for searched
+        hyperparameters after the generation; NaN in combinations that have none.
         """
         tables = [self._table(g) for g in range(self.generations)]
         n = self._layout.population
         first = names.shown(tables[0])
-        whole = {name: np.concatenate([table[name] for table in tables]) for name in first}
-        variants = [self._layout.variant_of(shard) for shard in range(self._layout.shards)]
+        # A setting that only combinations have that ended is in earlier tables alone.
+        none = {name: np.full_like(x, np.nan) for name, x in first.items() if x.dtype.kind == "f"}
+        whole = {n: np.concatenate([t[n] if n in t else none[n] for t in tables]) for n in first}
         return {
             "generation": np.repeat(np.arange(len(tables)), n),
             "slot": np.tile(np.arange(n), len(tables)),
-            "variant": np.tile(np.repeat(variants, self._layout.slots), len(tables)),
+            VARIANT: np.tile(self._layout.beginning(), len(tables)),
             **whole,
         }
 
@@ -346,6 +370,18 @@ class SweepResult:
         ]
 
     @property
+    def ended(self) -> list[EndedCombination]:
+        """Which combinations of choices ended, and why; see `SearchSpace`'s `race`."""
+        combinations = self._spec.space.variants()
+        told = ((e["generation"], one) for e in self._entries for one in e.get("ended", []))
+        made: list[EndedCombination] = []
+        for generation, one in told:
+            score = None if one["score"] is None else one["score"] * self._sign
+            about = (combinations[one["variant"]], score, one["place"], one["of"])
+            made.append(EndedCombination(generation, *about))
+        return made
+
+    @property
     def copies(self) -> list[Copy]:
         """Which trial copied which, and when."""
         made: list[Copy] = []
@@ -372,7 +408,7 @@ class SweepResult:
         local = slot % self._layout.slots
         with self._named():
             arrays = slot_of(*self._storage.load(found["checkpoint"]), local)
-        variant = self._variant_of_slot(slot)
+        variant = self._winners_number
         rates = self._plan(generation).lr_hyper
         host = ShardHost
         return Trial(
@@ -380,7 +416,7 @@ class SweepResult:
             generation=generation,
             score=found["score"] * self._sign,
             metrics=self._metrics(found),
-            lr_hyper=None if rates is None else float(rates[slot]),
+            lr_hyper=_rate(rates, slot),
             choices=self._spec.space.variants()[variant],
             lineage=self._lineage(slot, generation),
             arrays=arrays,
@@ -402,13 +438,13 @@ class SweepResult:
             plan = self._plan(generation)
             before = decision_of(self._table(generation - 1)).changes if generation else None
             if before is None:
-                before = self._first_changes()
+                before = first_changes(self._layout, self._spec.space, self._spec.seed)
             changes = {
                 name: (float(change.multiply[slot]), float(change.add[slot]))
                 for name, change in before.items()
                 if change.mask[slot] and name != LR_HYPER
             }
-            rate = None if plan.lr_hyper is None else float(plan.lr_hyper[slot])
+            rate = _rate(plan.lr_hyper, slot)
             turns.append(Turn(generation, int(plan.trial[slot]), slot, rate, changes))
             parent = int(plan.parents[slot])
             if parent == NEW:
@@ -451,7 +487,7 @@ class SweepResult:
 
     def _winners_variant(self, steps: int) -> Variant:
         """Return what computes the winner alone, so many steps at a time."""
-        number = self._variant_of_slot(self._best()["slot"])
+        number = self._winners_number
         importing.extend_path(self._spec.sys_path)
         spec = dataclasses.replace(self._spec, batching=self._layouts[number], steps=steps)
         variant = Variant(spec, spec.space.variants()[number], self._load_data())
@@ -497,13 +533,11 @@ class SweepResult:
             raise SweepError("every trial of the sweep has diverged")
         return found
 
-    def _variant_of_slot(self, slot: int) -> int:
-        return self._layout.variant_of(slot // self._layout.slots)
-
-    def _first_changes(self) -> Mapping[str, Change]:
-        space: SearchSpace = self._spec.space
-        n = self._layout.population
-        return space.draw(np.random.default_rng([self._spec.seed, 0]), np.ones(n, bool))
+    @property
+    def _winners_number(self) -> int:
+        """Which combination of choices the winner has."""
+        found = self._best()
+        return int(self._plan(found["generation"]).variant[found["slot"]])
 
     def _metrics(self, found: Any) -> dict[str, float]:
         """Return the winner's row of its table; where that is damaged, what the journal says."""
@@ -531,14 +565,13 @@ class SweepResult:
     def _plan(self, generation: int) -> Plan:
         """Return who ran in which slot: as the table says, or the one before it, which decided."""
         try:
-            return plan_of(generation, self._table(generation))
+            return plan_of(generation, self._table(generation), self._layout)
         except DamagedFile:
             spec = self._spec
             rules = Rules(RandomSearch(), spec.space, spec.seed, self._metric, self._sign)
             if generation == 0:
                 return first_plan(self._layout, rules)
-            before = self._table(generation - 1)
-            return following(plan_of(generation - 1, before), decision_of(before), rules)
+            return after(generation - 1, self._table(generation - 1), self._layout, rules)
 
     def _table(self, generation: int) -> Columns:
         """Return a generation's table; where its line is damaged, by what its name proves."""
@@ -563,6 +596,11 @@ class SweepResult:
     @functools.cached_property
     def _saved(self) -> dict[int, Any]:
         return {entry["generation"]: entry["table"] for entry in self._entries}
+
+
+def _rate(rates: np.ndarray | None, slot: int) -> float | None:
+    """Return a trial's outer rate; None where its combination of choices has none."""
+    return None if rates is None or np.isnan(rates[slot]) else float(rates[slot])
 
 
 def _row(variant: Variant, state: Any) -> BilevelState:

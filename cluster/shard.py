@@ -84,7 +84,8 @@ class ShardHost:
           StorageFailed: if a checkpoint cannot be written, or one before could not.
         """
         started, variant = time.perf_counter(), self._variants[order.variant]
-        state = self._state(order.shard, order.variant, order.generation - 1, order.start)
+        before = -1 if order.anew else order.generation - 1
+        state = self._state(order.shard, order.variant, before, order.start)
         winner = self._start_winner(order, incarnation, state)
         if self._begun.get(order.shard, -1) >= order.generation:  # the sweep went back
             del self._begun[order.shard]

@@ -20,6 +20,7 @@ from gradhpo.cluster import importing
 from gradhpo.cluster.columns import DIVERGED, RESERVED
 from gradhpo.cluster.host_turns import DONATING, STATE, HostTurns
 from gradhpo.cluster.orders import Order, Prepared, Spec
+from gradhpo.cluster.space import said
 from gradhpo.cluster.timings import Timings
 from gradhpo.cluster.validation import with_validation
 from gradhpo.errors import check_hashable
@@ -42,7 +43,8 @@ class Variant:
     """One combination of the space's choices: its population and programs, on these devices."""
 
     def __init__(self, spec: Spec, arguments: Mapping[str, Any], data: PyTree) -> None:
-        self.spec, self.settings = spec, spec.space.hyperparams
+        self.spec, self._space = spec, spec.space.of(arguments)
+        self.settings: Mapping[str, Any] = self._space.hyperparams
         self._timings = Timings()
         with self._timings("problem"):
             problem, optimizer = build(spec, arguments, data)
@@ -58,7 +60,7 @@ class Variant:
             episode_length=spec.episode_length, lr_reptile=spec.lr_reptile,
             episode_init=spec.episode_init,
         )  # fmt: skip
-        schedule = spec.lr_schedule
+        schedule = spec.lr_schedule if self._space.lr_hyper is not None else None
         self.schedule = importing.load(schedule) if isinstance(schedule, str) else schedule
         if schedule is not None:
             check_hashable("lr_schedule", self.schedule)
@@ -70,7 +72,7 @@ class Variant:
         pairs = self.population.first_pair_shapes(spec.slots)
         init = self.population.trace_init
         self._template = jax.eval_shape(init, keys, {}, self._data_shapes, pairs)
-        self._check_settings()
+        self._check_settings(said(arguments))
         self.data: PyTree = None
         self._first: Any = None
         self.host = HostTurns(self, spec.steps, spec.record) if problem.batch is None else None
@@ -366,21 +368,24 @@ class Variant:
         leaves = tree_flatten_with_path(hyperparams)[0]
         return {dotted(path): leaf for path, leaf in leaves if dotted(path) in self.settings}
 
-    def _check_settings(self) -> None:
+    def _check_settings(self, combination: str) -> None:
+        of = f" for {combination}" if combination else ""
         there = [dotted(path) for path, _ in tree_flatten_with_path(self._template.hyperparams)[0]]
         for name in self.settings:
             if name not in there:
                 raise ValueError(
-                    f"space.hyperparams has {name!r}; the problem's hyperparameters are "
+                    f"space.hyperparams has {name!r}; the problem's hyperparameters{of} are "
                     f"{', '.join(map(repr, there[:20]))}"
                 )
-        if self._takes_rate and self.spec.space.lr_hyper is None:
+        if self._takes_rate and self._space.lr_hyper is None:
             raise ValueError(
-                "the optimizer has no outer_optimizer: give SearchSpace(lr_hyper=…), a number or "
-                "a distribution"
+                f"the optimizer{of} has no outer_optimizer: give SearchSpace(lr_hyper=…), a number "
+                "or a distribution"
             )
-        if not self._takes_rate and self.spec.space.lr_hyper is not None:
-            raise ValueError("space.lr_hyper is given, and the optimizer has an outer_optimizer")
+        if not self._takes_rate and self._space.lr_hyper is not None:
+            raise ValueError(
+                f"space.lr_hyper is given, and the optimizer{of} has an outer_optimizer"
+            )
 
 
 def data_key(seed: Any) -> jax.Array:

@@ -28,6 +28,7 @@ OPERATIONS = ("open", "fsync", "replace", "unlink", "mkdir", "rmdir")
 OPERATIONS += ("write", "ftruncate", "truncate")
 SIZE = 4000
 """Numbers of a trial's state: 16 kB."""
+CHANGES = {"population": 6, "shards": 2, "generations": 5}
 
 
 class Variant:
@@ -66,7 +67,8 @@ class Variant:
         params, rate = (x.copy() for x in state.values())
         for slot, trial in enumerate(order.trials):
             if order.fresh[slot]:
-                params[slot], rate[slot] = np.random.default_rng(trial).normal(size=SIZE), -3
+                size = params.shape[1]
+                params[slot], rate[slot] = np.random.default_rng(trial).normal(size=size), -3
         if "log_rate" in order.changes:
             mask, multiply, add = order.changes["log_rate"]
             rate = np.where(mask, rate * multiply + add, rate)
@@ -77,10 +79,9 @@ class Variant:
 
 def run(folder, every, rows=None):
     """Run the sweep to its end; return what it found, as a digest, with a tracker's file if any."""
-    changes = {"population": 6, "shards": 2, "generations": 5, "checkpoint_every": every}
     trackers = [] if rows is None else [CSV(rows)]
-    result = sweep(folder, **changes).run(observers=trackers)
-    digest = hashlib.sha256(str(result.best.lineage).encode())
+    result = sweep(folder, **CHANGES, checkpoint_every=every).run(observers=trackers)
+    digest = hashlib.sha256(str((result.best.lineage, result.ended)).encode())
     for name, array in [*result.table.items(), *result.best.arrays.items()]:
         digest.update(name.encode() + array.tobytes())
     if rows is not None:
