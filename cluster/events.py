@@ -18,6 +18,7 @@ __all__ = [
     "Callback",
     "Changed",
     "CombinationEnded",
+    "Compiling",
     "Damaged",
     "Event",
     "Finished",
@@ -115,6 +116,26 @@ class WorkerLost(Event):
 
 
 @dataclasses.dataclass(frozen=True)
+class Compiling(Event):
+    """A worker begins to compile one of several combinations of choices, or is still at it."""
+
+    variant: int
+    choices: Mapping[str, Any]
+    number: int
+    """Among those that are compiled now, from 1."""
+    of: int
+    """How many those are."""
+    seconds: float = 0
+    """For how long."""
+    name: ClassVar[str] = "compiling"
+
+    def line(self) -> str:
+        """Say which."""
+        since = f", {self.seconds:.0f} s so far" if self.seconds else ""
+        return f"compiling {self.number} of {self.of}: {said(self.choices)}{since}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Prepared(Event):
     """A worker has the programs of one combination of choices."""
 
@@ -128,12 +149,22 @@ class Prepared(Event):
     warnings: Sequence[str]
     seconds: Sequence[tuple[str, float]] = ()
     """Where the time went: the problem, layouts, data, tracing, compiling, loading."""
+    told: Compiling | None = None
+    """What was said when it began, where several are compiled; with the seconds until now."""
     name: ClassVar[str] = "prepared"
 
     @classmethod
-    def of(cls, prepared: orders.Prepared) -> Prepared:
+    def of(cls, prepared: orders.Prepared, told: Compiling | None) -> Prepared:
         """Return what a worker told, without its programs."""
-        return cls(**{field.name: getattr(prepared, field.name) for field in _fields(cls)})
+        names = [field.name for field in _fields(cls) if field.name in prepared._fields]
+        return cls(**{name: getattr(prepared, name) for name in names}, told=told)
+
+    def line(self) -> str | None:
+        """Say which of several is compiled."""
+        if (told := self.told) is None:
+            return None
+        which = f"{told.number} of {told.of}: {said(told.choices)}"
+        return f"compiled {which}, {told.seconds:.1f} s"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Generator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +25,7 @@ from gradhpo.cluster.storage import Storage
 from gradhpo.cluster.variant import Arrays, Rows, Variant
 from gradhpo.cluster.writer import Writer
 from gradhpo.errors import UnreachedWarning
-from gradhpo.parallel import compilations
+from gradhpo.parallel import compilations, compiled
 from gradhpo.parallel.mesh import to_host
 from gradhpo.state import BilevelState, PyTree
 
@@ -43,6 +43,7 @@ class ShardHost:
         """Of those that another worker compiles, with what was told of unreached ones."""
         self._states: collections.OrderedDict[int, Held] = collections.OrderedDict()
         self._writer = Writer(self.storage)
+        self._compilers = ThreadPoolExecutor(compiled.MOST_AT_ONCE)
         self._begun: dict[int, int] = {}
         """By shard, the generation whose state was written last, or is being written."""
         compilations.watch()
@@ -55,11 +56,23 @@ class ShardHost:
             if made.trace():
                 self._traced[variant] = made, unreached
 
+    def begin(self, variant: int, batching: Any) -> None:
+        """Trace a variant, and compile it beside what comes next; `prepare` waits for it.
+
+        Where a layout must be measured first, `prepare` does all of it, when nothing else compiles.
+        """
+        if variant not in self._traced:
+            self.trace(variant, batching)
+        if variant in self._traced:
+            self._traced[variant][0].begin(self._compilers)
+
     def prepare(
         self, variant: int, batching: Any, blobs: Mapping[str, bytes] | None = None
     ) -> Prepared:
         """Get a variant's programs, in this layout; from `blobs` where there are any."""
         made, before = self._traced.pop(variant, (None, list[str]()))
+        if made is None:
+            self._settle()
         if made is not None and batching not in ("auto", made.population.batching):
             made, before = None, []
         with _kept(UnreachedWarning) as unreached:
@@ -67,6 +80,11 @@ class ShardHost:
             prepared = made.prepare(blobs)
         self._variants[variant] = made
         return prepared._replace(variant=variant, unreached=(*before, *unreached))
+
+    def _settle(self) -> None:
+        """Wait for what compiles: it would disturb the measuring of a layout."""
+        for made, _ in self._traced.values():
+            made.settle()
 
     def run(self, order: Order, incarnation: int, rows: Mapping[int, Rows] | None = None) -> Result:
         """Execute an order, and begin to write its checkpoint if it says so.
@@ -137,6 +155,7 @@ class ShardHost:
     def close(self) -> None:
         """Finish what is being written."""
         self._writer.close()
+        self._compilers.shutdown(cancel_futures=True)
 
     def export(
         self, shard: int, variant: int, generation: int, checkpoint: Saved | None, slots: list[int]

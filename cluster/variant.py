@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Executor, Future, wait
 from typing import Any
 
 import jax
@@ -37,6 +38,8 @@ Arrays = dict[str, Any]
 """Arrays of a state by path, `.params['w']`, each with a leading slot axis."""
 Rows = dict[str, np.ndarray]
 """The same of some slots, on the host."""
+Programs = dict[str, tuple[compiled.Compiled, compiled.Counts]]
+"""By name, programs, and what it took to get them."""
 
 
 class Variant:
@@ -67,6 +70,8 @@ class Variant:
         self.optimizer = optimizer
         self.programs: dict[str, Any] = {}
         self._lowered: dict[str, compiled.Lowered] = {}
+        self._ahead: Future[Programs] | None = None
+        """The programs, where they are compiled beside other work."""
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), spec.slots))
         self._data_shapes = jax.eval_shape(self._make_data, np.uint32(0))
         pairs = self.population.first_pair_shapes(spec.slots)
@@ -93,19 +98,30 @@ class Variant:
             self._lowered = made
         return True
 
+    def begin(self, pool: Executor) -> None:
+        """Compile the programs, which are traced, beside other work; `prepare` waits for them."""
+        if self._ahead is None:
+            self._ahead = pool.submit(self._made, None)
+
+    def settle(self) -> None:
+        """Wait until nothing is compiled beside other work; whether that went well is for later."""
+        if self._ahead is not None:
+            wait([self._ahead])
+
     def prepare(self, blobs: Mapping[str, bytes] | None) -> Prepared:
         """Compile the programs, or load them from what another worker compiled."""
-        if self._lowered:
+        if self._lowered and self._ahead is None:
             self._timings = Timings()  # that was while another compiled
-        timed, notes, counts = self._timings, list[str](), dict[str, compiled.Counts]()
-        start = compiled.counts()
-        self.trace(measure=True)
-        calibrated = compiled.counts().since(start)
-        with timed("loading" if blobs else "compiling"), _noted(notes):
-            jobs = [self._job(program, name, blobs) for name, program in self._lowered.items()]
-            for name, (program, done) in zip(self._lowered, compiled.together(jobs), strict=True):
-                self.programs[name], counts[name] = program, done
-        self._lowered = {}
+        timed, notes, calibrated = self._timings, list[str](), compiled.Counts()
+        if not self._lowered:
+            start = compiled.counts()
+            self.trace(measure=True)
+            calibrated = compiled.counts().since(start)
+        with _noted(notes):
+            made = self._made(blobs) if self._ahead is None else self._ahead.result()
+        self.programs |= {name: program for name, (program, _) in made.items()}
+        counts = {name: done for name, (_, done) in made.items()}
+        self._lowered, self._ahead = {}, None
         with timed("data"):
             identity = self._place_data(checked=blobs is None)
         turn = counts.pop("turn")
@@ -130,6 +146,11 @@ class Variant:
             data=identity,
             seconds=tuple(timed.seconds.items()),
         )
+
+    def _made(self, blobs: Mapping[str, bytes] | None) -> Programs:
+        jobs = [self._job(program, name, blobs) for name, program in self._lowered.items()]
+        with self._timings("loading" if blobs else "compiling"):
+            return dict(zip(self._lowered, compiled.together(jobs), strict=True))
 
     def _place_data(self, checked: bool) -> str:
         """Make what all trials share; return a checksum of it, where that is asked for."""
