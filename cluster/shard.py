@@ -71,7 +71,7 @@ class ShardHost:
     ) -> Prepared:
         """Get a variant's programs, in this layout; from `blobs` where there are any."""
         made, before = self._traced.pop(variant, (None, list[str]()))
-        if made is None:
+        if made is None and blobs is None:
             self._settle()
         if made is not None and batching not in ("auto", made.population.batching):
             made, before = None, []
