@@ -33,7 +33,8 @@ class Conditional:
 
     def describe(self) -> dict[str, Any]:
         """Return it as it is written in TOML."""
-        what = {VALUE: self.given} if isinstance(self.given, float) else self.given.describe()
+        plain = isinstance(self.given, float | int)
+        what = {VALUE: self.given} if plain else self.given.describe()
         lists = {name: list(values) for name, values in self.conditions.items()}
         return {**what, WHEN: {n: v[0] if len(v) == 1 else v for n, v in lists.items()}}
 
@@ -78,7 +79,7 @@ def when(given: Distribution | float, /, **conditions: Any) -> Conditional:
     return Conditional(float(given) if number else given, values)  # pyright: ignore
 
 
-def parse(name: str, text: Any) -> Distribution | Conditional | float | tuple[Conditional, ...]:
+def parse(name: str, text: Any) -> Distribution | Conditional | tuple[Conditional, ...]:
     """Return what `describe` wrote of a setting, or what TOML says in its way.
 
     Raises:
