@@ -40,6 +40,9 @@ class Variant:
         del arguments, data
         self.slots = spec.slots
 
+    def trace(self):
+        return False  # `prepare` does it all
+
     def prepare(self, blobs):
         del blobs
         names = ["val_loss", "hyperparams.log_rate"]
