@@ -87,8 +87,8 @@ class Plan:
     """float64; NaN where a combination has none."""
     variant: np.ndarray
     """int64: which combination of choices is in each slot."""
-    anew: np.ndarray
-    """Boolean: where it was another one before."""
+    before: np.ndarray
+    """int64: and which one was before."""
 
 
 class Next(NamedTuple):
@@ -415,7 +415,7 @@ def first_plan(layout: Layout, rules: Rules) -> Plan:
         changes={},
         lr_hyper=None if rules.space.lr_hyper is None else np.zeros(n),
         variant=variant,
-        anew=np.zeros(n, bool),
+        before=variant,
     )
     changes = first_changes(layout, rules.space, rules.seed)
     return following(empty, Next(Decision(np.full(n, NEW, np.int64), changes), variant), rules)
@@ -440,7 +440,7 @@ def following(plan: Plan, decided: Next, rules: Rules) -> Plan:
         changes={n: change for n, change in decision.changes.items() if n != LR_HYPER},
         lr_hyper=_next_rates(plan, decided, rules.space),
         variant=decided.variant,
-        anew=decided.variant != plan.variant,
+        before=plan.variant,
     )
 
 
@@ -552,7 +552,8 @@ def orders(
     slots = np.arange(layout.slots, dtype=np.int32)
     for shard in range(layout.shards):
         part = layout.part(shard)
-        parents, anew = plan.parents[part], bool(plan.anew[part.start])
+        parents = plan.parents[part]
+        before, variant = int(plan.before[part.start]), int(plan.variant[part.start])
         fresh = parents == NEW
         inside = (parents >= part.start) & (parents < part.stop)
         outside = np.flatnonzero(~fresh & ~inside)
@@ -563,7 +564,7 @@ def orders(
         made.append(
             Order(
                 shard=shard,
-                variant=int(plan.variant[part.start]),
+                variant=variant,
                 generation=plan.generation,
                 trials=plan.trial[part].astype(np.uint32),
                 parents=np.where(inside, parents - part.start, slots).astype(np.int32),
@@ -574,8 +575,8 @@ def orders(
                     for name in space.hyperparams
                     if name in plan.changes and plan.changes[name].mask[part].any()
                 },
-                start=None if anew else saved[shard],
-                anew=anew,
+                start=saved[shard],
+                before=None if before == variant else before,
                 imports=tuple(imports),
                 save=save,
             )
@@ -587,8 +588,7 @@ def plan_of(generation: int, columns: Columns, layout: Layout) -> Plan:
     """Return the plan that a table came from, but for the changes that it began with."""
     trial, born, parents = columns[TRIAL], columns[BORN], columns[PARENT]
     variant = columns.get(VARIANT, layout.beginning())
-    anew = np.zeros(len(trial), bool)
-    return Plan(generation, trial, born, parents, {}, columns.get(LR_HYPER), variant, anew)
+    return Plan(generation, trial, born, parents, {}, columns.get(LR_HYPER), variant, variant)
 
 
 def after(generation: int, columns: Columns, layout: Layout, rules: Rules) -> Plan:

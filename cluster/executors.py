@@ -145,7 +145,7 @@ class FleetExecutor(Executor):
         self._runs = {_job("run", order): _Run(order) for order in orders}
         runs = {job.shard: run for job, run in self._runs.items()}
         # A state that is in no checkpoint stays where it is.
-        movable = all(o.start is not None or o.anew or o.generation == 0 for o in orders)
+        movable = all(order.start is not None or order.generation == 0 for order in orders)
         self._exports = {}
         for order in orders:
             for source, items in order.by_source().items():

@@ -102,9 +102,7 @@ class ShardHost:
           StorageFailed: if a checkpoint cannot be written, or one before could not.
         """
         started, variant = time.perf_counter(), self._variants[order.variant]
-        before = -1 if order.anew else order.generation - 1
-        state = self._state(order.shard, order.variant, before, order.start)
-        winner = self._start_winner(order, incarnation, state)
+        state, winner = self._begin(order, incarnation)
         if self._begun.get(order.shard, -1) >= order.generation:  # the sweep went back
             del self._begun[order.shard]
             self._writer.forget(order.shard, order.generation)
@@ -231,10 +229,30 @@ class ShardHost:
             about = {"variant": held.variant} | ({"batches": places} if places else {})
             self._writer.start(shard, held.generation, held.incarnation, arrays, about)
 
-    def _start_winner(self, order: Order, incarnation: int, state: Arrays) -> Future[Saved] | None:
-        if order.winner is None:
-            return None
-        rows = self._variants[order.variant].take(state, [order.winner])
+    def _begin(self, order: Order, incarnation: int) -> tuple[Arrays, Future[Saved] | None]:
+        """Return the state that an order starts from; begin to write the winner that is in it."""
+        variant, rows = self._variants[order.variant], None
+        if order.before is None:
+            state = self._state(order.shard, order.variant, order.generation - 1, order.start)
+            if order.winner is not None:
+                rows = variant.take(state, [order.winner])
+        else:
+            state = variant.zeros()
+            if order.winner is not None:
+                rows = self._former_rows(order, order.winner)
+        return state, None if rows is None else self._start_winner(order, incarnation, rows)
+
+    def _former_rows(self, order: Order, slot: int) -> Rows:
+        """Return a slot's arrays of a shard that another variant had before."""
+        held = self._states.get(order.shard)
+        if held is not None and held.generation == order.generation - 1:
+            return self._variants[held.variant].take(held.state, [slot])
+        if order.start is None:
+            raise StateGone(f"shard {order.shard}: nobody holds generation {order.generation - 1}")
+        arrays = self.storage.load(order.start)[0]
+        return {name: array[[slot]] for name, array in arrays.items()}
+
+    def _start_winner(self, order: Order, incarnation: int, rows: Rows) -> Future[Saved] | None:
         if jax.process_index() != 0:
             return None
         about = (order.shard, order.generation - 1, incarnation)

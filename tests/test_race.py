@@ -1,5 +1,7 @@
 """Combinations of choices race: who ends, who has the slots, and the same however interrupted."""
 
+import dataclasses
+import itertools
 import os
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from gradhpo.cluster import (
     SweepResult,
     events,
     loguniform,
+    shard,
     uniform,
     when,
 )
@@ -33,8 +36,11 @@ from gradhpo.cluster.controller import (
     orders,
     race,
 )
+from gradhpo.cluster.incarnations import Incarnations
 from gradhpo.cluster.orders import Result
 from gradhpo.cluster.race import rung
+from gradhpo.cluster.storage import Storage
+from tests import raced_operations
 from tests.sweeps import assert_same_tables, sweep
 
 ROOT = Path(__file__).parent.parent
@@ -139,9 +145,10 @@ def test_every_history_keeps_what_is_promised(scheduler, seed):
         assert {order.variant for order in made} == living
         if before is not None:
             moved = plan.variant != before
-            assert [order.anew for order in made] == moved[::3].tolist()
+            changed = [order.before is not None for order in made]
+            assert changed == moved[::3].tolist()
+            assert [o.before for o in made if o.before is not None] == before[::3][changed].tolist()
             assert (plan.parents[moved] == NEW).all(), "who takes a shard over begins anew"
-            assert all(order.start is None for order in made if order.anew)
             kept = ~moved & (plan.parents >= 0)
             assert (plan.variant[kept] == before[plan.parents[kept]]).all()
             assert living <= set(before.tolist()), "nobody comes back"
@@ -155,7 +162,7 @@ def test_every_history_keeps_what_is_promised(scheduler, seed):
         assert all(best[one.variant] >= min(best.values()) for one in decided.ended)
         # From the table alone comes the same plan, to the bit.
         again = after(plan.generation, table, layout, rules)
-        for field in ("trial", "born", "parents", "lr_hyper", "variant", "anew"):
+        for field in ("trial", "born", "parents", "lr_hyper", "variant", "before"):
             assert getattr(again, field).tobytes() == getattr(coming, field).tobytes(), field
         assert again.changes.keys() == coming.changes.keys()
         for name, change in coming.changes.items():
@@ -167,8 +174,9 @@ def test_every_history_keeps_what_is_promised(scheduler, seed):
 
 def test_a_slot_that_changes_hands_draws_all_settings_of_its_new_combination():
     for _, _, _, _, (_, rules, coming) in history(RandomSearch(), 0):
-        for number in set(coming.variant[coming.anew].tolist()):
-            slots = coming.anew & (coming.variant == number)
+        taken = coming.variant != coming.before
+        for number in set(coming.variant[taken].tolist()):
+            slots = taken & (coming.variant == number)
             of = rules.space.of(rules.space.variants()[number])
             assert {n for n, change in coming.changes.items() if change.mask[slots].any()} == set(
                 of.hyperparams
@@ -233,6 +241,35 @@ def test_a_race_is_in_the_table_the_journal_the_events_and_the_result(tmp_path):
         again = raced(tmp_path / "b", generations=generations).run()
     assert_same_tables(again, result)
     assert again.ended == result.ended
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_shard_that_changes_hands_begins_with_nothing_and_what_is_kept_of_it_stays(
+    tmp_path, monkeypatch, held
+):
+    """Its best trial is written from the state that it had, by whoever has the shard now."""
+    monkeypatch.setattr(shard, "Variant", raced_operations.Variant)
+    made = sweep(tmp_path, space=raced_operations.SPACE, population=6, shards=3)
+    spec = made._spec()
+    hosts = [shard.ShardHost(spec), shard.ShardHost(spec)]
+    for host, number in itertools.product(hosts, (0, 2)):
+        host.prepare(number, "map")
+    layout, rules = made.layout, Rules(PBT(), spec.space, 0, "val_loss", 1)
+    plan = first_plan(layout, rules)
+    first = orders(plan, [None] * 3, layout, spec.space)[2]
+    Incarnations(spec.storage).own({2: 1})
+    hosts[0].run(first, 1)
+    state = {name: x.copy() for name, x in hosts[0]._states[2].state.items()}
+    saved = hosts[0].checkpoint(2, 0)
+    then = dataclasses.replace(first, generation=1, variant=0, before=2, winner=1, start=saved)
+    host = hosts[0 if held else 1]
+    result = host.run(then, 1)
+    kept = Storage(tmp_path).load(result.winner)[0]
+    for name, array in state.items():
+        np.testing.assert_array_equal(kept[name], array[[1]])
+    assert host._states[2].state[".params"].shape == (2, 100)
+    for one in hosts:
+        one.close()
 
 
 @pytest.mark.slow
