@@ -33,8 +33,8 @@ class Conditional:
 
     def describe(self) -> dict[str, Any]:
         """Return it as it is written in TOML."""
-        plain = isinstance(self.given, float | int)
-        what = {VALUE: self.given} if plain else self.given.describe()
+        given = self.given
+        what = {VALUE: given} if isinstance(given, float | int) else given.describe()
         lists = {name: list(values) for name, values in self.conditions.items()}
         return {**what, WHEN: {n: v[0] if len(v) == 1 else v for n, v in lists.items()}}
 

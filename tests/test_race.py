@@ -238,9 +238,24 @@ def test_a_race_is_in_the_table_the_journal_the_events_and_the_result(tmp_path):
 
     # Started again after every generation, it ends equal to the bit.
     for generations in (1, 2, 3, 4):
-        again = raced(tmp_path / "b", generations=generations).run()
+        made = raced(tmp_path / "b", generations=generations)
+        again = made.run()
     assert_same_tables(again, result)
     assert again.ended == result.ended
+    assert len([one for one in made.events if isinstance(one, events.Prepared)]) == 1, "who is left"
+
+
+@pytest.mark.slow
+def test_two_workers_share_what_is_left_of_a_race(tmp_path):
+    """Each compiles a method; then both hold shards of one, which the other one loads."""
+    alone = raced(tmp_path / "a", generations=3).run()
+    made = raced(tmp_path / "b", generations=3, executor="processes", workers=2)
+    result = made.run()
+    assert_same_tables(result, alone)
+    told = [one for one in made.events if isinstance(one, events.Compiling)]
+    assert [(one.number, one.of) for one in told[:2]] == [(1, 2), (2, 2)]
+    assert told[0].line() == "compiling 1 of 2: method=first-order"
+    assert (result.report.compiles, result.report.loads) == (2, 1)
 
 
 @pytest.mark.parametrize("held", [True, False])
