@@ -173,7 +173,7 @@ class World:
 
 def test_no_history_loses_a_job_or_a_healthy_worker():
     sends = kills = 0
-    for seed in range(2000):
+    for seed in range(1500):
         world = World(seed)
         for kind in ("prepare", "run", "export", "run"):
             world.generation(kind)
