@@ -1,6 +1,7 @@
 """Combinations of choices race: who ends, who has the slots, and the same however interrupted."""
 
 import dataclasses
+import importlib.util
 import itertools
 import os
 import subprocess
@@ -37,6 +38,7 @@ from gradhpo.cluster.controller import (
     race,
 )
 from gradhpo.cluster.incarnations import Incarnations
+from gradhpo.cluster.optuna_study import _Trials
 from gradhpo.cluster.orders import Result
 from gradhpo.cluster.race import rung
 from gradhpo.cluster.storage import Storage
@@ -236,6 +238,9 @@ def test_a_race_is_in_the_table_the_journal_the_events_and_the_result(tmp_path):
     replayed = result.replay()
     np.testing.assert_array_equal(replayed.params, result.best.params)
 
+    if importlib.util.find_spec("optuna") is not None:
+        assert_study_has_what_was_drawn(result)
+
     # Started again after every generation, it ends equal to the bit.
     for generations in (1, 2, 3, 4):
         made = raced(tmp_path / "b", generations=generations)
@@ -243,6 +248,17 @@ def test_a_race_is_in_the_table_the_journal_the_events_and_the_result(tmp_path):
     assert_same_tables(again, result)
     assert again.ended == result.ended
     assert len([one for one in made.events if isinstance(one, events.Prepared)]) == 1, "who is left"
+
+
+def assert_study_has_what_was_drawn(result):
+    import optuna
+
+    study = optuna.create_study()
+    study.add_trials(_Trials(optuna, result).frozen())
+    assert len(study.trials) == len(set(result.table["trial"].tolist()))
+    own = {"first-order": "log_decay", "one-step": "log_rate"}
+    for trial in study.trials:
+        assert set(trial.params) == {"method", own[trial.params["method"]]}
 
 
 @pytest.mark.slow
