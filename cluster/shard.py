@@ -153,7 +153,7 @@ class ShardHost:
     def close(self) -> None:
         """Finish what is being written."""
         self._writer.close()
-        self._compilers.shutdown(cancel_futures=True)
+        self._compilers.shutdown(wait=False, cancel_futures=True)
 
     def export(
         self, shard: int, variant: int, generation: int, checkpoint: Saved | None, slots: list[int]
