@@ -1,7 +1,9 @@
 """Settings that exist only where a choice has a given value, and numbers of every kind."""
 
 import json
+import re
 import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,6 +73,15 @@ def test_each_combination_has_its_own_space():
 def test_toml_and_a_manifest_say_the_same():
     assert SearchSpace.parse(tomllib.loads(TOML)) == SPACE
     assert SearchSpace.parse(json.loads(json.dumps(SPACE.describe()))) == SPACE
+
+
+def test_the_page_says_the_same_in_python_and_in_toml():
+    page = (Path(__file__).parent.parent / "docs/cluster.md").read_text()
+    (code,) = re.findall(r"```python\n([^`]*race=Race[^`]*)```", page)
+    (text,) = re.findall(r"```toml\n([^`]*\[space.race\][^`]*)```", page)
+    made = {}
+    exec(code, made)
+    assert SearchSpace.parse(tomllib.loads(text)["space"]) == made["space"]
 
 
 def test_first_trials_draw_what_their_combination_has_and_no_more():
