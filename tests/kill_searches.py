@@ -20,8 +20,8 @@ KINDS = {
 def run(folder, every, rows, kind):
     """Run the sweep to its end; return what it found, as a digest."""
     del rows
-    about = {"population": 6, "shards": 2, "generations": 5, "checkpoint_every": every}
-    result = sweep(folder, **about, **KINDS[kind]).run()
+    about = {**file_operations.CHANGES, **KINDS[kind]}
+    result = sweep(folder, **about, checkpoint_every=every).run()
     digest = hashlib.sha256()
     for name, column in result.table.items():
         digest.update(name.encode() + column.tobytes())
