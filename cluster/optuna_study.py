@@ -103,15 +103,9 @@ class _Trials:
         """Of each trial, by its number, its rows from the first generation on."""
         first = np.array([rows[0] for rows in self._rows])
         variant = self._table[VARIANT][first]
-        of = [self._space.of(one).settings() for one in self._space.variants()]
         self._settings = {
-            name: _Setting(
-                optuna,
-                {number: known[name] for number, known in enumerate(of) if name in known},
-                self._table[setting(name)][first].astype(float),
-                variant,
-            )
-            for name in self._space.names()
+            name: _Setting(optuna, about, self._table[setting(name)][first].astype(float), variant)
+            for name, about in self._space.kinds().items()
         }
 
     def frozen(self) -> list[Any]:

@@ -14,7 +14,7 @@ from gradhpo.cluster import columns as names
 from gradhpo.cluster import front, importing, manifest, plots, programs, settings
 from gradhpo.cluster.columns import TRIAL, VARIANT, Columns
 from gradhpo.cluster.controller import Layout, Rules
-from gradhpo.cluster.distributions import Distribution, Uniform
+from gradhpo.cluster.distributions import Uniform
 from gradhpo.cluster.division import divide
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.front import Found
@@ -453,25 +453,16 @@ class SweepResult:
           ImportError: if matplotlib is not installed.
           ValueError: if nothing is searched that is a number.
         """
-        shape, kinds = (self.generations, self._layout.population), self._kinds()
+        shape, kinds = (self.generations, self._layout.population), self.space.kinds()
         columns = {name: self._numbers(name).reshape(shape) for name in kinds}
         turns = [] if self._objectives.several else self.schedule
         of = {name: list(known.values()) for name, known in kinds.items()}
         return plots.draw_settings(target, columns, of, turns)
 
-    def _kinds(self) -> dict[str, dict[int, Distribution]]:
-        """Return each setting's distributions, by number of a combination that has it."""
-        space = self._spec.space
-        of = [space.of(one).settings() for one in space.variants()]
-        return {
-            name: {number: known[name] for number, known in enumerate(of) if name in known}
-            for name in space.names()
-        }
-
     def _numbers(self, name: str) -> np.ndarray:
         """Return a setting's column of the table, as numbers that a person gives."""
         numbers = self.table[names.setting(name)].astype(float)
-        for number, about in self._kinds()[name].items():
+        for number, about in self.space.kinds()[name].items():
             if isinstance(about, Uniform) and about.stored == "log":
                 here = self.table[VARIANT] == number
                 numbers[here] = np.exp(numbers[here])

@@ -140,6 +140,14 @@ class SearchSpace:
             made[name] = conditional.kind(one.given)
         return made
 
+    def kinds(self) -> dict[str, dict[int, Distribution]]:
+        """Return each setting's distributions, by number of a combination that has it."""
+        of = [self.of(one).settings() for one in self.variants()]
+        return {
+            name: {number: known[name] for number, known in enumerate(of) if name in known}
+            for name in self.names()
+        }
+
     def searched(self) -> dict[str, Distribution]:
         """Return those of `settings` that can be more than one number."""
         return {n: about for n, about in self.settings().items() if np.ptp(about.bounds) > 0}

@@ -40,4 +40,4 @@ class Variant(file_operations.Variant):
 if __name__ == "__main__":
     file_operations.CHANGES |= {"space": SPACE, "shards": 6}
     file_operations.Variant = Variant
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    main(sys.argv[1], *map(int, sys.argv[2:]), "PBT")
