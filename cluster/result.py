@@ -242,7 +242,7 @@ class SweepResult:
         n = self._layout.population
         first = names.shown(tables[0])
         # A setting that only combinations have that ended is in earlier tables alone.
-        none = {name: np.full_like(x, np.nan) for name, x in first.items() if x.dtype.kind == "f"}
+        none = {n: np.full_like(x, np.nan if x.dtype.kind == "f" else 0) for n, x in first.items()}
         whole = {n: np.concatenate([t[n] if n in t else none[n] for t in tables]) for n in first}
         return {
             "generation": np.repeat(np.arange(len(tables)), n),
