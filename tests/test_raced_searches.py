@@ -23,8 +23,9 @@ from gradhpo.cluster import (
     when,
 )
 from gradhpo.cluster.columns import first_of, of_first
-from gradhpo.cluster.controller import Plan, follow
+from gradhpo.cluster.controller import Layout, Plan, Rules, first_plan, follow
 from gradhpo.cluster.drawing import Drawing
+from gradhpo.cluster.objectives import Objectives
 from gradhpo.cluster.optuna_kinds import spanning
 from tests import raced_operations
 from tests.decisions import Decided
@@ -156,6 +157,24 @@ def test_points_are_for_the_combinations_that_have_what_they_give():
     assert first["a"][2, 0] == 1
     assert np.isnan(first["b"][2]).all()
     assert np.isfinite(first["b"][:2]).all()
+
+
+@dataclasses.dataclass(frozen=True)
+class Middle:
+    """Draws the middle of everything."""
+
+    def ask(self, space, history, rng, n):
+        return {name: np.full(n, np.mean(of.bounds)) for name, of in space.searched().items()}
+
+
+def test_an_outer_rate_of_some_combinations_is_drawn_given_or_not_there():
+    rates = [when(uniform(1, 2), method="x"), when(0.5, method="y")]
+    space = SearchSpace({"a": uniform(0, 1)}, rates, {"method": ["x", "y", "z"]})
+    given = points.checked([{"lr_hyper": 1.75}, {"method": "z", "a": 0.25}], space)
+    rules = Rules(RandomSearch(), space, 0, Objectives({"loss": 1}), Drawing(Middle(), given))
+    plan = first_plan(Layout(3, 3, 2), rules)
+    np.testing.assert_array_equal(plan.lr_hyper, [1.75, 1.5, 0.5, 0.5, np.nan, np.nan])
+    assert plan.changes["a"].add[1:].tolist() == [0.5, 0.5, 0.5, 0.25, 0.5]
 
 
 @pytest.mark.parametrize(
