@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,9 +58,9 @@ class Stub(Executor):
         self.seconds = 0.0
         """Spent here, and not by the controller."""
 
-    def prepare(self, layouts: Mapping[int, Any]) -> list[Prepared]:
+    def prepare(self, layouts: Mapping[int, Any], needed: Sequence[int]) -> list[Prepared]:
         """Compile nothing."""
-        del layouts
+        del layouts, needed
         return []
 
     def run(self, orders: list[Order]) -> list[Result]:

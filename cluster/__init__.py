@@ -6,11 +6,13 @@ process.
 
 from gradhpo.checkpoints import DamagedFile
 from gradhpo.cluster import events
+from gradhpo.cluster.conditional import when
 from gradhpo.cluster.discrete import categorical, choice, integer
 from gradhpo.cluster.distributions import loguniform, uniform
 from gradhpo.cluster.events import Observer
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.local_ray import local_ray
+from gradhpo.cluster.race import Race
 from gradhpo.cluster.result import SweepResult, Trial
 from gradhpo.cluster.samplers import Drawn, OptunaSampler, Sampler
 from gradhpo.cluster.schedulers import (
@@ -42,6 +44,7 @@ __all__ = [
     "Drawn",
     "Observer",
     "OptunaSampler",
+    "Race",
     "RandomSearch",
     "Rows",
     "Sampler",
@@ -63,4 +66,5 @@ __all__ = [
     "points_from",
     "trial_key",
     "uniform",
+    "when",
 ]

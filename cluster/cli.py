@@ -34,7 +34,7 @@ from gradhpo.observers.named import named
 
 STOPPED = 130
 """The exit status of a sweep that was told to stop before its end."""
-UNTOLD = ("prepared", "starting", "running", "finished")
+UNTOLD = ("prepared", "compiling", "starting", "running", "finished")
 """Events that `status` leaves out."""
 
 

@@ -1,8 +1,9 @@
 """The columns of a sweep's table: their names, which are its own, and a decision among them.
 
-A table has an entry for each slot. What it is made of: the trials (`TRIAL`, `BORN`, `PARENT`, and
-`LR_HYPER` where it is searched), the metrics of the last step and the problem's own, a column
-`hyperparams.…` for each hyperparameter, and the decision that was made from it, which is not shown.
+A table has an entry for each slot. What it is made of: the trials (`TRIAL`, `BORN`, `PARENT`,
+`LR_HYPER` where it is searched, `VARIANT` where combinations race), the metrics of the last step
+and the problem's own, a column `hyperparams.…` for each hyperparameter, and the decision that was
+made from it, which is not shown.
 """
 
 from __future__ import annotations
@@ -24,12 +25,17 @@ BORN = "born"
 """The generation in which that trial began."""
 PARENT = "parent"
 """From which slot it came before this generation: its own, or `schedulers.NEW`."""
+VARIANT = "variant"
+"""The number of the combination of choices in each slot; in the files where combinations race, as
+it otherwise follows from the slot."""
 DIVERGED = "diverged_at"
 """The step at which it diverged; 0 if it did not."""
 HYPERPARAMS = "hyperparams."
 """How the columns of hyperparameters begin."""
 NEXT_PARENT = "next_parent"
 """Of the decision: from which slot each slot comes next."""
+NEXT_VARIANT = "next_variant"
+"""Of the decision, where combinations race: which one has each slot next."""
 CHANGE = "change"
 SEPARATOR = "|"
 """In the columns of a decision's changes: `change|NAME|FIELD`."""
@@ -39,13 +45,13 @@ CURVE = "curve"
 
 FIRST = "first"
 """In the first table's columns of what its trials began with, where the seed alone does not say it:
-`first|NAME`."""
+`first|NAME`; NaN in combinations of choices that have no such setting."""
 
-OF_TRIALS = (TRIAL, BORN, PARENT, LR_HYPER)
+OF_TRIALS = (TRIAL, BORN, PARENT, LR_HYPER, VARIANT)
 """What a plan says of the trials before a generation; everything else is measured after it."""
 RESERVED = (
-    *(*METRICS, DIVERGED, "generation", "slot", "variant", TRIAL, BORN, PARENT),
-    *(LR_HYPER, NEXT_PARENT),
+    *(*METRICS, DIVERGED, "generation", "slot", VARIANT, TRIAL, BORN, PARENT),
+    *(LR_HYPER, NEXT_PARENT, NEXT_VARIANT),
 )
 """Names that a problem's own metrics cannot have."""
 
@@ -84,7 +90,8 @@ def curves(table: Mapping[str, np.ndarray]) -> Columns:
 
 def shown(table: Mapping[str, np.ndarray]) -> Columns:
     """Return a table without its decision, and what was kept inside the generation."""
-    return {n: x for n, x in table.items() if n != NEXT_PARENT and SEPARATOR not in n}
+    decided = (NEXT_PARENT, NEXT_VARIANT)
+    return {n: x for n, x in table.items() if n not in decided and SEPARATOR not in n}
 
 
 def measured(table: Mapping[str, np.ndarray]) -> list[str]:

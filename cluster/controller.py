@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from gradhpo.checkpoints import DamagedFile, Saved
 from gradhpo.cluster import columns as names
 from gradhpo.cluster import front, schedulers
-from gradhpo.cluster.columns import BORN, PARENT, TRIAL, Columns, decision_of
+from gradhpo.cluster.columns import BORN, PARENT, TRIAL, VARIANT, Columns, decision_of
 from gradhpo.cluster.drawing import Drawing, stored_in
-from gradhpo.cluster.events import Damaged, GenerationDone, Note, Tell
+from gradhpo.cluster.events import CombinationEnded, Damaged, GenerationDone, Note, Tell
 from gradhpo.cluster.executors import Executor
 from gradhpo.cluster.failures import StateGone, SweepError
 from gradhpo.cluster.front import Found
@@ -26,7 +27,8 @@ from gradhpo.cluster.history import History
 from gradhpo.cluster.journal import Entry, Journal
 from gradhpo.cluster.objectives import Objectives
 from gradhpo.cluster.orders import Import, Order, Result
-from gradhpo.cluster.samplers import Past
+from gradhpo.cluster.race import Ended, rung
+from gradhpo.cluster.samplers import Drawn, Past
 from gradhpo.cluster.schedulers import NEW, Decision, Scheduler, Table
 from gradhpo.cluster.space import LR_HYPER, Change, Changes, SearchSpace
 from gradhpo.cluster.stopping import Stopping
@@ -38,31 +40,28 @@ MOST_LOSSES = 10
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Which slots belong to which shard and variant: shard by shard, variant by variant."""
+    """Which slots belong to which shard, and at first to which variant: variant by variant."""
 
     variants: int
     shards: int
     """Of all variants together."""
     slots: int
     """Of a shard."""
+    races: bool = False
+    """Whether variants end, and hand their shards over."""
 
     @property
     def population(self) -> int:
         """All slots."""
         return self.shards * self.slots
 
-    def variant_of(self, shard: int) -> int:
-        """Return a shard's variant."""
-        return shard // (self.shards // self.variants)
+    def beginning(self) -> np.ndarray:
+        """Return each slot's variant when a sweep begins."""
+        return np.repeat(np.arange(self.variants), self.population // self.variants)
 
     def part(self, shard: int) -> slice:
         """Return a shard's slots."""
         return slice(shard * self.slots, (shard + 1) * self.slots)
-
-    def population_of(self, variant: int) -> slice:
-        """Return a variant's slots."""
-        size = self.population // self.variants
-        return slice(variant * size, (variant + 1) * size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +89,20 @@ class Plan:
     """int64: from which slot it comes; `NEW` starts anew."""
     changes: Changes
     lr_hyper: np.ndarray | None
-    """float64."""
+    """float64; NaN where a combination has none."""
+    variant: np.ndarray
+    """int64: which combination of choices is in each slot."""
+    before: np.ndarray
+    """int64: and which one was before."""
+
+
+class Next(NamedTuple):
+    """What was decided after a generation."""
+
+    decision: Decision
+    variant: np.ndarray
+    """Which combination of choices has each slot from now on."""
+    ended: tuple[Ended, ...] = ()
 
 
 @dataclasses.dataclass
@@ -100,7 +112,7 @@ class Computed:
     orders: list[Order]
     plan: Plan
     columns: Columns
-    decision: Decision
+    next: Next
     found: tuple[Found, ...]
     """What is kept of all generations so far; of this one's trials the checkpoints are to come."""
     seconds: float
@@ -153,8 +165,8 @@ class Controller:
         self._layout, self._rules, self._tell, self._every = layout, rules, tell, every
         self._stopping, self._total = stopping, 0
         self._changes = changes
-        parts = [layout.population_of(variant) for variant in range(layout.variants)]
-        self._history = History(parts, rules.space, rules.objectives, self._columns)
+        about = (layout.beginning(), rules.space, rules.objectives)
+        self._history = History(*about, self._columns)
         self._tables: dict[int, Saved] = {}
         """By generation, what the journal has named, when a scheduler last asked for one."""
         self._computed: list[Computed] = []
@@ -224,8 +236,9 @@ class Controller:
         rules, n = self._rules, self._layout.population
         past = rules.drawing.past(rules.space, rules.objectives, rules.seed, n)
         given = rules.drawing.given(rules.space, n)
+        beginning = self._layout.beginning()
         if self._journal.generation < 0:
-            past.begin_first(_began(first), given)
+            past.begin_first(_began(first), given, beginning)
         saved = {entry["generation"]: entry["table"] for entry in self._journal.entries()}
         for generation in range(self._journal.generation + 1):
             try:
@@ -235,12 +248,13 @@ class Controller:
                     raise  # as for a sweep without a sampler
                 raise SweepError(f"{error}. The sampler needs to be told of it") from error
             if generation == 0:
-                past.begin_first(names.first_of(table), given)
-            _follow(past, generation, table, decision_of(table))
+                past.begin_first(names.first_of(table), given, beginning)
+            plan = plan_of(generation, table, self._layout)
+            follow(past, plan, table, next_of(plan, table))
         return past
 
     def _after(self, generation: int, table: Columns) -> Plan:
-        return following(plan_of(generation, table), decision_of(table), self._rules)
+        return after(generation, table, self._layout, self._rules)
 
     def _compare(self, columns: Columns, table: Columns, generation: int) -> None:
         """Tell if a generation that was computed again differs from its table."""
@@ -265,15 +279,16 @@ class Controller:
         columns = gather(plan, results, self._layout)
         tables = self._history.tables(plan.generation, columns)
         decision = decide(tables, plan, self._layout, self._rules, self._past)
+        decided = race(columns, plan, decision, self._layout, self._rules, self._past)
         if self._past is not None:
-            _follow(self._past, plan.generation, columns, decision)
+            follow(self._past, plan, columns, decided)
         found = self._found(plan, columns)
         seconds = time.perf_counter() - started
-        self._computed.append(Computed(made, plan, columns, decision, found, seconds))
+        self._computed.append(Computed(made, plan, columns, decided, found, seconds))
         self._stopping.ask(plan.generation + 1, found)
         if settle:
             self._flush()
-        return following(plan, decision, self._rules)
+        return following(plan, decided, self._rules)
 
     def _columns(self, generation: int) -> Columns:
         """Return an earlier generation's columns, for a scheduler that asks."""
@@ -350,7 +365,9 @@ class Controller:
         """Write a generation's table, and then its line: its states are durable."""
         generation = done.plan.generation
         try:
-            content = {**done.columns, **names.of_decision(done.decision)}
+            content = {**done.columns, **names.of_decision(done.next.decision)}
+            if self._layout.races:
+                content[names.NEXT_VARIANT] = done.next.variant
             if generation == 0 and self._rules.drawing.own:
                 content |= names.of_first(_began(done.plan))
             found = self._with_checkpoints(done, saved)
@@ -364,6 +381,8 @@ class Controller:
             front.write(entry, found, self._rules.objectives.several)
             if what := self._changes(generation):
                 entry["changes"] = what
+            if done.next.ended:
+                entry["ended"] = [one._asdict() for one in done.next.ended]
             if stopped is not None and generation + 1 < self._total:
                 entry["stopped"] = stopped
             self._journal.append(entry)
@@ -375,6 +394,16 @@ class Controller:
         table = names.shown(done.columns)
         told = front.told(found, self._rules.objectives)
         self._tell(GenerationDone(generation + 1, table, seconds=entry["seconds"], **told))
+        self._tell_ended(done)
+
+    def _tell_ended(self, done: Computed) -> None:
+        """Say which combinations of choices ended after a generation."""
+        combinations = self._rules.space.variants()
+        for one in done.next.ended:
+            name, sign = _raced(self._rules)
+            score = None if one.score is None else one.score * sign
+            about = (combinations[one.variant], name, score, one.place, one.of)
+            self._tell(CombinationEnded(done.plan.generation + 1, *about))
 
     def _found(self, plan: Plan, columns: Columns) -> tuple[Found, ...]:
         """Return what is kept so far; of this generation's trials without their checkpoints."""
@@ -438,7 +467,7 @@ def _needed(entry: Entry | None) -> list[Saved]:
 
 def first_plan(layout: Layout, rules: Rules) -> Plan:
     """Return the first generation's plan: every trial is new."""
-    n = layout.population
+    n, variant = layout.population, layout.beginning()
     empty = Plan(
         generation=-1,
         trial=np.full(n, -1, np.int64),
@@ -446,14 +475,15 @@ def first_plan(layout: Layout, rules: Rules) -> Plan:
         parents=np.full(n, NEW, np.int64),
         changes={},
         lr_hyper=None if rules.space.lr_hyper is None else np.zeros(n),
+        variant=variant,
+        before=variant,
     )
-    parts = [layout.population_of(variant) for variant in range(layout.variants)]
     try:
-        drawn = rules.drawing.first(rules.space, rules.objectives, rules.seed, parts)
+        changes = rules.drawing.first(rules.space, rules.objectives, rules.seed, variant)
     except Exception as error:
         what = "the sampler failed before the first generation"
         raise SweepError(f"{what}: {type(error).__name__}: {error}") from error
-    return following(empty, Decision(np.full(n, NEW, np.int64), drawn), rules)
+    return following(empty, Next(Decision(np.full(n, NEW, np.int64), changes), variant), rules)
 
 
 def _began(plan: Plan) -> dict[str, np.ndarray]:
@@ -462,37 +492,57 @@ def _began(plan: Plan) -> dict[str, np.ndarray]:
     return {**stored_in(plan.changes), **rate}
 
 
-def _follow(past: Past, generation: int, table: Columns, decision: Decision) -> None:
+def follow(past: Past, plan: Plan, table: Columns, decided: Next) -> None:
     """Take in what became of a generation's trials, and those that begin after it."""
-    fresh = decision.parents == NEW
-    past.end(table, generation, decision.parents)
-    past.begin(generation + 1, fresh, stored_in(decision.changes), np.zeros(len(fresh), bool))
+    _end(past, plan, table, decided)
+    _begin(past, plan, decided, decided.variant != plan.variant)
 
 
-def following(plan: Plan, decision: Decision, rules: Rules) -> Plan:
+def _end(past: Past, plan: Plan, table: Columns, decided: Next) -> None:
+    """Take in all but the trials that begin in slots that change hands, which are drawn last."""
+    past.end(table, plan.generation, decided.decision.parents)
+    _begin(past, plan, decided, decided.variant == plan.variant)
+
+
+def _begin(past: Past, plan: Plan, decided: Next, where: np.ndarray) -> None:
+    fresh = (decided.decision.parents == NEW) & where
+    stored, none = stored_in(decided.decision.changes), np.zeros(len(fresh), bool)
+    past.begin(plan.generation + 1, fresh, stored, none, decided.variant)
+
+
+def following(plan: Plan, decided: Next, rules: Rules) -> Plan:
     """Return the next generation's plan; trials that are new or copies get new numbers."""
-    slots = np.arange(len(plan.trial))
+    decision, slots = decided.decision, np.arange(len(plan.trial))
     replaced = decision.parents != slots
     numbers = plan.trial.max() + np.cumsum(replaced)  # the highest ever: a slot only goes up
     generation = plan.generation + 1
-    changes = dict(decision.changes)
-    lr_hyper = plan.lr_hyper
-    if lr_hyper is not None:
-        source = np.where(decision.parents < 0, slots, decision.parents)
-        lr_hyper = lr_hyper[source]
-        if LR_HYPER in changes:
-            mask, multiply, add = changes.pop(LR_HYPER)
-            assert rules.space.lr_hyper is not None
-            low, high = rules.space.settings()[LR_HYPER].bounds
-            lr_hyper = np.where(mask, np.clip(lr_hyper * multiply + add, low, high), lr_hyper)
     return Plan(
         generation=generation,
         trial=np.where(replaced, numbers, plan.trial),
         born=np.where(replaced, generation, plan.born),
         parents=decision.parents,
-        changes=changes,
-        lr_hyper=lr_hyper,
+        changes={n: change for n, change in decision.changes.items() if n != LR_HYPER},
+        lr_hyper=_next_rates(plan, decided, rules.space),
+        variant=decided.variant,
+        before=plan.variant,
     )
+
+
+def _next_rates(plan: Plan, decided: Next, space: SearchSpace) -> np.ndarray | None:
+    """Return the outer rates after a decision; NaN in combinations that have none."""
+    if plan.lr_hyper is None:
+        return None
+    parents, n = decided.decision.parents, len(plan.trial)
+    rates = plan.lr_hyper[np.where(parents < 0, np.arange(n), parents)]
+    mask, multiply, add = decided.decision.changes.get(LR_HYPER) or _unchanged(n)
+    low, high = np.full((2, n), np.nan)
+    for number, combination in enumerate(space.variants()):
+        if (one := space.of(combination).settings().get(LR_HYPER)) is not None:
+            low[decided.variant == number], high[decided.variant == number] = one.bounds
+    # What is set, and not perturbed, may come after none.
+    moved = np.where(multiply == 0, add, rates * multiply + add)
+    rates = np.where(mask, np.clip(moved, low, high), rates)
+    return np.where(np.isnan(low), np.nan, rates)
 
 
 def gather(plan: Plan, results: list[Result], layout: Layout) -> Columns:
@@ -506,6 +556,7 @@ def gather(plan: Plan, results: list[Result], layout: Layout) -> Columns:
         BORN: plan.born,
         PARENT: plan.parents,
         **({} if plan.lr_hyper is None else {LR_HYPER: plan.lr_hyper}),
+        **({VARIANT: plan.variant} if layout.races else {}),
     }
     dtypes = {name: column.dtype for result in results for name, column in result.columns.items()}
     shapes = {name: x.shape[1:] for result in results for name, x in result.columns.items()}
@@ -516,12 +567,12 @@ def gather(plan: Plan, results: list[Result], layout: Layout) -> Columns:
 
 
 def decide(
-    tables: Sequence[Table], plan: Plan, layout: Layout, rules: Rules, past: Past | None = None
+    tables: Mapping[int, Table], plan: Plan, layout: Layout, rules: Rules, past: Past | None = None
 ) -> Decision:
     """Ask the scheduler about each variant's population, and draw the settings of new trials.
 
     Args:
-      tables: of each population, after the generation.
+      tables: of each variant that is left, after the generation.
       plan: of the generation.
       layout: the slots.
       rules: what decides.
@@ -531,31 +582,107 @@ def decide(
       SweepError: if the scheduler or the sampler fails, or returns something that does not fit.
     """
     parents, changes = np.arange(layout.population), _no_changes(layout.population, rules.space)
-    settings = rules.space.settings()
-    for variant, table in enumerate(tables):
-        part = layout.population_of(variant)
-        size, first = part.stop - part.start, part.start
+    for variant, table in tables.items():
+        part, space = np.flatnonzero(plan.variant == variant), _space_of(variant, rules)
+        settings = space.settings()
         rng = np.random.default_rng([rules.seed, plan.generation + 1, variant])
         try:
-            made = schedulers.check(rules.scheduler(table, rules.space, rng), size, settings)
+            made = schedulers.check(rules.scheduler(table, space, rng), len(part), settings)
         except SweepError:
             raise
         except Exception as error:
             what = f"the scheduler failed after generation {plan.generation}"
             raise SweepError(f"{what}: {type(error).__name__}: {error}") from error
         fresh = made.parents == NEW
-        parents[part] = np.where(fresh, NEW, made.parents + first)
-        history = past and past.history(variant, part, table, parents)
-        try:
-            drawn = rules.drawing.changes(rules.space, rng, fresh, history) if fresh.any() else {}
-        except Exception as error:
-            what = f"the sampler failed after generation {plan.generation}"
-            raise SweepError(f"{what}: {type(error).__name__}: {error}") from error
+        parents[part] = np.where(fresh, NEW, part[made.parents])
+        history = past and past.history(variant, table, parents)
+        drawn = _drawn(rules, plan, space, rng, fresh, history) if fresh.any() else {}
         for name in settings:
             for change in (made.changes.get(name), drawn.get(name)):
                 if change is not None:
                     _merge(changes[name], change, part)
     return Decision(parents, changes)
+
+
+def _drawn(
+    rules: Rules,
+    plan: Plan,
+    space: SearchSpace,
+    rng: np.random.Generator,
+    fresh: np.ndarray,
+    history: Drawn | None,
+) -> Changes:
+    try:
+        return rules.drawing.changes(space, rng, fresh, history)
+    except Exception as error:
+        what = f"the sampler failed after generation {plan.generation}"
+        raise SweepError(f"{what}: {type(error).__name__}: {error}") from error
+
+
+def race(
+    columns: Columns,
+    plan: Plan,
+    decision: Decision,
+    layout: Layout,
+    rules: Rules,
+    past: Past | None = None,
+) -> Next:
+    """Let combinations of choices end where that is due, and others have their slots.
+
+    The slots that change hands get new trials, whatever the scheduler decided for them.
+
+    Args:
+      columns: of the generation.
+      plan: of the generation.
+      decision: the schedulers'.
+      layout: the slots.
+      rules: what decides.
+      past: what a sampler is told of, up to the generation before.
+
+    Raises:
+      SweepError: if the sampler fails.
+    """
+    if rules.space.race is None:
+        return Next(decision, plan.variant)
+    name, sign = _raced(rules)
+    score = (columns[name] * sign).reshape(layout.shards, layout.slots)
+    held = plan.variant[:: layout.slots]
+    found = rung(rules.space.race, plan.generation + 1, layout.variants, held, score)
+    variant = np.repeat(found.variant, layout.slots)
+    left = Next(_left(decision, variant != plan.variant), variant, found.ended)
+    if past is not None:
+        past = past.copied()
+        _end(past, plan, columns, left)
+    return left._replace(decision=_handed_over(left, plan, layout, rules, past))
+
+
+def _raced(rules: Rules) -> tuple[str, int]:
+    """Return the one metric by which combinations are compared, and its sign."""
+    return rules.objectives.only("combinations cannot race", "Give one metric")
+
+
+def _left(decision: Decision, taken: np.ndarray) -> Decision:
+    """Return what is left of a decision where slots change hands."""
+    changes = {
+        name: Change(change.mask & ~taken, change.multiply.copy(), change.add.copy())
+        for name, change in decision.changes.items()
+    }
+    return Decision(np.where(taken, NEW, decision.parents), changes)
+
+
+def _handed_over(
+    left: Next, plan: Plan, layout: Layout, rules: Rules, past: Past | None
+) -> Decision:
+    """Return a decision with what the trials begin with in slots that change hands."""
+    taken = left.variant != plan.variant
+    for number in np.unique(left.variant[taken]).tolist():
+        part, space = np.flatnonzero(taken & (left.variant == number)), _space_of(number, rules)
+        rng = np.random.default_rng([rules.seed, plan.generation + 1, layout.variants + number])
+        history = past and past.history(number)
+        drawn = _drawn(rules, plan, space, rng, np.ones(len(part), bool), history)
+        for name, change in drawn.items():
+            _merge(left.decision.changes[name], change, part)
+    return left.decision
 
 
 def orders(
@@ -571,6 +698,7 @@ def orders(
     for shard in range(layout.shards):
         part = layout.part(shard)
         parents = plan.parents[part]
+        before, variant = int(plan.before[part.start]), int(plan.variant[part.start])
         fresh = parents == NEW
         inside = (parents >= part.start) & (parents < part.stop)
         outside = np.flatnonzero(~fresh & ~inside)
@@ -581,7 +709,7 @@ def orders(
         made.append(
             Order(
                 shard=shard,
-                variant=layout.variant_of(shard),
+                variant=variant,
                 generation=plan.generation,
                 trials=plan.trial[part].astype(np.uint32),
                 parents=np.where(inside, parents - part.start, slots).astype(np.int32),
@@ -593,6 +721,7 @@ def orders(
                     if name in plan.changes and plan.changes[name].mask[part].any()
                 },
                 start=saved[shard],
+                before=None if before == variant else before,
                 imports=tuple(imports),
                 save=save,
             )
@@ -600,17 +729,37 @@ def orders(
     return made
 
 
-def plan_of(generation: int, columns: Columns) -> Plan:
+def plan_of(generation: int, columns: Columns, layout: Layout) -> Plan:
     """Return the plan that a table came from, but for the changes that it began with."""
     trial, born, parents = columns[TRIAL], columns[BORN], columns[PARENT]
-    return Plan(generation, trial, born, parents, {}, columns.get(LR_HYPER))
+    variant = columns.get(VARIANT, layout.beginning())
+    return Plan(generation, trial, born, parents, {}, columns.get(LR_HYPER), variant, variant)
+
+
+def after(generation: int, columns: Columns, layout: Layout, rules: Rules) -> Plan:
+    """Return the plan that follows a generation, by its table and the decision in it."""
+    plan = plan_of(generation, columns, layout)
+    return following(plan, next_of(plan, columns), rules)
+
+
+def next_of(plan: Plan, columns: Columns) -> Next:
+    """Return what was decided after a generation, as its table says."""
+    return Next(decision_of(columns), columns.get(names.NEXT_VARIANT, plan.variant))
+
+
+def _space_of(variant: int, rules: Rules) -> SearchSpace:
+    return rules.space.of(rules.space.variants()[variant])
 
 
 def _no_changes(n: int, space: SearchSpace) -> dict[str, Change]:
-    return {name: Change(np.zeros(n, bool), np.ones(n), np.zeros(n)) for name in space.settings()}
+    return {name: _unchanged(n) for name in space.names()}
 
 
-def _merge(into: Change, change: Change, part: slice) -> None:
+def _unchanged(n: int) -> Change:
+    return Change(np.zeros(n, bool), np.ones(n), np.zeros(n))
+
+
+def _merge(into: Change, change: Change, part: np.ndarray) -> None:
     mask, multiply, add = change
     mask = np.asarray(mask, bool)
     into.mask[part] |= mask

@@ -33,7 +33,8 @@ def divide(identity: Identity, workers: int, known: int | None = None) -> Layout
             f"shards must divide the population of {population}, and be a multiple of the "
             f"{variants} combinations of choices; got {shards}"
         )
-    layout = Layout(variants, shards, population // shards)
+    races = identity.space.race is not None
+    layout = Layout(variants, shards, population // shards, races)
     trial = (identity.mesh or {}).get("trial", 1)
     if layout.slots % trial:
         raise ValueError(f"mesh: {layout.slots} slots of a shard do not divide over trial={trial}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,14 @@ class Drawing:
         fresh: np.ndarray,
         history: Drawn | None,
     ) -> Changes:
-        """Return the settings of new trials in one population, in the slots where `fresh`."""
+        """Return the settings of new trials in one population, in the slots where `fresh`.
+
+        Args:
+          space: of its combination of choices.
+          rng: the decision's generator.
+          fresh: `(slots,)` of the population.
+          history: what a sampler is told.
+        """
         if self.sampler is None or history is None:
             return space.draw(rng, fresh)
         made = _kept(space, fresh)
@@ -48,7 +55,7 @@ class Drawing:
         return made
 
     def first(
-        self, space: SearchSpace, objectives: Objectives, seed: int, parts: Sequence[slice]
+        self, space: SearchSpace, objectives: Objectives, seed: int, variant: np.ndarray
     ) -> Changes:
         """Return the settings of the first generation.
 
@@ -56,21 +63,22 @@ class Drawing:
           space: what is drawn.
           objectives: what a sampler's scores are to be of.
           seed: the sweep's.
-          parts: the slots of each population.
+          variant: `(slots,)`, the combination of choices in each.
         """
-        n = parts[-1].stop
-        made = space.draw(np.random.default_rng([self.seed(seed), 0]), np.ones(n, bool))
+        n = len(variant)
+        made = space.draw_first(np.random.default_rng([self.seed(seed), 0]), variant)
         for name, (slots, numbers) in points.stored(self.points, space, n).items():
             made[name].add[slots] = numbers
         if self.sampler is None:
             return made
         past, given = self.past(space, objectives, seed, n), self.given(space, n)
-        past.begin(0, given, stored_in(made), given)
-        for variant, part in enumerate(parts):
-            fresh, history = ~given[part], past.history(variant, part)
-            rng = np.random.default_rng([self.seed(seed), 0, variant])
+        past.begin(0, given, stored_in(made), given, variant)
+        for number, combination in enumerate(space.variants()):
+            part, of = np.flatnonzero(variant == number), space.of(combination)
+            fresh, history = ~given[part], past.history(number)
+            rng = np.random.default_rng([self.seed(seed), 0, number])
             if fresh.any():
-                for name, change in self.changes(space, rng, fresh, history).items():
+                for name, change in self.changes(of, rng, fresh, history).items():
                     made[name].add[part] = np.where(fresh, change.add, made[name].add[part])
         return made
 
@@ -99,5 +107,8 @@ def _kept(space: SearchSpace, fresh: np.ndarray) -> Changes:
 
 
 def stored_in(changes: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Return what new trials drew, by name of a setting, from a decision's changes."""
-    return {name: change.add for name, change in changes.items()}
+    """Return what new trials drew, by name of a setting, from a decision's changes.
+
+    NaN where nothing was: in combinations of choices without that setting, and in other slots.
+    """
+    return {n: np.where(change.mask, change.add, np.nan) for n, change in changes.items()}

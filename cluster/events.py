@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from gradhpo.cluster import columns, orders
+from gradhpo.cluster.space import said
 from gradhpo.observers.events import (
     Begun,
     Event,
@@ -24,6 +25,8 @@ __all__ = [
     "Begun",
     "Callback",
     "Changed",
+    "CombinationEnded",
+    "Compiling",
     "Damaged",
     "Event",
     "Finished",
@@ -121,6 +124,26 @@ class WorkerLost(Event):
 
 
 @dataclasses.dataclass(frozen=True)
+class Compiling(Event):
+    """A worker begins to compile one of several combinations of choices, or is still at it."""
+
+    variant: int
+    choices: Mapping[str, Any]
+    number: int
+    """Among those that are compiled now, from 1."""
+    of: int
+    """How many those are."""
+    seconds: float = 0
+    """For how long."""
+    name: ClassVar[str] = "compiling"
+
+    def line(self) -> str:
+        """Say which."""
+        since = f", {self.seconds:.0f} s so far" if self.seconds else ""
+        return f"compiling {self.number} of {self.of}: {said(self.choices)}{since}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Prepared(Event):
     """A worker has the programs of one combination of choices."""
 
@@ -134,12 +157,22 @@ class Prepared(Event):
     warnings: Sequence[str]
     seconds: Sequence[tuple[str, float]] = ()
     """Where the time went: the problem, layouts, data, tracing, compiling, loading."""
+    told: Compiling | None = None
+    """What was said when it began, where several are compiled; with the seconds until now."""
     name: ClassVar[str] = "prepared"
 
     @classmethod
-    def of(cls, prepared: orders.Prepared) -> Prepared:
+    def of(cls, prepared: orders.Prepared, told: Compiling | None) -> Prepared:
         """Return what a worker told, without its programs."""
-        return cls(**{field.name: getattr(prepared, field.name) for field in _fields(cls)})
+        names = [field.name for field in _fields(cls) if field.name in prepared._fields]
+        return cls(**{name: getattr(prepared, name) for name in names}, told=told)
+
+    def line(self) -> str | None:
+        """Say which of several is compiled."""
+        if (told := self.told) is None:
+            return None
+        which = f"{told.number} of {told.of}: {said(told.choices)}"
+        return f"compiled {which}, {told.seconds:.1f} s"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,6 +286,30 @@ class Changed(Event):
     def line(self) -> str:
         """Say since when."""
         return f"the {self.what} changed, as allowed: from generation {self.generation + 1} on"
+
+
+@dataclasses.dataclass(frozen=True)
+class CombinationEnded(Event):
+    """A combination of choices lost the race; others have its slots from now on."""
+
+    generation: int
+    """After which, counted from 1."""
+    choices: Mapping[str, Any]
+    metric: str
+    """Its name."""
+    score: float | None
+    """The metric of its best trial; None where all had diverged."""
+    place: int
+    """Among the combinations that were left, from 1."""
+    of: int
+    """How many were left."""
+    name: ClassVar[str] = "combination ended"
+
+    def line(self) -> str:
+        """Say which, and why."""
+        score = "all diverged" if self.score is None else f"{self.metric} {self.score:.4g}"
+        where = f"after generation {self.generation}: {score}, {self.place} of {self.of}"
+        return f"{said(self.choices)} ended {where}. Others have its slots"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,9 +36,12 @@ from gradhpo.files import Where
 
 ROOM_EVERY = 1.0
 """Seconds between two looks at how many workers could be held."""
+STILL_EVERY = 30.0
+"""Seconds after which it is said again what compiles."""
 WHAT = {
     "start": "could not start",
     "trace": "failed to trace the sweep's step",
+    "begin": "failed to compile the sweep's step",
     "prepare": "failed to compile the sweep's step",
     "export": "failed to hand over trials",
     "run": "failed to run a generation",
@@ -50,8 +53,11 @@ class Executor(abc.ABC):
     """Executes orders, somewhere. The numbers do not depend on where."""
 
     @abc.abstractmethod
-    def prepare(self, layouts: Mapping[int, Any]) -> list[Prepared]:
-        """Compile each variant's programs once; `layouts` gives its `batching`."""
+    def prepare(self, layouts: Mapping[int, Any], needed: Sequence[int]) -> list[Prepared]:
+        """Compile the programs of the variants that are needed, each once.
+
+        Others are compiled should an order come for them. `layouts` gives each one's `batching`.
+        """
 
     @abc.abstractmethod
     def run(self, orders: list[Order]) -> list[Result]:
@@ -107,6 +113,7 @@ class FleetExecutor(Executor):
         shards: int,
         settings: ProcessSettings,
         tell: Tell,
+        combinations: Sequence[Mapping[str, Any]],
     ) -> None:
         self._processes, self._incarnations, self._tell = processes, incarnations, tell
         self._storage, self._settings = storage, settings
@@ -121,12 +128,16 @@ class FleetExecutor(Executor):
         self._compiles: dict[tuple[int, int], int] = {}
         """By worker and process, how many programs XLA compiled there."""
         self._room_looked = float("-inf")
+        self._combinations = combinations
+        self._progress: _Progress | None = None
 
-    def prepare(self, layouts: Mapping[int, Any]) -> list[Prepared]:
+    def prepare(self, layouts: Mapping[int, Any], needed: Sequence[int]) -> list[Prepared]:
         """Compile each variant on one worker; others trace it meanwhile, and load it later."""
         self._layouts = dict(layouts)
-        done = self._drive([Job("prepare", variant) for variant in layouts])
-        return [self._shared(done[Job("prepare", variant)]) for variant in layouts]
+        self._progress = _Progress(self._combinations, needed, self._tell)
+        done = self._drive([Job("prepare", variant) for variant in needed])
+        self._progress = None
+        return [self._shared(done[Job("prepare", variant)]) for variant in needed]
 
     def run(self, orders: list[Order]) -> list[Result]:
         """Execute on the workers that are there now."""
@@ -183,6 +194,8 @@ class FleetExecutor(Executor):
                 self._carry_out(command, done)
             if self._fleet.complete:
                 return done
+            if self._progress is not None:
+                self._progress.still()
             commands = self._look(timeout)
 
     def _look(self, timeout: float) -> list[Command]:
@@ -216,6 +229,8 @@ class FleetExecutor(Executor):
                 self._incarnations.own(dict(owners))
             case Send(worker, call, job):
                 self._sent[call] = job
+                if self._progress is not None and job.kind in ("begin", "prepare"):
+                    self._progress.begin(job.variant)
                 self._processes.send(worker, call, job.kind, self._arguments(worker, job))
             case Kill():
                 self._end(command)
@@ -227,7 +242,7 @@ class FleetExecutor(Executor):
                 self._raise(command)
 
     def _arguments(self, worker: int, job: Job) -> tuple[Any, ...]:
-        if job.kind == "trace":
+        if job.kind in ("trace", "begin"):
             return job.variant, self._layouts[job.variant]
         if job.kind == "prepare":
             return job.variant, self._layouts[job.variant], self._blobs.get(job.variant)
@@ -242,7 +257,8 @@ class FleetExecutor(Executor):
         """Tell what a worker did that a person may want to know."""
         if done.job.kind == "prepare":
             prepared: Prepared = done.values[0]
-            self._tell(events.Prepared.of(prepared))
+            told = self._progress and self._progress.end(prepared.variant)
+            self._tell(events.Prepared.of(prepared, told))
         elif done.job.kind == "start":
             self._about[done.worker] = done.values
             for about in done.values:
@@ -290,6 +306,40 @@ class FleetExecutor(Executor):
         raise error
 
 
+class _Progress:
+    """Says what compiles, where several combinations of choices do."""
+
+    def __init__(
+        self, combinations: Sequence[Mapping[str, Any]], needed: Sequence[int], tell: Tell
+    ) -> None:
+        self._combinations, self._needed, self._tell = combinations, needed, tell
+        self._since: dict[int, float] = {}
+        self._said = time.monotonic()
+
+    def begin(self, variant: int) -> None:
+        """Say that one is begun, once."""
+        if len(self._needed) > 1 and variant not in self._since:
+            self._since[variant] = time.monotonic()
+            self._tell(self._about(variant))
+
+    def end(self, variant: int) -> events.Compiling | None:
+        """Return what was said of one, with the seconds that it took."""
+        since = self._since.pop(variant, None)
+        return None if since is None else self._about(variant, time.monotonic() - since)
+
+    def still(self) -> None:
+        """Say from time to time what is not done yet."""
+        now = time.monotonic()
+        if now - self._said >= STILL_EVERY:
+            self._said = now
+            for variant, since in self._since.items():
+                self._tell(self._about(variant, now - since))
+
+    def _about(self, variant: int, seconds: float = 0) -> events.Compiling:
+        where = (self._needed.index(variant) + 1, len(self._needed))
+        return events.Compiling(variant, self._combinations[variant], *where, seconds)
+
+
 def _job(kind: str, order: Order) -> Job:
     return Job(kind, order.variant, order.shard, generation=order.generation)
 
@@ -334,7 +384,8 @@ def open_executor(
         settings = dataclasses.replace(settings, workers=1)
     spec = dataclasses.replace(spec, states=-(-shards // settings.workers))
     processes = _processes(kind, spec, data, settings)
-    return FleetExecutor(processes, incarnations, spec.storage, shards, settings, tell)
+    about = (spec.storage, shards, settings, tell, spec.space.variants())
+    return FleetExecutor(processes, incarnations, *about)
 
 
 def _processes(kind: str, spec: Spec, data: Any, settings: ProcessSettings) -> Processes:

@@ -33,7 +33,7 @@ from gradhpo.cluster.commands import (
 )
 from gradhpo.cluster.failures import Superseded, SweepError
 
-EARLY = ("start", "trace", "prepare")
+EARLY = ("start", "trace", "begin", "prepare")
 """What a worker does before it has any shard."""
 PATIENCE = 10.0
 """Seconds that a failed process of a worker waits for the others' word: one of them may be dead,
@@ -87,7 +87,9 @@ class _Worker:
     variants: set[int] = dataclasses.field(default_factory=set[int])
     """Those whose programs it has."""
     traced: set[int] = dataclasses.field(default_factory=set[int])
-    """Those that it was told to trace, or to prepare."""
+    """Those that it was told to trace, to begin or to prepare."""
+    begun: set[int] = dataclasses.field(default_factory=set[int])
+    """Those that it has traced, and compiles beside its calls; a "prepare" waits for one."""
     calls: dict[int, _Call] = dataclasses.field(default_factory=dict[int, _Call])
     """Under way, in the order in which they were sent, which is that in which they are done."""
 
@@ -234,7 +236,10 @@ class Fleet:
             if self._gather_until is None:
                 self._gather_until = self._now + max(10.0, 2 * (self._now - worker.since))
             worker.heard = dict.fromkeys(range(self._limits.processes), self._now)
+        elif job.kind == "begin":
+            worker.begun.add(job.variant)
         elif job.kind == "prepare":
+            worker.begun.discard(job.variant)
             worker.variants.add(job.variant)
         for what in (job, IDLE):
             self._losses.pop(what, None)
@@ -265,7 +270,9 @@ class Fleet:
         first = next(iter(worker.calls.values()), None)
         if first is not None:
             early = first.job.kind in EARLY
-            limit = limits.start_deadline if early else limits.deadline
+            # What is compiled side by side may take as long as one after the other.
+            most = limits.start_deadline * max(1, len(worker.begun))
+            limit = most if early else limits.deadline
             if limit is not None and late > limit:
                 starts = first.job == START
                 return f"did not {'start in' if starts else 'answer for'} {limit:g} s"
@@ -325,21 +332,41 @@ class Fleet:
         holding = self._gathering(ready)
         if not holding:
             self._give([job.shard for job in self._waiting if job.kind != "prepare"], ready)
+        self._compile(ready, holding)
         waiting, self._waiting = self._waiting, []
         for job in waiting:
-            if job.kind == "prepare":
-                number = next((n for n in ready if not self._workers[n].calls), None)
-            else:
-                number = None if holding else self._able(job)
+            number = None if holding or job.kind == "prepare" else self._able(job)
             if number is None:
                 self._waiting.append(job)
             else:
                 self._send(number, job)
 
+    def _compile(self, ready: list[int], holding: bool) -> None:
+        """Have programs compiled: a variant a worker, or side by side where there are more."""
+        waiting = [job for job in self._waiting if job.kind == "prepare"]
+        begun = self._begun()
+        fresh = [job for job in waiting if job.variant not in begun]
+        idle = [number for number in ready if not self._workers[number].calls]
+        for index, number in enumerate(idle):
+            own = [job for job in waiting if job.variant in self._workers[number].begun]
+            several = own or len(fresh) > len(idle) - index
+            if fresh and several and self._limits.processes == 1 and not (own and holding):
+                self._send(number, Job("begin", fresh.pop(0).variant))
+            elif own or fresh:
+                job = own[0] if own else fresh.pop(0)
+                self._waiting.remove(job)
+                self._send(number, job)
+
+    def _begun(self) -> set[int]:
+        """Return the variants that some worker compiles beside its calls, or is told to."""
+        found = {variant for worker in self._workers.values() for variant in worker.begun}
+        calls = [call for worker in self._workers.values() for call in worker.calls.values()]
+        return found | {call.job.variant for call in calls if call.job.kind == "begin"}
+
     def _get_ahead(self) -> None:
         """Let idle workers trace what another compiles, and they will load."""
         calls = [call for worker in self._workers.values() for call in worker.calls.values()]
-        compiled = {
+        compiled = self._begun() | {
             c.job.variant for c in calls if c.job.kind == "prepare" and c.job in self._asked
         }
         for number in self.ready:
@@ -392,7 +419,7 @@ class Fleet:
         if not worker.calls:
             worker.progress = self._now
         worker.calls[call] = _Call(job)
-        if job.kind == "prepare":
+        if job.kind in ("begin", "prepare"):
             worker.traced.add(job.variant)
         self._out.append(Send(number, call, job))
 
@@ -427,6 +454,7 @@ def _sentence(job: Job, count: int, reason: str) -> str:
         "start": "they started",
         "idle": "they were idle",
         "trace": "the step was traced",
+        "begin": "the step was traced",
         "prepare": "the step was compiled or loaded",
     }.get(job.kind, f"shard {job.shard} ran")
     hint = "A process that is killed for memory, or crashes, looks like this"

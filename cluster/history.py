@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
 from gradhpo.cluster import columns as names
-from gradhpo.cluster.columns import BORN, PARENT, TRIAL, Columns
+from gradhpo.cluster.columns import BORN, PARENT, TRIAL, VARIANT, Columns
 from gradhpo.cluster.objectives import Objectives
 from gradhpo.cluster.schedulers import NEW, Table
 from gradhpo.cluster.space import SearchSpace
@@ -25,7 +25,8 @@ class History:
     Nothing is kept for schedulers that never ask.
 
     Args:
-      parts: the slots of each variant.
+      beginning: `(slots,)`, each slot's combination of choices when the sweep begins; what a
+        table says goes before.
       space: what is searched.
       objectives: what is compared.
       read: returns a generation's columns, which the storage may have or not have yet.
@@ -33,20 +34,21 @@ class History:
 
     def __init__(
         self,
-        parts: Sequence[slice],
+        beginning: np.ndarray,
         space: SearchSpace,
         objectives: Objectives,
         read: Callable[[int], Columns],
     ) -> None:
-        self._parts, self._settings = parts, list(space.settings())
+        self._beginning = beginning
+        self._settings = [list(space.of(one).settings()) for one in space.variants()]
         self._objectives, self._read = objectives, read
-        self._kept: dict[int, list[Table]] = {}
+        self._kept: dict[int, dict[int, Table]] = {}
         self._used: dict[int, int] = {}
         """By generation of a table that is kept, the last one in which it was asked for."""
         self._now, self._asked = -1, False
 
-    def tables(self, generation: int, columns: Columns) -> list[Table]:
-        """Return the tables of a generation that was computed, variant by variant."""
+    def tables(self, generation: int, columns: Columns) -> dict[int, Table]:
+        """Return the tables of a generation that was computed, by number of a combination."""
         self._now = generation
         made = self._made(generation, columns)
         if self._asked:
@@ -69,11 +71,12 @@ class History:
         self._used[generation] = self._now
         return self._kept[generation][variant]
 
-    def _made(self, generation: int, columns: Columns) -> list[Table]:
-        return [self._table(v, generation, columns) for v in range(len(self._parts))]
+    def _made(self, generation: int, columns: Columns) -> dict[int, Table]:
+        variant = columns.get(VARIANT, self._beginning)
+        there = np.unique(variant).tolist()
+        return {v: self._table(v, np.flatnonzero(variant == v), generation, columns) for v in there}
 
-    def _table(self, variant: int, generation: int, columns: Columns) -> Table:
-        part = self._parts[variant]
+    def _table(self, variant: int, part: np.ndarray, generation: int, columns: Columns) -> Table:
         parents = columns[PARENT][part]
         measured = {n: _frozen(columns[n][part].copy()) for n in names.measured(columns)}
 
@@ -87,11 +90,12 @@ class History:
             score=_frozen(self._objectives.score(compared)),
             trial=column(TRIAL),
             age=_frozen(generation - columns[BORN][part] + 1),
-            values={name: column(names.setting(name)) for name in self._settings},
+            values={name: column(names.setting(name)) for name in self._settings[variant]},
             metrics=measured,
-            parent=_frozen(np.where(parents == NEW, NEW, parents - part.start)),
+            parent=_frozen(np.where(parents == NEW, NEW, np.searchsorted(part, parents))),
             earlier=functools.partial(self._earlier, variant),
             objectives=dict(zip(compared, _frozen(scores.T), strict=True)),
+            slots=_frozen(part),
         )
 
 

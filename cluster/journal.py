@@ -51,6 +51,8 @@ class Entry(TypedDict):
     seconds: float
     changes: NotRequired[list[str]]
     """What was allowed to be other than in the generation before: "data", "code"."""
+    ended: NotRequired[list[dict[str, Any]]]
+    """The combinations of choices that ended after it, as `race.Ended`."""
     stopped: NotRequired[str]
     """Why the run ended here, before the sweep's end."""
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from gradhpo.checkpoints import DamagedFile
 from gradhpo.cluster.columns import PARENT, TRIAL, decision_of, first_of
-from gradhpo.cluster.controller import Layout, Plan, Rules, first_plan, following, plan_of
+from gradhpo.cluster.controller import Layout, Plan, Rules, after, first_plan, plan_of
 from gradhpo.cluster.orders import Order
 from gradhpo.cluster.schedulers import NEW
 from gradhpo.cluster.space import LR_HYPER, Change
@@ -78,14 +78,23 @@ class Lineage:
     def _read(self, generation: int) -> Plan:
         """Return what the table says, or the one before it, which decided."""
         try:
-            return plan_of(generation, self._tables.at(generation))
+            return plan_of(generation, self._tables.at(generation), self._layout)
         except DamagedFile:
             if generation == 0 and self._told:
                 raise
             if generation == 0:
                 return first_plan(self._layout, self._rules)
             before = self._tables.at(generation - 1)
-            return following(plan_of(generation - 1, before), decision_of(before), self._rules)
+            return after(generation - 1, before, self._layout, self._rules)
+
+    def variant(self, slot: int, generation: int) -> int:
+        """Return the number of the combination of choices of a slot's trial."""
+        return int(self.plan(generation).variant[slot])
+
+    def rate(self, slot: int, generation: int) -> float | None:
+        """Return a trial's outer rate; None where its combination of choices has none."""
+        rates = self.plan(generation).lr_hyper
+        return None if rates is None or np.isnan(rates[slot]) else float(rates[slot])
 
     def copies(self, generations: int) -> list[Copy]:
         """Return which trial copied which, and when, in so many generations."""
@@ -132,8 +141,7 @@ class Lineage:
                 for name, change in before.items()
                 if change.mask[slot] and name != LR_HYPER
             }
-            rate = None if plan.lr_hyper is None else float(plan.lr_hyper[slot])
-            turns.append(Turn(at, int(plan.trial[slot]), slot, rate, changes))
+            turns.append(Turn(at, int(plan.trial[slot]), slot, self.rate(slot, at), changes))
             parent = int(plan.parents[slot])
             if parent == NEW:
                 break
@@ -141,9 +149,9 @@ class Lineage:
         return turns[::-1]
 
     def _first_changes(self) -> Mapping[str, Change]:
-        n = self._layout.population
         if self._told:
             first = first_of(self._tables.at(0))
-            return {name: Change(np.ones(n, bool), np.zeros(n), x) for name, x in first.items()}
-        rng = np.random.default_rng([self._rules.seed, 0])
-        return self._rules.space.draw(rng, np.ones(n, bool))
+            return {n: Change(np.isfinite(x), np.zeros(len(x)), x) for n, x in first.items()}
+        rules = self._rules
+        about = (rules.space, rules.objectives, rules.seed, self._layout.beginning())
+        return rules.drawing.first(*about)

@@ -15,9 +15,16 @@ def kind_of(optuna: Any, about: Distribution, values: Sequence[float] = ()) -> A
     kinds = optuna.distributions
     if isinstance(about, Choice | Categorical) and set(values) <= set(about.values):
         return kinds.CategoricalDistribution(about.values)
-    bounds = number_bounds(about)
+    return spanning(optuna, [about], values)
+
+
+def spanning(optuna: Any, several: Sequence[Distribution], values: Sequence[float]) -> Any:
+    """Return one distribution of numbers that holds all of several, and some values."""
+    kinds = optuna.distributions
+    bounds = [x for one in several for x in number_bounds(one)]
     low, high = min(*bounds, *values), max(*bounds, *values)  # hypergradients may lead out
-    log = isinstance(about, Uniform | Integer) and about.log and low > 0
-    if isinstance(about, Integer) and all(value == round(value) for value in values):
+    log = low > 0 and all(isinstance(one, Uniform | Integer) and one.log for one in several)
+    whole = all(isinstance(one, Integer) for one in several)
+    if whole and all(value == round(value) for value in values):
         return kinds.IntDistribution(int(low), int(high), log=log)
     return kinds.FloatDistribution(low, high, log=log)

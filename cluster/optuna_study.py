@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from gradhpo.cluster.columns import TRIAL, setting
+from gradhpo.cluster.columns import TRIAL, VARIANT, setting
 from gradhpo.cluster.distributions import Distribution
 from gradhpo.cluster.numbers_of import number_of
-from gradhpo.cluster.optuna_kinds import kind_of
+from gradhpo.cluster.optuna_kinds import kind_of, spanning
 from gradhpo.cluster.result import SweepResult
 from gradhpo.files import Where
 from gradhpo.observers.packages import load, require
@@ -61,16 +62,30 @@ def export_study(storage: Where, url: str, name: str | None = None) -> Any:
 
 
 class _Setting:
-    """A number that is searched, over the whole study."""
+    """A number that is searched, over the whole study.
 
-    def __init__(self, optuna: Any, about: Distribution, first: np.ndarray) -> None:
+    Args:
+      optuna: the package.
+      about: by number of a combination of choices, its distribution, where it has one.
+      first: of each trial, the number as it is stored; NaN where there is none.
+      variant: of each trial, its combination.
+    """
+
+    def __init__(
+        self, optuna: Any, about: Mapping[int, Distribution], first: np.ndarray, variant: np.ndarray
+    ) -> None:
         self._about = about
-        values = [number_of(about, x) for x in first[np.isfinite(first)].tolist()]
-        self.kind = kind_of(optuna, about, values)
+        found = zip(first.tolist(), variant.tolist(), strict=True)
+        values = [x for x in (self.value(*one) for one in found) if x is not None]
+        one, *others = dict.fromkeys(about.values())
+        # One parameter of a study has one kind.
+        several = [one, *others]
+        self.kind = spanning(optuna, several, values) if others else kind_of(optuna, one, values)
 
-    def value(self, stored: float) -> float | None:
-        """Return what was drawn; None for what is no number any more."""
-        return number_of(self._about, stored) if np.isfinite(stored) else None
+    def value(self, stored: float, variant: int) -> float | None:
+        """Return what was drawn; None for what is no number any more, or never was there."""
+        about = self._about.get(variant)
+        return None if about is None or not np.isfinite(stored) else number_of(about, stored)
 
 
 class _Trials:
@@ -87,9 +102,10 @@ class _Trials:
         self._rows = np.split(order, starts[1:])
         """Of each trial, by its number, its rows from the first generation on."""
         first = np.array([rows[0] for rows in self._rows])
+        variant = self._table[VARIANT][first]
         self._settings = {
-            name: _Setting(optuna, about, self._table[setting(name)][first].astype(float))
-            for name, about in self._space.settings().items()
+            name: _Setting(optuna, about, self._table[setting(name)][first].astype(float), variant)
+            for name, about in self._space.kinds().items()
         }
 
     def frozen(self) -> list[Any]:
@@ -122,12 +138,12 @@ class _Trials:
     def _params(self, row: int) -> tuple[dict[str, Any], dict[str, Any]]:
         params: dict[str, Any] = {}
         kinds: dict[str, Any] = {}
+        variant = int(self._table[VARIANT][row])
         for name, about in self._settings.items():
-            value = about.value(float(self._table[setting(name)][row]))
+            value = about.value(float(self._table[setting(name)][row]), variant)
             if value is not None:
                 params[name or "hyperparams"], kinds[name or "hyperparams"] = value, about.kind
-        variant = self._space.variants()[int(self._table["variant"][row])]
-        for name, value in variant.items():
+        for name, value in self._space.variants()[variant].items():
             params[name] = value
             kinds[name] = self._optuna.distributions.CategoricalDistribution(
                 self._space.choices[name]

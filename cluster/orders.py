@@ -74,6 +74,9 @@ class Order:
     start: Saved | None
     """The shard's checkpoint of the generation before; None where it is not known to be durable,
     and for the first generation."""
+    before: int | None = None
+    """The variant that had the shard before, if it was another: then the shard starts from nothing,
+    as in the first generation."""
     imports: tuple[Import, ...] = ()
     save: bool = True
     """Whether the state after the generation is to be written; that goes on after the result."""

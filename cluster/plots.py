@@ -112,15 +112,15 @@ def draw_front(
 def draw_settings(
     target: Any,
     columns: Mapping[str, np.ndarray],
-    space: Mapping[str, Distribution],
+    kinds: Mapping[str, Sequence[Distribution]],
     turns: Sequence[Turn],
 ) -> list[Any]:
     """Draw what each searched setting was in all trials, and in the winner.
 
     Args:
       target: a path to write a figure to, or matplotlib axes to draw on, one for each setting.
-      columns: by the setting's name, `(generations, slots)`, as it is stored.
-      space: by the setting's name, what was drawn.
+      columns: by the setting's name, `(generations, slots)`, the number; NaN where there is none.
+      kinds: by the setting's name, its distributions in combinations of choices.
       turns: the winner's life.
 
     Returns:
@@ -133,10 +133,8 @@ def draw_settings(
     if not columns:
         raise ValueError("nothing to draw: the sweep searches no setting that is a number")
     figure, axes = _axes(target, "SweepResult.plot_settings", len(columns))
-    for panel, (name, stored) in zip(axes, columns.items(), strict=True):
-        about = space[name]
-        log = isinstance(about, Uniform | Integer) and about.log
-        rows = np.exp(stored) if isinstance(about, Uniform) and about.stored == "log" else stored
+    for panel, (name, rows) in zip(axes, columns.items(), strict=True):
+        log = all(isinstance(about, Uniform | Integer) and about.log for about in kinds[name])
         _trials(panel, rows)
         _winner(panel, rows, turns)
         scale = "log" if log and np.nanmin(rows) > 0 else "linear"  # hypergradients may lead out

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from gradhpo.cluster.distributions import Distribution
 from gradhpo.cluster.numbers_of import nearest, stored_of
-from gradhpo.cluster.space import SearchSpace
+from gradhpo.cluster.space import SearchSpace, said
 from gradhpo.errors import check_number
 
 Point = dict[str, Any]
@@ -33,7 +34,7 @@ def checked(points: Any, space: SearchSpace) -> tuple[Point, ...]:
 
 
 def slots_of(points: Sequence[Point], space: SearchSpace, population: int) -> list[int]:
-    """Return the slot that each point is for: the first free one that has its choices.
+    """Return the slot that each point is for: the first free one that has what it gives.
 
     Raises:
       ValueError: if there is none left.
@@ -42,7 +43,7 @@ def slots_of(points: Sequence[Point], space: SearchSpace, population: int) -> li
     size, taken = population // len(variants), [0] * len(variants)
     found: list[int] = []
     for i, point in enumerate(points):
-        fitting = [v for v, choices in enumerate(variants) if _fits(point, choices)]
+        fitting = [v for v, choices in enumerate(variants) if _has(point, space, choices)]
         free = [v for v in fitting if taken[v] < size]
         if not free:
             raise ValueError(f"points[{i}]: all {size * len(fitting)} slots for it are taken")
@@ -55,17 +56,21 @@ def stored(
     points: Sequence[Point], space: SearchSpace, population: int
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return what points set, by name of a setting: slots, and the numbers as they are stored."""
-    slots = slots_of(points, space, population)
-    made: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for name, about in space.settings().items():
-        given = [(s, point[name]) for s, point in zip(slots, points, strict=True) if name in point]
-        which, numbers = (np.array([pair[i] for pair in given]) for i in (0, 1))
-        made[name] = which.astype(int), stored_of(f"points: {name!r}", about, numbers.astype(float))
-    return made
+    slots, variants = slots_of(points, space, population), space.variants()
+    made: dict[str, list[tuple[int, float]]] = {name: [] for name in space.names()}
+    for slot, point in zip(slots, points, strict=True):
+        settings = space.of(variants[slot * len(variants) // population]).settings()
+        for name in settings.keys() & point.keys():
+            number = np.array([float(point[name])])
+            made[name].append((slot, stored_of(f"points: {name!r}", settings[name], number)[0]))
+    return {
+        name: (np.array([s for s, _ in pairs], int), np.array([x for _, x in pairs], float))
+        for name, pairs in made.items()
+    }
 
 
 def inside(settings: Mapping[str, float], space: SearchSpace) -> Point:
-    """Return a trial's numbers, those that have left the space as near as it goes."""
+    """Return a trial's numbers, those that have left its combination's space as near as it goes."""
     known = space.settings()
     return {
         name: nearest(known[name], number) if name in known else number
@@ -75,21 +80,69 @@ def inside(settings: Mapping[str, float], space: SearchSpace) -> Point:
 
 def _checked(name: str, point: Any, space: SearchSpace) -> Point:
     if hasattr(point, "settings") and hasattr(point, "choices"):
-        point = {**inside(point.settings, space), **point.choices}
+        point = _of_trial(point, space)
     if not isinstance(point, Mapping):
         raise TypeError(f"{name} must be a dictionary or a sweep's trial, got {point!r}")
-    settings, made = space.settings(), Point()
+    settings, made = space.names(), Point()
     for key, value in point.items():  # pyright: ignore[reportUnknownVariableType]
         if key in settings:
-            number = check_number(f"{name}[{key!r}]", value, -float("inf"), float("inf"))
-            stored_of(f"{name}[{key!r}]", settings[key], np.array([number]))
-            made[key] = number
+            made[key] = check_number(f"{name}[{key!r}]", value, -float("inf"), float("inf"))
         elif key in space.choices:
             made[key] = _choice(f"{name}[{key!r}]", value, space.choices[key])
         else:
             known = ", ".join(map(repr, [*settings, *space.choices]))
             raise ValueError(f"{name} has {key!r}; the space has {known}")
+    _check_together(name, made, space)
     return made
+
+
+def _of_trial(trial: Any, space: SearchSpace) -> Point:
+    """Return a trial of another sweep as a point of the first combination that has its choices."""
+    for choices in space.variants():
+        if _fits(trial.choices, choices):
+            return {**inside(trial.settings, space.of(choices)), **trial.choices}
+    return {**trial.settings, **trial.choices}
+
+
+def _check_together(name: str, point: Point, space: SearchSpace) -> None:
+    """Raise unless some combination of choices has all that a point gives.
+
+    Raises:
+      ValueError: naming what none has.
+    """
+    fitting = [space.of(choices).settings() for choices in _combinations(point, space)]
+    for key in (key for key in point if key not in space.choices):
+        having = [settings[key] for settings in fitting if key in settings]
+        if not having:
+            given = said({n: x for n, x in point.items() if n in space.choices})
+            raise ValueError(f"{name} has {key!r}, which trials of {given} have not")
+        number = np.array([point[key]])
+        if not any(_holds(about, number) for about in having):
+            stored_of(f"{name}[{key!r}]", having[0], number)
+    if not any(_has(point, space, choices) for choices in space.variants()):
+        raise ValueError(f"{name}: no combination of choices has all of {', '.join(point)} so")
+
+
+def _combinations(point: Point, space: SearchSpace) -> list[dict[str, Any]]:
+    return [choices for choices in space.variants() if _fits(point, choices)]
+
+
+def _has(point: Point, space: SearchSpace, choices: Mapping[str, Any]) -> bool:
+    """Whether a combination of choices has all that a point gives."""
+    settings = space.of(choices).settings()
+    numbers = {key: value for key, value in point.items() if key not in space.choices}
+    return _fits(point, choices) and all(
+        key in settings and _holds(settings[key], np.array([number]))
+        for key, number in numbers.items()
+    )
+
+
+def _holds(about: Distribution, number: np.ndarray) -> bool:
+    try:
+        stored_of("", about, number)
+    except ValueError:
+        return False
+    return True
 
 
 def _choice(name: str, value: Any, known: Sequence[Any]) -> Any:

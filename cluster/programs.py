@@ -84,7 +84,7 @@ def keep(
     Args:
       storage: the sweep's.
       known: from `recovered`.
-      prepared: of each variant.
+      prepared: of each variant that is needed; what is known of others stays.
       generation: the next one that is computed.
       allowed: what may have changed, "data" and "code".
       renamed: what of it has, by its name in the manifest.
@@ -95,12 +95,15 @@ def keep(
       SweepError: if something else changed.
     """
     its = manifest.digest(mine)
-    about = ({"batching": p.batching, "key": p.key, "data": p.data} for p in prepared)
     more = {"identity": its, "gradhpo": __version__}
-    made: list[Entry] = json.loads(json.dumps([{**entry, **more} for entry in about]))
+    about = ({"batching": p.batching, "key": p.key, "data": p.data} for p in prepared)
+    fresh: list[Entry] = json.loads(json.dumps([{**entry, **more} for entry in about]))
+    made: dict[int, Entry] = {n: {**old, "identity": its} for n, old in enumerate(known or [])}
+    made |= zip((p.variant for p in prepared), fresh, strict=True)
     began = manifest.read(storage).get("gradhpo")
     changed: set[str] = set()
-    for old, new in zip(known or [], made, strict=known is not None):
+    pairs = [] if known is None else zip((known[p.variant] for p in prepared), fresh, strict=True)
+    for old, new in pairs:
         what = dict.fromkeys(sorted(renamed), "its name")
         what |= _changes({"gradhpo": began, **old}, new, tell)
         if refused := [name for name in what if name not in allowed]:
@@ -109,15 +112,16 @@ def keep(
         changed |= what.keys()
     for name in sorted(changed):
         tell(Changed(name, generation))
-    if made != known:
-        manifest.write(Storage(storage).programs, made)
+    entries = [made[number] for number in sorted(made)]
+    if entries != known:
+        manifest.write(Storage(storage).programs, entries)
     written = manifest.read(storage)
     further = mine["generations"] > written["generations"]
-    if written.get("programs") != made or renamed or further:
+    if written.get("programs") != entries or renamed or further:
         total = max(mine["generations"], written["generations"])
         about = {**(mine if renamed or further else written), "generations": total}
-        manifest.write(Storage(storage).manifest, about | {"programs": made})
-    return made
+        manifest.write(Storage(storage).manifest, about | {"programs": entries})
+    return entries
 
 
 def _changes(old: Entry, new: Entry, tell: Callable[[Event], None]) -> dict[str, str]:

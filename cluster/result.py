@@ -12,8 +12,9 @@ import numpy as np
 from gradhpo.checkpoints import DamagedFile
 from gradhpo.cluster import columns as names
 from gradhpo.cluster import front, importing, manifest, plots, programs, settings
-from gradhpo.cluster.columns import TRIAL, Columns
+from gradhpo.cluster.columns import TRIAL, VARIANT, Columns
 from gradhpo.cluster.controller import Layout, Rules
+from gradhpo.cluster.distributions import Uniform
 from gradhpo.cluster.division import divide
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.front import Found
@@ -34,6 +35,20 @@ from gradhpo.cluster.tables import Tables, named
 from gradhpo.cluster.variant import build, data_key
 from gradhpo.files import Where
 from gradhpo.state import BilevelState, PyTree
+
+
+class EndedCombination(NamedTuple):
+    """A combination of choices that lost the race, see `Race`."""
+
+    generation: int
+    """The last that it ran."""
+    choices: dict[str, Any]
+    score: float | None
+    """The metric of its best trial in that generation; None where all had diverged."""
+    place: int
+    """Among the combinations that were left, from 1."""
+    of: int
+    """How many were left."""
 
 
 class Allowed(NamedTuple):
@@ -218,19 +233,21 @@ class SweepResult:
     def table(self) -> Columns:
         """All generations' tables, one below the other: each column `(generations·population,)`.
 
-        `generation`, `slot`, `variant`, `trial`, `born`, `parent` (the slot it came from; -1 for a
-        new trial), `lr_hyper` where it is searched, the five metrics of the last step, the
-        problem's own, and `hyperparams.…` for searched hyperparameters after the generation.
+        `generation`, `slot`, `variant` (the number of the combination of choices), `trial`, `born`,
+        `parent` (the slot it came from; -1 for a new trial), `lr_hyper` where it is searched, the
+        five metrics of the last step, the problem's own, and `hyperparams.…` for searched
+        hyperparameters after the generation; NaN in combinations that have none.
         """
         tables = [self._tables.at(g) for g in range(self.generations)]
         n = self._layout.population
         first = names.shown(tables[0])
-        whole = {name: np.concatenate([table[name] for table in tables]) for name in first}
-        variants = [self._layout.variant_of(shard) for shard in range(self._layout.shards)]
+        # A setting that only combinations have that ended is in earlier tables alone.
+        none = {n: np.full_like(x, np.nan if x.dtype.kind == "f" else 0) for n, x in first.items()}
+        whole = {n: np.concatenate([t[n] if n in t else none[n] for t in tables]) for n in first}
         return {
             "generation": np.repeat(np.arange(len(tables)), n),
             "slot": np.tile(np.arange(n), len(tables)),
-            "variant": np.tile(np.repeat(variants, self._layout.slots), len(tables)),
+            VARIANT: np.tile(self._layout.beginning(), len(tables)),
             **whole,
         }
 
@@ -286,6 +303,18 @@ class SweepResult:
             for entry in self._entries
             for what in entry.get("changes", [])
         ]
+
+    @property
+    def ended(self) -> list[EndedCombination]:
+        """Which combinations of choices ended, and why; see `SearchSpace`'s `race`."""
+        combinations = self._spec.space.variants()
+        told = ((e["generation"], one) for e in self._entries for one in e.get("ended", []))
+        made: list[EndedCombination] = []
+        for generation, one in told:
+            score = None if one["score"] is None else one["score"] * self.sign
+            about = (combinations[one["variant"]], score, one["place"], one["of"])
+            made.append(EndedCombination(generation, *about))
+        return made
 
     @property
     def copies(self) -> list[Copy]:
@@ -372,7 +401,7 @@ class SweepResult:
 
     def _replay(self, trial: Trial | None) -> Replay:
         found = trial or self._winner()
-        number = self._variant_of_slot(found.slot)
+        number = self._lines.variant(found.slot, found.generation)
         spec = dataclasses.replace(self._spec, batching=self._layouts[number])
         return Replay(spec, number, self.schedule_of(found), self._load_data)
 
@@ -424,10 +453,20 @@ class SweepResult:
           ImportError: if matplotlib is not installed.
           ValueError: if nothing is searched that is a number.
         """
-        shape, space = (self.generations, self._layout.population), self.space.settings()
-        columns = {n: self.table[names.setting(n)].reshape(shape).astype(float) for n in space}
+        shape, kinds = (self.generations, self._layout.population), self.space.kinds()
+        columns = {name: self._numbers(name).reshape(shape) for name in kinds}
         turns = [] if self._objectives.several else self.schedule
-        return plots.draw_settings(target, columns, space, turns)
+        of = {name: list(known.values()) for name, known in kinds.items()}
+        return plots.draw_settings(target, columns, of, turns)
+
+    def _numbers(self, name: str) -> np.ndarray:
+        """Return a setting's column of the table, as numbers that a person gives."""
+        numbers = self.table[names.setting(name)].astype(float)
+        for number, about in self.space.kinds()[name].items():
+            if isinstance(about, Uniform) and about.stored == "log":
+                here = self.table[VARIANT] == number
+                numbers[here] = np.exp(numbers[here])
+        return numbers
 
     def _winner(self) -> Found:
         self._objectives.only("there is no best trial", "Take one of result.front")
@@ -441,13 +480,10 @@ class SweepResult:
 
     def _trial(self, found: Found) -> Trial:
         slot, generation, saved = found.slot, found.generation, found.checkpoint
-        local, variant = slot % self._layout.slots, self._variant_of_slot(slot)
-        rates, host, measured = (
-            self._lines.plan(generation).lr_hyper,
-            ShardHost,
-            self._metrics(found),
-        )
-        rate = {} if rates is None else {LR_HYPER: float(rates[slot])}
+        local, variant = slot % self._layout.slots, self._lines.variant(slot, generation)
+        choices, rate = self._spec.space.variants()[variant], self._lines.rate(slot, generation)
+        host, measured = ShardHost, self._metrics(found)
+        there = measured if rate is None else {**measured, LR_HYPER: rate}
 
         def load() -> dict[str, np.ndarray]:
             with named(self._storage):
@@ -460,19 +496,16 @@ class SweepResult:
             scores=self._objectives.shown(found.scores),
             metrics=measured,
             settings={
-                name: number_of(about, (measured | rate)[names.setting(name)])
-                for name, about in self._spec.space.settings().items()
-                if names.setting(name) in measured | rate
+                name: number_of(about, there[names.setting(name)])
+                for name, about in self._spec.space.of(choices).settings().items()
+                if names.setting(name) in there
             },
-            lr_hyper=rate.get(LR_HYPER),
-            choices=self._spec.space.variants()[variant],
+            lr_hyper=rate,
+            choices=choices,
             lineage=self._lines.trials(slot, generation),
             load=load,
             restore=lambda: host(self._spec, self._load_data()).restore(variant, saved, local),
         )
-
-    def _variant_of_slot(self, slot: int) -> int:
-        return self._layout.variant_of(slot // self._layout.slots)
 
     def _metrics(self, found: Found) -> dict[str, float]:
         """Return a trial's row of its table; where that is damaged, what the journal says."""

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from gradhpo.checkpoints import DamagedFile
 from gradhpo.cluster import columns, executors, front, manifest, programs
 from gradhpo.cluster.allowed import AllowedChanges
@@ -158,7 +160,7 @@ class Run:
         known = programs.recovered(self._storage, tell)
         layouts = [self._identity.batching] * self._layout.variants
         layouts = layouts if known is None else [entry["batching"] for entry in known]
-        prepared = executor.prepare(dict(enumerate(layouts)))
+        prepared = executor.prepare(dict(enumerate(layouts)), self._going_on())
         for made in prepared:
             for name in self._identity.objectives.names:
                 if name not in made.columns:
@@ -175,6 +177,15 @@ class Run:
             tell(GoneBack(first))  # first, since what a kill leaves of a journal is told again
             self._journal.drop_after(first - 1)
         return changes
+
+    def _going_on(self) -> list[int]:
+        """Return the combinations of choices that have not ended before the next generation."""
+        durable = self._journal.durable
+        if self._layout.races and durable:
+            with contextlib.suppress(DamagedFile):
+                table = Storage(self._storage).load(durable[-1]["table"])[0]
+                return np.unique(table[columns.NEXT_VARIANT]).tolist()
+        return list(range(self._layout.variants))
 
     def _before_change(self, first: int, changes: list[str]) -> bool:
         """Whether generations from the first that has no states on came before a change.

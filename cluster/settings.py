@@ -118,6 +118,11 @@ class Identity:
         _set(self, "metric", objectives.checked(self.metric, self.mode))
         if not isinstance(self.metric, str):  # which says its own directions now
             _set(self, "mode", "min")
+        if self.space.race is not None and self.objectives.several:
+            raise ValueError(
+                "space.race compares combinations of choices by one metric, and the objectives are "
+                f"{self.objectives}"
+            )
         _check_plain(self)
 
     @property

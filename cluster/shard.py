@@ -11,7 +11,7 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Generator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +25,7 @@ from gradhpo.cluster.storage import Storage
 from gradhpo.cluster.variant import Arrays, Rows, Variant
 from gradhpo.cluster.writer import Writer
 from gradhpo.errors import UnreachedWarning
-from gradhpo.parallel import compilations
+from gradhpo.parallel import compilations, compiled
 from gradhpo.parallel.mesh import to_host
 from gradhpo.state import BilevelState, PyTree
 
@@ -43,6 +43,7 @@ class ShardHost:
         """Of those that another worker compiles, with what was told of unreached ones."""
         self._states: collections.OrderedDict[int, Held] = collections.OrderedDict()
         self._writer = Writer(self.storage)
+        self._compilers = ThreadPoolExecutor(compiled.MOST_AT_ONCE)
         self._begun: dict[int, int] = {}
         """By shard, the generation whose state was written last, or is being written."""
         compilations.watch()
@@ -55,11 +56,23 @@ class ShardHost:
             if made.trace():
                 self._traced[variant] = made, unreached
 
+    def begin(self, variant: int, batching: Any) -> None:
+        """Trace a variant, and compile it beside what comes next; `prepare` waits for it.
+
+        Where a layout must be measured first, `prepare` does all of it, when nothing else compiles.
+        """
+        if variant not in self._traced:
+            self.trace(variant, batching)
+        if variant in self._traced:
+            self._traced[variant][0].begin(self._compilers)
+
     def prepare(
         self, variant: int, batching: Any, blobs: Mapping[str, bytes] | None = None
     ) -> Prepared:
         """Get a variant's programs, in this layout; from `blobs` where there are any."""
         made, before = self._traced.pop(variant, (None, list[str]()))
+        if made is None and blobs is None:
+            self._settle()
         if made is not None and batching not in ("auto", made.population.batching):
             made, before = None, []
         with _kept(UnreachedWarning) as unreached:
@@ -67,6 +80,11 @@ class ShardHost:
             prepared = made.prepare(blobs)
         self._variants[variant] = made
         return prepared._replace(variant=variant, unreached=(*before, *unreached))
+
+    def _settle(self) -> None:
+        """Wait for what compiles: it would disturb the measuring of a layout."""
+        for made, _ in self._traced.values():
+            made.settle()
 
     def run(self, order: Order, incarnation: int, rows: Mapping[int, Rows] | None = None) -> Result:
         """Execute an order, and begin to write its checkpoint if it says so.
@@ -84,8 +102,7 @@ class ShardHost:
           StorageFailed: if a checkpoint cannot be written, or one before could not.
         """
         started, variant = time.perf_counter(), self._variants[order.variant]
-        state = self._state(order.shard, order.variant, order.generation - 1, order.start)
-        winner = self._start_winner(order, incarnation, state)
+        state, winner = self._begin(order, incarnation)
         if self._begun.get(order.shard, -1) >= order.generation:  # the sweep went back
             del self._begun[order.shard]
             self._writer.forget(order.shard, order.generation)
@@ -136,6 +153,7 @@ class ShardHost:
     def close(self) -> None:
         """Finish what is being written."""
         self._writer.close()
+        self._compilers.shutdown(wait=False, cancel_futures=True)
 
     def export(
         self, shard: int, variant: int, generation: int, checkpoint: Saved | None, slots: list[int]
@@ -211,10 +229,30 @@ class ShardHost:
             about = {"variant": held.variant} | ({"batches": places} if places else {})
             self._writer.start(shard, held.generation, held.incarnation, arrays, about)
 
-    def _start_winner(self, order: Order, incarnation: int, state: Arrays) -> Future[Saved] | None:
-        if not order.winners:
-            return None
-        rows = self._variants[order.variant].take(state, list(order.winners))
+    def _begin(self, order: Order, incarnation: int) -> tuple[Arrays, Future[Saved] | None]:
+        """Return the state that an order starts from; begin to write the winners in it."""
+        variant, rows = self._variants[order.variant], None
+        if order.before is None:
+            state = self._state(order.shard, order.variant, order.generation - 1, order.start)
+            if order.winners:
+                rows = variant.take(state, list(order.winners))
+        else:
+            state = variant.zeros()
+            if order.winners:
+                rows = self._former_rows(order, list(order.winners))
+        return state, None if rows is None else self._start_winner(order, incarnation, rows)
+
+    def _former_rows(self, order: Order, slots: list[int]) -> Rows:
+        """Return some slots' arrays of a shard that another variant had before."""
+        held = self._states.get(order.shard)
+        if held is not None and held.generation == order.generation - 1:
+            return self._variants[held.variant].take(held.state, slots)
+        if order.start is None:
+            raise StateGone(f"shard {order.shard}: nobody holds generation {order.generation - 1}")
+        arrays = self.storage.load(order.start)[0]
+        return {name: array[slots] for name, array in arrays.items()}
+
+    def _start_winner(self, order: Order, incarnation: int, rows: Rows) -> Future[Saved] | None:
         if jax.process_index() != 0:
             return None
         about = (order.shard, order.generation - 1, incarnation)

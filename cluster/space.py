@@ -10,9 +10,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from gradhpo.cluster import distributions
-from gradhpo.cluster.discrete import Choice
+from gradhpo.cluster import conditional, distributions
+from gradhpo.cluster.conditional import Conditional
 from gradhpo.cluster.distributions import Distribution
+from gradhpo.cluster.race import Race
 from gradhpo.errors import check_number
 
 LR_HYPER = "lr_hyper"
@@ -31,6 +32,8 @@ class Change(NamedTuple):
 
 
 Changes: TypeAlias = dict[str, Change]
+Setting: TypeAlias = "Distribution | Conditional | Sequence[Conditional]"
+"""Of all combinations of choices, of some of them, or one for each of some."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,33 +45,43 @@ class SearchSpace:
         with dots between its parts (`"decay.w1"`), and `""` where λ is a single array. One number
         is drawn for a leaf, and fills it; what `Problem.init` gives stays in all others. An
         optimizer setting is searched by making it a hyperparameter
-        (`inner_optimizer=lambda λ: …`).
+        (`inner_optimizer=lambda λ: …`). One that only some combinations of choices have is
+        `when(loguniform(…), method="greedy")`, or a list of such.
       lr_hyper: the outer learning rate, where the optimizer has no `outer_optimizer`: a
-        distribution, or one number for all trials.
+        distribution, or one number for all trials; `when(…)`, or a list of such, where only some
+        combinations have one, or others.
       choices: what changes the program: arguments, by name, of the functions that make the
         problem and the optimizer. Every combination is a population of its own, inside which
         trials copy each other.
+      race: `Race(…)` lets the worse combinations end, and the others have their slots; without it
+        each keeps an equal share.
 
     Raises:
       TypeError: if something is not a distribution.
-      ValueError: for an empty list of choices.
+      ValueError: for an empty list of choices, a condition on what is none of them, or a race
+        between fewer than two combinations.
     """
 
-    hyperparams: Mapping[str, Distribution] = dataclasses.field(default_factory=dict)
-    lr_hyper: Distribution | float | None = None
+    hyperparams: Mapping[str, Setting] = dataclasses.field(default_factory=dict)
+    lr_hyper: Setting | float | None = None
     choices: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+    race: Race | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.lr_hyper, np.generic):
             object.__setattr__(self, "lr_hyper", self.lr_hyper.item())
-        if isinstance(self.lr_hyper, float | int):
-            check_number("SearchSpace.lr_hyper", self.lr_hyper, -math.inf, math.inf)
-            if not math.isfinite(self.lr_hyper):
-                raise ValueError(f"SearchSpace.lr_hyper must be finite, got {self.lr_hyper}")
+        if isinstance(self.lr_hyper, list):
+            object.__setattr__(self, "lr_hyper", tuple(self.lr_hyper))
+        listed = {n: tuple(x) if isinstance(x, list) else x for n, x in self.hyperparams.items()}
+        object.__setattr__(self, "hyperparams", listed)
         accepted = f"a distribution: {distributions.ACCEPTED}"
-        for name, distribution in self.settings().items():
-            if not isinstance(distribution, distributions.KINDS):
-                raise TypeError(f"SearchSpace: {name!r} must be {accepted}, got {distribution!r}")
+        for name in self.names():
+            for one in self.alternatives(name):
+                given = conditional.kind(one.given) if name == LR_HYPER else one.given
+                if not isinstance(given, distributions.KINDS):
+                    raise TypeError(f"SearchSpace: {name!r} must be {accepted}, got {given!r}")
+                if name == LR_HYPER and isinstance(one.given, float | int):
+                    _check_rate(one.given)
         choices = {name: _plain(values) for name, values in self.choices.items()}
         object.__setattr__(self, "choices", choices)
         for name, values in choices.items():
@@ -82,16 +95,58 @@ class SearchSpace:
                         f"SearchSpace.choices[{name!r}] takes strings, numbers and booleans, "
                         f"got {value!r}: let your function make objects of them"
                     )
+        self._check_conditions()
+        if self.race is not None and not isinstance(self.race, Race):  # pyright: ignore
+            raise TypeError(f"SearchSpace.race must be a Race, got {self.race!r}")
+        if self.race is not None and len(self.variants()) < 2:
+            raise ValueError("SearchSpace.race needs choices, of two or more combinations")
 
-    def settings(self) -> dict[str, Distribution]:
-        """Return all distributions by name, `lr_hyper` among them."""
-        rate: dict[str, Any] = {}
-        if self.lr_hyper is not None:
-            fixed = isinstance(self.lr_hyper, float | int) and not isinstance(self.lr_hyper, bool)
-            rate = {LR_HYPER: Choice((float(self.lr_hyper),)) if fixed else self.lr_hyper}  # pyright: ignore
+    def names(self) -> list[str]:
+        """Return the names of all settings, `lr_hyper` among them, in whatever combination."""
+        rate = [] if self.lr_hyper is None else [LR_HYPER]
         if LR_HYPER in self.hyperparams and rate:
             raise ValueError("SearchSpace: a hyperparameter named lr_hyper beside lr_hyper=")
-        return {**self.hyperparams, **rate}
+        return [*self.hyperparams, *rate]
+
+    def alternatives(self, name: str) -> tuple[Conditional, ...]:
+        """Return a setting's distributions, of which one at most holds in any combination."""
+        given: Any = self.lr_hyper if name == LR_HYPER else None
+        given = self.hyperparams.get(name, given)
+        listed = given if isinstance(given, tuple) else (given,)
+        return tuple(x if isinstance(x, Conditional) else Conditional(x, {}) for x in listed)  # pyright: ignore
+
+    def of(self, combination: Mapping[str, Any]) -> SearchSpace:
+        """Return the space of one combination of choices: its settings, without conditions."""
+        if not any(one.conditions for name in self.names() for one in self.alternatives(name)):
+            return self
+        there: dict[str, Any] = {}
+        for name in self.names():
+            there |= {n: one.given for n, one in self._holding(name, combination)}
+        rate = there.pop(LR_HYPER, None) if self.lr_hyper is not None else None
+        return dataclasses.replace(self, hyperparams=there, lr_hyper=rate)
+
+    def settings(self) -> dict[str, Distribution]:
+        """Return all distributions by name, `lr_hyper` among them.
+
+        Raises:
+          ValueError: if some depend on choices: ask the space `of` one combination.
+        """
+        made: dict[str, Distribution] = {}
+        for name in self.names():
+            one, *others = self.alternatives(name)
+            if one.conditions or others:
+                text = f"SearchSpace: {name!r} depends on choices: ask space.of(combination)"
+                raise ValueError(text)
+            made[name] = conditional.kind(one.given)
+        return made
+
+    def kinds(self) -> dict[str, dict[int, Distribution]]:
+        """Return each setting's distributions, by number of a combination that has it."""
+        of = [self.of(one).settings() for one in self.variants()]
+        return {
+            name: {number: known[name] for number, known in enumerate(of) if name in known}
+            for name in self.names()
+        }
 
     def searched(self) -> dict[str, Distribution]:
         """Return those of `settings` that can be more than one number."""
@@ -104,6 +159,20 @@ class SearchSpace:
             dict(zip(names, values, strict=True))
             for values in itertools.product(*self.choices.values())
         ]
+
+    def draw_first(self, rng: np.random.Generator, variant: np.ndarray) -> Changes:
+        """Return the settings of the first trials: `variant` is each slot's combination."""
+        combinations, n = self.variants(), len(variant)
+        made: Changes = {}
+        for name in self.names():
+            mask, drawn = np.zeros(n, bool), np.zeros(n)
+            for one in self.alternatives(name):
+                holding = [i for i, known in enumerate(combinations) if one.holds(known)]
+                here = np.isin(variant, holding)
+                drawn = np.where(here, conditional.kind(one.given).sample(rng, n), drawn)
+                mask |= here
+            made[name] = Change(mask, np.zeros(n), drawn)
+        return made
 
     def draw(self, rng: np.random.Generator, fresh: np.ndarray) -> Changes:
         """Return the settings of new trials, in the slots where `fresh`."""
@@ -144,12 +213,13 @@ class SearchSpace:
         """Return the space as it is written in TOML and in a sweep's manifest."""
         space: dict[str, Any] = {}
         if self.hyperparams:
-            space["hyperparams"] = {k: v.describe() for k, v in self.hyperparams.items()}
+            space["hyperparams"] = {k: _described(v) for k, v in self.hyperparams.items()}
         if self.lr_hyper is not None:
-            rate = self.lr_hyper
-            space["lr_hyper"] = rate if isinstance(rate, float | int) else rate.describe()
+            space["lr_hyper"] = _described(self.lr_hyper)
         if self.choices:
             space["choices"] = {name: list(values) for name, values in self.choices.items()}
+        if self.race is not None:
+            space["race"] = self.race.describe()
         return space
 
     @classmethod
@@ -159,19 +229,49 @@ class SearchSpace:
         Raises:
           ValueError: for an unknown key or distribution, by name.
         """
-        if unknown := set(description) - {"hyperparams", LR_HYPER, "choices"}:
-            accepted = "hyperparams, lr_hyper and choices"
+        if unknown := set(description) - {"hyperparams", LR_HYPER, "choices", "race"}:
+            accepted = "hyperparams, lr_hyper, choices and race"
             raise ValueError(f"space takes {accepted}, got {sorted(unknown)[0]!r}")
         given: dict[str, Any] = dict(description)
         hyperparams: dict[str, Any] = given.get("hyperparams", {})
-        rate = given.get(LR_HYPER)
+        rate, race = given.get(LR_HYPER), given.get("race")
+        plain = rate is None or isinstance(rate, float | int)
         return cls(
-            {name: distributions.parse(name, text) for name, text in hyperparams.items()},
-            rate
-            if rate is None or isinstance(rate, float | int)
-            else distributions.parse(LR_HYPER, rate),
+            {name: conditional.parse(name, text) for name, text in hyperparams.items()},
+            rate if plain else conditional.parse(LR_HYPER, rate),
             given.get("choices", {}),
+            None if race is None else Race.parse(race),
         )
+
+    def _holding(self, name: str, combination: Mapping[str, Any]) -> list[tuple[str, Conditional]]:
+        return [(name, one) for one in self.alternatives(name) if one.holds(combination)]
+
+    def _check_conditions(self) -> None:
+        for name in self.names():
+            for one in self.alternatives(name):
+                one.check(name, self.choices)
+            for combination in self.variants():
+                if len(self._holding(name, combination)) > 1:
+                    raise ValueError(
+                        f"SearchSpace: {name!r} has several distributions for {said(combination)}"
+                    )
+
+
+def said(combination: Mapping[str, Any]) -> str:
+    """Return a combination of choices in words."""
+    return ", ".join(f"{name}={value}" for name, value in combination.items())
+
+
+def _described(setting: Any) -> Any:
+    if isinstance(setting, tuple):
+        return [one.describe() for one in setting]  # pyright: ignore[reportUnknownVariableType]
+    return setting if isinstance(setting, float | int) else setting.describe()
+
+
+def _check_rate(rate: float) -> None:
+    check_number("SearchSpace.lr_hyper", rate, -math.inf, math.inf)
+    if not math.isfinite(rate):
+        raise ValueError(f"SearchSpace.lr_hyper must be finite, got {rate}")
 
 
 def _plain(values: Any) -> Any:

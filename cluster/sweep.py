@@ -59,7 +59,7 @@ class Sweep:
       optimizer: likewise, a `BilevelOptimizer`.
       space: what differs between trials.
       population: trials at a time, in all. With choices in the space it is divided equally among
-        their combinations.
+        their combinations, at first where these race.
       generations: how many. A larger number than before extends a sweep that is done.
       steps_per_generation: steps that a trial takes in one.
       storage: a folder for all that must last, seen by all workers under this path ("~" and

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Executor, Future, wait
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from gradhpo.cluster.columns import DIVERGED, RESERVED
 from gradhpo.cluster.discrete import Integer
 from gradhpo.cluster.host_turns import DONATING, STATE, HostTurns
 from gradhpo.cluster.orders import Order, Prepared, Spec
+from gradhpo.cluster.space import said
 from gradhpo.cluster.timings import Timings
 from gradhpo.cluster.validation import with_validation
 from gradhpo.errors import check_hashable
@@ -37,13 +39,16 @@ Arrays = dict[str, Any]
 """Arrays of a state by path, `.params['w']`, each with a leading slot axis."""
 Rows = dict[str, np.ndarray]
 """The same of some slots, on the host."""
+Programs = dict[str, tuple[compiled.Compiled, compiled.Counts]]
+"""By name, programs, and what it took to get them."""
 
 
 class Variant:
     """One combination of the space's choices: its population and programs, on these devices."""
 
     def __init__(self, spec: Spec, arguments: Mapping[str, Any], data: PyTree) -> None:
-        self.spec, self.settings = spec, spec.space.hyperparams
+        self.spec, self._space = spec, spec.space.of(arguments)
+        self.settings: Mapping[str, Any] = self._space.hyperparams
         self._timings = Timings()
         with self._timings("problem"):
             problem, optimizer = build(spec, arguments, data)
@@ -59,19 +64,21 @@ class Variant:
             episode_length=spec.episode_length, lr_reptile=spec.lr_reptile,
             episode_init=spec.episode_init,
         )  # fmt: skip
-        schedule = spec.lr_schedule
+        schedule = spec.lr_schedule if self._space.lr_hyper is not None else None
         self.schedule = importing.load(schedule) if isinstance(schedule, str) else schedule
         if schedule is not None:
             check_hashable("lr_schedule", self.schedule)
         self.optimizer = optimizer
         self.programs: dict[str, Any] = {}
         self._lowered: dict[str, compiled.Lowered] = {}
+        self._ahead: Future[Programs] | None = None
+        """The programs, where they are compiled beside other work."""
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), spec.slots))
         self._data_shapes = jax.eval_shape(self._make_data, np.uint32(0))
         pairs = self.population.first_pair_shapes(spec.slots)
         init = self.population.trace_init
         self._template = jax.eval_shape(init, keys, {}, self._data_shapes, pairs)
-        self._check_settings()
+        self._check_settings(said(arguments))
         self.data: PyTree = None
         self._first: Any = None
         self.host = HostTurns(self, spec.steps, spec.record) if problem.batch is None else None
@@ -92,19 +99,30 @@ class Variant:
             self._lowered = made
         return True
 
+    def begin(self, pool: Executor) -> None:
+        """Compile the programs, which are traced, beside other work; `prepare` waits for them."""
+        if self._ahead is None:
+            self._ahead = pool.submit(self._made, None)
+
+    def settle(self) -> None:
+        """Wait until nothing is compiled beside other work; whether that went well is for later."""
+        if self._ahead is not None:
+            wait([self._ahead])
+
     def prepare(self, blobs: Mapping[str, bytes] | None) -> Prepared:
         """Compile the programs, or load them from what another worker compiled."""
-        if self._lowered:
+        if self._lowered and self._ahead is None:
             self._timings = Timings()  # that was while another compiled
-        timed, notes, counts = self._timings, list[str](), dict[str, compiled.Counts]()
-        start = compiled.counts()
-        self.trace(measure=True)
-        calibrated = compiled.counts().since(start)
-        with timed("loading" if blobs else "compiling"), _noted(notes):
-            jobs = [self._job(program, name, blobs) for name, program in self._lowered.items()]
-            for name, (program, done) in zip(self._lowered, compiled.together(jobs), strict=True):
-                self.programs[name], counts[name] = program, done
-        self._lowered = {}
+        timed, notes, calibrated = self._timings, list[str](), compiled.Counts()
+        if not self._lowered:
+            start = compiled.counts()
+            self.trace(measure=True)
+            calibrated = compiled.counts().since(start)
+        with _noted(notes):
+            made = self._made(blobs) if self._ahead is None else self._ahead.result()
+        self.programs |= {name: program for name, (program, _) in made.items()}
+        counts = {name: done for name, (_, done) in made.items()}
+        self._lowered, self._ahead = {}, None
         with timed("data"):
             identity = self._place_data(checked=blobs is None)
         turn = counts.pop("turn")
@@ -129,6 +147,11 @@ class Variant:
             data=identity,
             seconds=tuple(timed.seconds.items()),
         )
+
+    def _made(self, blobs: Mapping[str, bytes] | None) -> Programs:
+        jobs = [self._job(program, name, blobs) for name, program in self._lowered.items()]
+        with self._timings("loading" if blobs else "compiling"):
+            return dict(zip(self._lowered, compiled.together(jobs), strict=True))
 
     def _place_data(self, checked: bool) -> str:
         """Make what all trials share; return a checksum of it, where that is asked for."""
@@ -367,28 +390,31 @@ class Variant:
         leaves = tree_flatten_with_path(hyperparams)[0]
         return {dotted(path): leaf for path, leaf in leaves if dotted(path) in self.settings}
 
-    def _check_settings(self) -> None:
+    def _check_settings(self, combination: str) -> None:
+        of = f" for {combination}" if combination else ""
         leaves = tree_flatten_with_path(self._template.hyperparams)[0]
         there = {dotted(path): leaf.dtype for path, leaf in leaves}
         for name, kind in self.settings.items():
             if name not in there:
                 raise ValueError(
-                    f"space.hyperparams has {name!r}; the problem's hyperparameters are "
+                    f"space.hyperparams has {name!r}; the problem's hyperparameters{of} are "
                     f"{', '.join(map(repr, list(there)[:20]))}"
                 )
             whole = 2 ** (jnp.finfo(there[name]).nmant + 1)
             if isinstance(kind, Integer) and max(map(abs, kind.bounds)) > whole:
                 raise ValueError(
-                    f"space.hyperparams[{name!r}] takes {kind.range}, and its leaf is "
+                    f"space.hyperparams[{name!r}] takes {kind.range}, and its leaf{of} is "
                     f"{there[name]}, which holds whole numbers up to {whole}"
                 )
-        if self._takes_rate and self.spec.space.lr_hyper is None:
+        if self._takes_rate and self._space.lr_hyper is None:
             raise ValueError(
-                "the optimizer has no outer_optimizer: give SearchSpace(lr_hyper=…), a number or "
-                "a distribution"
+                f"the optimizer{of} has no outer_optimizer: give SearchSpace(lr_hyper=…), a number "
+                "or a distribution"
             )
-        if not self._takes_rate and self.spec.space.lr_hyper is not None:
-            raise ValueError("space.lr_hyper is given, and the optimizer has an outer_optimizer")
+        if not self._takes_rate and self._space.lr_hyper is not None:
+            raise ValueError(
+                f"space.lr_hyper is given, and the optimizer{of} has an outer_optimizer"
+            )
 
 
 def data_key(seed: Any) -> jax.Array:

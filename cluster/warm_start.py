@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from gradhpo.cluster import columns as names
-from gradhpo.cluster.columns import TRIAL
+from gradhpo.cluster.columns import TRIAL, VARIANT
 from gradhpo.cluster.dominance import places
 from gradhpo.cluster.numbers_of import number_of
 from gradhpo.cluster.points import Point, inside
@@ -40,10 +40,12 @@ def points_from(storage: Where, best: int) -> list[Point]:
     _, first = np.unique(table[TRIAL][rows], return_index=True)
     made: list[Point] = []
     for row in rows[np.sort(first)][:best].tolist():
-        has = {name: table[names.setting(name)][row] for name in space.settings()}
+        choices = space.variants()[int(table[VARIANT][row])]
+        own = space.of(choices)
+        has = {name: table[names.setting(name)][row] for name in own.settings()}
         known = {n: float(x) for n, x in has.items() if np.isfinite(x)}
-        settings = {name: number_of(space.settings()[name], x) for name, x in known.items()}
-        made.append({**inside(settings, space), **space.variants()[int(table["variant"][row])]})
+        settings = {name: number_of(own.settings()[name], x) for name, x in known.items()}
+        made.append({**inside(settings, own), **choices})
     return made
 
 

@@ -80,6 +80,10 @@ class Worker:
         """See `ShardHost.trace`."""
         self._host.trace(variant, batching)
 
+    def begin(self, variant: int, batching: Any) -> None:
+        """See `ShardHost.begin`."""
+        self._host.begin(variant, batching)
+
     def prepare(self, variant: int, batching: Any, blobs: Any) -> Any:
         """See `ShardHost.prepare`."""
         return self._host.prepare(variant, batching, blobs)

@@ -311,19 +311,31 @@ def clear() -> None:
     """Forget all programs; the counts go on."""
     with _LOCK:
         _PROGRAMS.clear()
+        _AT_WORK.clear()
 
 
 _LOCK = threading.Lock()
 _PROGRAMS: dict[tuple[Any, ...], Compiled] = {}
 """By step key and `_where`: a program stays on its devices."""
+_AT_WORK: dict[tuple[Any, ...], threading.Lock] = {}
+"""By the same, what keeps two threads from compiling one program at once."""
 _COUNTS = [Counts()]
 _OF_THREAD = threading.local()
 
 
 def _find_or_compile(lowered: Any, key: StepKey, devices: list[Any]) -> Compiled:
     calls_python = _calls_python(lowered)  # which the step key does not see
-    if not calls_python and (known := _find(key, devices, lowered)) is not None:
-        return known
+    if calls_python:
+        return _compile(lowered, key, calls_python=True)
+    with _LOCK:
+        mine = _AT_WORK.setdefault((key, *_where(devices, lowered)), threading.Lock())
+    with mine:
+        if (known := _find(key, devices, lowered)) is not None:
+            return known
+        return _keep(_compile(lowered, key, calls_python=False), devices, lowered)
+
+
+def _compile(lowered: Any, key: StepKey, *, calls_python: bool) -> Compiled:
     compilations.watch()
     before = compilations.of_this_thread()
     executable = lowered.compile()
@@ -331,8 +343,7 @@ def _find_or_compile(lowered: Any, key: StepKey, devices: list[Any]) -> Compiled
     _count(compiles=made.compiled, restores=made.restored)
     # JAX may also have had it in this process, from wherever: then nothing was made now.
     whole = made.compiled > 0
-    compiled = Compiled(key, executable, calls_python=calls_python, whole=whole)
-    return compiled if calls_python else _keep(compiled, devices, lowered)
+    return Compiled(key, executable, calls_python=calls_python, whole=whole)
 
 
 def _debugging() -> bool:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from gradhpo.cluster import RandomSearch
-from gradhpo.cluster.controller import Layout, Rules, decide, first_plan, following
+from gradhpo.cluster.controller import Layout, Rules, decide, first_plan, follow, following, race
 from gradhpo.cluster.drawing import Drawing, stored_in
 from gradhpo.cluster.history import History
 from gradhpo.cluster.objectives import Objectives
@@ -22,44 +22,45 @@ class Decided:
       drawing: where new trials come from.
     """
 
-    def __init__(self, space, metrics, drawing=None, scheduler=EVERY, slots=6, seed=0):
-        self.space, self.metrics, self.variants = space, metrics, len(space.variants())
-        objectives = Objectives(dict.fromkeys(metrics, 1))
+    def __init__(self, space, metrics, drawing=None, scheduler=EVERY, slots=6, seed=0, shards=1):
+        self.space, self.metrics = space, metrics
+        objectives, variants = Objectives(dict.fromkeys(metrics, 1)), len(space.variants())
         self.rules = Rules(scheduler, space, seed, objectives, drawing or Drawing())
-        self.layout = Layout(self.variants, self.variants, slots // self.variants)
+        shards *= variants
+        self.layout = Layout(variants, shards, slots // shards, space.race is not None)
         self.plan = first_plan(self.layout, self.rules)
         self.seen = []
-        parts = [self.layout.population_of(variant) for variant in range(self.variants)]
-        self.history = History(parts, space, objectives, self.seen.__getitem__)
+        about = (self.layout.beginning(), space, objectives)
+        self.history = History(*about, self.seen.__getitem__)
         self.past = self.rules.drawing.past(space, objectives, seed, slots)
         given = self.rules.drawing.given(space, slots)
-        self.past.begin_first(stored_in(self.plan.changes), given)
-        self.now = {name: change.add for name, change in self.plan.changes.items()}
-        self.drawn, self.scores = [self.now], []
+        self.past.begin_first(stored_in(self.plan.changes), given, self.plan.variant)
+        self.now = stored_in(self.plan.changes)
+        self.drawn, self.scores, self.tables, self.decided = [self.now], [], [], []
 
     def columns(self):
         found = {name: function(**self.now) for name, function in self.metrics.items()}
         settings = {f"hyperparams.{name}": column for name, column in self.now.items()}
         plan = self.plan
-        return {"trial": plan.trial, "born": plan.born, "parent": plan.parents, **found, **settings}
+        about = {"trial": plan.trial, "born": plan.born, "parent": plan.parents}
+        return {**about, "variant": plan.variant, **found, **settings}
 
     def generation(self):
         """Run one, and let it be decided."""
         plan, columns = self.plan, self.columns()
         self.seen.append(columns)
         self.scores.append(np.stack([columns[name] for name in self.metrics], axis=1))
-        tables = self.history.tables(plan.generation, columns)
-        decision = decide(tables, plan, self.layout, self.rules, self.past)
-        self.past.end(columns, plan.generation, decision.parents)
-        fresh = decision.parents == NEW
-        self.past.begin(
-            plan.generation + 1, fresh, stored_in(decision.changes), np.zeros(len(fresh), bool)
-        )
-        self.plan = following(plan, decision, self.rules)
-        source = np.where(fresh, 0, decision.parents)
-        for name, (mask, multiply, add) in decision.changes.items():
-            before = self.now[name][source]
-            self.now = {**self.now, name: np.where(mask, before * multiply + add, before)}
+        self.tables.append(self.history.tables(plan.generation, columns))
+        decision = decide(self.tables[-1], plan, self.layout, self.rules, self.past)
+        decided = race(columns, plan, decision, self.layout, self.rules, self.past)
+        follow(self.past, plan, columns, decided)
+        self.decided.append(decided)
+        self.plan = following(plan, decided, self.rules)
+        source = np.maximum(decided.decision.parents, 0)
+        for name, (mask, multiply, add) in decided.decision.changes.items():
+            before = np.where(decided.decision.parents == NEW, np.nan, self.now[name][source])
+            moved = np.where(multiply == 0, add, before * multiply + add)
+            self.now = {**self.now, name: np.where(mask, moved, before)}
         self.drawn.append(self.now)
 
     def run(self, generations):

@@ -31,6 +31,7 @@ OPERATIONS = ("open", "fsync", "replace", "unlink", "mkdir", "rmdir")
 OPERATIONS += ("write", "ftruncate", "truncate")
 SIZE = 4000
 """Numbers of a trial's state: 16 kB."""
+CHANGES = {"population": 6, "shards": 2, "generations": 5}
 
 
 class Variant:
@@ -41,6 +42,9 @@ class Variant:
     def __init__(self, spec, arguments, data):
         del arguments, data
         self.slots = spec.slots
+
+    def trace(self):
+        return False  # `prepare` does it all
 
     def prepare(self, blobs):
         del blobs
@@ -69,7 +73,8 @@ class Variant:
         params, rate = (x.copy() for x in state.values())
         for slot, trial in enumerate(order.trials):
             if order.fresh[slot]:
-                params[slot], rate[slot] = np.random.default_rng(trial).normal(size=SIZE), -3
+                size = params.shape[1]
+                params[slot], rate[slot] = np.random.default_rng(trial).normal(size=size), -3
         if "log_rate" in order.changes:
             mask, multiply, add = order.changes["log_rate"]
             rate = np.where(mask, rate * multiply + add, rate)
@@ -80,11 +85,10 @@ class Variant:
 
 def run(folder, every, rows=None, scheduler="PBT"):
     """Run the sweep to its end; return what it found, as a digest, with a tracker's file if any."""
-    changes = {"population": 6, "shards": 2, "generations": 5, "checkpoint_every": every}
     trackers = [] if rows is None else [CSV(rows)]
-    made = sweep(folder, scheduler=SCHEDULERS[scheduler], **changes)
+    made = sweep(folder, scheduler=SCHEDULERS[scheduler], **CHANGES, checkpoint_every=every)
     result = made.run(observers=trackers)
-    digest = hashlib.sha256(str(result.best.lineage).encode())
+    digest = hashlib.sha256(str((result.best.lineage, result.ended)).encode())
     for name, array in [*result.table.items(), *result.best.arrays.items()]:
         digest.update(name.encode() + array.tobytes())
     if rows is not None:

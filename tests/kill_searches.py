@@ -1,10 +1,10 @@
-"""`file_operations` for two objectives, or a sampler of Optuna: run by `test_objectives`."""
+"""`file_operations` for two objectives, or a sampler of Optuna, in a race too: run by tests."""
 
 import hashlib
 import sys
 
 from gradhpo.cluster import OptunaSampler, RandomSearch
-from tests import file_operations
+from tests import file_operations, raced_operations
 from tests.sweeps import sweep
 
 KINDS = {
@@ -15,13 +15,14 @@ KINDS = {
         "points": [{"log_rate": 0.2}],
     },
 }
+KINDS["race"] = {**KINDS["sampler"], "space": raced_operations.SPACE, "shards": 6}
 
 
 def run(folder, every, rows, kind):
     """Run the sweep to its end; return what it found, as a digest."""
     del rows
-    about = {"population": 6, "shards": 2, "generations": 5, "checkpoint_every": every}
-    result = sweep(folder, **about, **KINDS[kind]).run()
+    about = {**file_operations.CHANGES, **KINDS[kind]}
+    result = sweep(folder, **about, checkpoint_every=every).run()
     digest = hashlib.sha256()
     for name, column in result.table.items():
         digest.update(name.encode() + column.tobytes())
@@ -36,4 +37,6 @@ if __name__ == "__main__":
     if (sampler := KINDS[sys.argv[5]].get("sampler")) is not None:
         sampler.make(0)  # imports Optuna, before the forks
     file_operations.run = run
+    if sys.argv[5] == "race":
+        file_operations.Variant = raced_operations.Variant
     file_operations.main(sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5])

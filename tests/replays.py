@@ -7,7 +7,7 @@ import functools
 
 import numpy as np
 
-from gradhpo.cluster.controller import Layout, Rules, decide, first_plan, following
+from gradhpo.cluster.controller import Layout, Next, Rules, decide, first_plan, following
 from gradhpo.cluster.history import History
 from gradhpo.cluster.objectives import Objectives
 from gradhpo.cluster.schedulers import NEW
@@ -75,7 +75,8 @@ def replay(scheduler, seed, slots=16, generations=16):
     """Return the best score so far after each generation of a sweep that is not computed."""
     layout, rules = Layout(1, 1, slots), Rules(scheduler, SPACE, seed, Objectives({"val_loss": 1}))
     tables, best = [], []
-    history = History([slice(0, slots)], SPACE, rules.objectives, tables.__getitem__)
+    about = (layout.beginning(), SPACE, rules.objectives)
+    history = History(*about, tables.__getitem__)
     plan, first, later = first_plan(layout, rules), *steps()
     values, score = {n: np.zeros(slots) for n in SPACE.settings()}, np.zeros(slots)
     for generation in range(generations):
@@ -94,5 +95,5 @@ def replay(scheduler, seed, slots=16, generations=16):
         tables.append(columns)
         decision = decide(history.tables(generation, columns), plan, layout, rules)
         best.append(np.nanmin(columns["val_loss"]))
-        plan = following(plan, decision, rules)
+        plan = following(plan, Next(decision, plan.variant), rules)
     return np.minimum.accumulate(best)

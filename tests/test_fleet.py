@@ -43,7 +43,7 @@ class World:
             **{**given, "processes": self.processes, "deadline": self.deadline, "heartbeat": 12.0}
             | settings
         )
-        self.shards, self.variants = rng.randint(1, 8), rng.randint(1, 2)
+        self.shards, self.variants = rng.randint(1, 8), rng.randint(1, 4)
         self.fleet = Fleet(limits, self.shards, itertools.count(1).__next__)
         self.now, self.news, self.tie = 0.0, [], itertools.count()
         self.sick, self.mute = set(), set()  # workers in which something is wrong; silent processes
@@ -74,7 +74,7 @@ class World:
         worker, job = command.worker, command.job
         self.sends += 1
         assert worker in self.has, "told before it was there"
-        if job.kind == "trace":
+        if job.kind in ("trace", "begin"):
             assert job.variant not in self.has[worker], "told to get ahead with what it has"
         elif job.kind != "prepare":
             assert self.owner[job.shard] == worker, "told before it owned the shard"
@@ -468,3 +468,74 @@ def test_idle_workers_trace_what_another_one_compiles():
     assert {(c.worker, c.job.kind) for c in only(Send, out)} == {
         (1, "run"), (2, "prepare"), (3, "prepare"),
     }  # fmt: skip
+
+
+# --- several programs -----------------------------------------------------------------------------
+
+
+def compiling(fleet, events, variants, now=1):
+    """Return what one worker or several are sent, in order, when each answers at once."""
+    out, sent = fleet.step(now, *events), []
+    while jobs := only(Send, out):
+        sent += [(c.worker, c.job.kind, c.job.variant) for c in jobs]
+        now += 1
+        out = fleet.step(now, *(Answered(c.worker, c.call) for c in jobs))
+    assert fleet.complete
+    assert {v for _, kind, v in sent if kind == "prepare"} == set(range(variants))
+    return sent
+
+
+def test_one_worker_begins_all_programs_before_it_waits_for_any():
+    fleet = Fleet(Limits(1), 3, itertools.count(1).__next__)
+    (start,) = only(Start, fleet.ask(0, [Job("prepare", variant) for variant in range(3)]))
+    sent = compiling(fleet, [Answered(start.worker, start.call)], 3)
+    expected = [(kind, variant) for kind in ("begin", "prepare") for variant in range(3)]
+    assert [(kind, variant) for _, kind, variant in sent] == expected
+
+
+def test_a_program_is_compiled_by_one_worker_and_traced_by_the_others():
+    fleet = Fleet(Limits(2), 4, itertools.count(1).__next__)
+    starts = only(Start, fleet.ask(0, [Job("prepare", variant) for variant in range(4)]))
+    sent = compiling(fleet, [Answered(c.worker, c.call) for c in starts], 4)
+    made = {variant: worker for worker, kind, variant in sent if kind == "prepare"}
+    begun = {variant: worker for worker, kind, variant in sent if kind == "begin"}
+    assert sorted(collections.Counter(made.values()).values()) == [2, 2]
+    assert begun.items() <= made.items(), "who began waits"
+    assert len([kind for _, kind, _ in sent if kind != "trace"]) == 4 + len(begun)
+
+
+def test_as_many_workers_as_programs_compile_one_each():
+    fleet = Fleet(Limits(2), 2, itertools.count(1).__next__)
+    starts = only(Start, fleet.ask(0, [Job("prepare", variant) for variant in range(2)]))
+    sent = compiling(fleet, [Answered(c.worker, c.call) for c in starts], 2)
+    assert [kind for _, kind, _ in sent][:2] == ["prepare", "prepare"]
+
+
+def test_a_gang_compiles_one_after_the_other():
+    fleet = Fleet(Limits(1, processes=2), 2, itertools.count(1).__next__)
+    (start,) = only(Start, fleet.ask(0, [Job("prepare", variant) for variant in range(2)]))
+    out = fleet.step(1, *(Answered(1, start.call, rank) for rank in range(2)))
+    assert [c.job for c in only(Send, out)] == [Job("prepare", 0)]
+
+
+def test_what_a_lost_worker_had_begun_is_begun_again():
+    fleet = Fleet(Limits(1), 2, itertools.count(1).__next__)
+    (start,) = only(Start, fleet.ask(0, [Job("prepare", variant) for variant in range(2)]))
+    (first,) = only(Send, fleet.step(1, Answered(1, start.call)))
+    (second,) = only(Send, fleet.step(2, Answered(1, first.call)))
+    assert (first.job, second.job) == (Job("begin", 0), Job("begin", 1))
+    (start,) = only(Start, fleet.step(3, Gone(1, "died")))
+    compiling(fleet, [Answered(start.worker, start.call)], 2, now=4)
+
+
+def test_what_compiles_side_by_side_has_the_time_of_all():
+    fleet = Fleet(Limits(1, start_deadline=60.0), 2, itertools.count(1).__next__)
+    (start,) = only(Start, fleet.ask(0, [Job("prepare", variant) for variant in range(2)]))
+    out = fleet.step(1, Answered(1, start.call))
+    for now in (2, 3):
+        out = fleet.step(now, *(Answered(1, c.call) for c in only(Send, out)))
+    assert [c.job.kind for c in only(Send, out)] == ["prepare"]
+    later = [c for now in range(4, 110) for c in fleet.step(now, Heard(1))]
+    assert not only(Kill, later)
+    later = [c for now in range(110, 140) for c in fleet.step(now, Heard(1))]
+    assert [c.reason for c in only(Kill, later)] == ["did not answer for 120 s"]

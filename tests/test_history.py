@@ -105,8 +105,7 @@ def columns(generation, slots, score):
 
 def two_populations(read):
     space = SearchSpace({"rate": loguniform(1e-3, 1)}, choices={"method": ["a", "b"]})
-    parts = [slice(0, 4), slice(4, 8)]
-    return History(parts, space, Objectives({"val_loss": -1}), read)
+    return History(np.repeat([0, 1], 4), space, Objectives({"val_loss": -1}), read)
 
 
 def test_each_population_has_its_own_history_and_a_table_is_read_once():
@@ -121,7 +120,7 @@ def test_each_population_has_its_own_history_and_a_table_is_read_once():
     asked.clear()
     for _ in range(2):
         tables = history.tables(2, columns(2, 8, scores * 3))
-        for part, table in zip((slice(0, 4), slice(4, 8)), tables, strict=True):
+        for part, table in zip((slice(0, 4), slice(4, 8)), tables.values(), strict=True):
             np.testing.assert_array_equal(table.history(1).score, -2 * scores[part])
             np.testing.assert_array_equal(table.history(1).history(0).score, -scores[part])
             assert table.history(2) is table

@@ -223,9 +223,11 @@ def test_patience_counts_generations_that_bring_nothing_to_the_front(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "every"), [("objectives", 1), ("objectives", 3), ("sampler", 3)])
+@pytest.mark.parametrize(
+    ("kind", "every"), [("objectives", 1), ("objectives", 3), ("sampler", 3), ("race", 2)]
+)
 def test_a_kill_at_any_file_operation_changes_no_bit(tmp_path, kind, every):
-    if kind == "sampler":
+    if kind in ("sampler", "race"):
         pytest.importorskip("optuna", reason="optuna is not installed (the extra trackers)")
     place = MEMORY if os.access(MEMORY, os.W_OK) else tmp_path
     with tempfile.TemporaryDirectory(dir=place) as folder:

@@ -70,12 +70,12 @@ def test_settings_are_drawn_as_they_were_given(result, axes, tmp_path):
 
 def test_many_settings_have_a_panel_each_and_what_cannot_be_drawn_is_refused(axes, tmp_path):
     columns = {name: np.ones((2, 3)) for name in "abcde"}
-    space = {name: uniform(0, 2) for name in columns}
-    plots.draw_settings(tmp_path / "five.png", columns, space, [])
-    made = plots.draw_settings(axes(5), columns, space, [])
+    kinds = {name: [uniform(0, 2)] for name in columns}
+    plots.draw_settings(tmp_path / "five.png", columns, kinds, [])
+    made = plots.draw_settings(axes(5), columns, kinds, [])
     assert [panel.get_ylabel() for panel in made] == list("abcde")
     with pytest.raises(ValueError, match=r"plot_settings needs 5 axes to draw on, got 2"):
-        plots.draw_settings(axes(2), columns, space, [])
+        plots.draw_settings(axes(2), columns, kinds, [])
     with pytest.raises(ValueError, match="searches no setting"):
         plots.draw_settings(tmp_path / "none.png", {}, {}, [])
 

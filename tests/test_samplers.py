@@ -53,7 +53,7 @@ def test_a_sampler_of_ones_own_is_told_what_came_of_its_trials():
     scores = made.run(6)[:, :, 0]
     assert scores[-1].max() < scores[0].max()
     assert np.isin(made.drawn[0]["b"], np.log([0.1])).all(), "logarithms are stored"
-    told = made.past.history(0, slice(0, 6))
+    told = made.past.history(0)
     assert told.scores[:, 0].tolist()[:36] == scores.ravel().tolist()
     assert told.born.tolist() == [g for g in range(7) for _ in range(6)]
     assert told.ended.tolist() == [True] * 36 + [False] * 6
@@ -65,7 +65,7 @@ def test_a_sampler_of_ones_own_is_told_what_came_of_its_trials():
 def test_trials_that_copy_are_not_told_and_those_that_go_on_are_told_once():
     made = Decided(SPACE, METRICS, Drawing(Middle()), SuccessiveHalving(reduction=2), slots=8)
     made.run(5)
-    told = made.past.history(0, slice(0, 8))
+    told = made.past.history(0)
     assert told.age[told.ended].max() > 1
     assert len(told) == (told.ended.sum() + 8)
     assert (told.born + told.age)[~told.ended].max() == 5
@@ -89,7 +89,7 @@ def test_each_combination_of_choices_has_a_history_of_its_own():
     assert second == [(2, 2, 2), (4, 4, 2), (8, 4, 2)]
     assert made.drawn[0]["a"][4:6].tolist() == [0.5, 1.0]
     scores = np.stack(made.scores)[:, 4:, 0]
-    history = made.past.history(1, slice(4, 8))
+    history = made.past.history(1)
     assert history.scores[:8, 0].tolist() == scores.ravel().tolist()
 
 
@@ -205,11 +205,11 @@ def test_a_sweep_draws_what_optuna_draws_alone_and_again_when_it_goes_on(
     made = Decided(PLAIN, metrics, Drawing(OptunaSampler(kind, **settings)))
     made.run(5)
     drawn = np.concatenate([np.stack([*rows.values()], axis=1) for rows in made.drawn[:6]])
-    seed = made.past.history(0, slice(0, 6)).seed
+    seed = made.past.history(0).seed
     alone = by_optuna_alone(optuna, kind, metrics, seed, 6, 6, **settings)
     assert drawn.tobytes() == alone.tobytes()
     # A driver that starts again has the same history, and no study yet.
-    told, rng = made.past.history(0, slice(0, 6)), np.random.default_rng(0)
+    told, rng = made.past.history(0), np.random.default_rng(0)
     warm, cold = made.rules.drawing.sampler, OptunaSampler(kind, **settings)
     expected, answer = warm.ask(PLAIN, told, rng, 6), cold.ask(PLAIN, told, rng, 6)
     again = warm.ask(PLAIN, told, rng, 6)  # the generation is computed again
@@ -223,7 +223,7 @@ def test_points_and_diverged_trials_are_told_to_optuna(optuna):
     made = Decided(PLAIN, loss, drawing)
     assert made.drawn[0]["a"][:2].tolist() == [-1.5, 2.5]
     made.run(3)
-    told = made.past.history(0, slice(0, 6))
+    told = made.past.history(0)
     assert told.given.tolist() == [True, True] + [False] * 22
     study = next(iter(made.rules.drawing.sampler._studies.values()))._study
     states = [trial.state.name for trial in study.trials[:18]]
@@ -236,7 +236,7 @@ def test_a_history_that_is_not_what_optuna_draws_is_refused(optuna):
     made = Decided(PLAIN, SPHERE, Drawing(OptunaSampler("RandomSampler", seed=1)))
     other = made.rules.drawing.sampler.make(0)
     assert type(other).__name__ == "RandomSampler"
-    told = made.past.history(0, slice(0, 6))
+    told = made.past.history(0)
     with pytest.raises(ValueError, match=r"drew a = .* again where it had drawn"):
         OptunaSampler("RandomSampler", seed=2).ask(PLAIN, told, None, 1)
     with pytest.raises(ValueError, match=r"kind must be one of .*TPESampler.*got 'TPE'"):

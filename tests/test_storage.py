@@ -112,8 +112,8 @@ def test_a_lost_worker_is_made_up_for_from_the_last_checkpoints(
 class Crowded(executors.FleetExecutor):
     """Whose worker has room for one of its shards."""
 
-    def prepare(self, layouts):
-        made = super().prepare(layouts)
+    def prepare(self, layouts, needed):
+        made = super().prepare(layouts, needed)
         host = self._processes._worker._host
         host.spec = dataclasses.replace(host.spec, states=1)
         return made

@@ -698,8 +698,8 @@ def test_the_best_is_there_when_the_last_line_is_not(tmp_path):
 
 @pytest.mark.slow
 def test_a_replay_uses_the_winners_own_layout(tmp_path, monkeypatch):
-    def prepare(self, layouts):
-        return original(self, dict(zip(layouts, ["map", "vmap"], strict=True)))
+    def prepare(self, layouts, needed):
+        return original(self, dict(zip(layouts, ["map", "vmap"], strict=True)), needed)
 
     original = executors.FleetExecutor.prepare
     monkeypatch.setattr(executors.FleetExecutor, "prepare", prepare)

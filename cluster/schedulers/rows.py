@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-ARRAYS = ("trial", "age", "parent", "score")
+ARRAYS = ("trial", "age", "score")
 """What rows have as tables do."""
 
 
@@ -27,7 +27,9 @@ class Rows:
 
     def where(self, mask: np.ndarray) -> Rows:
         """Return some of the rows."""
-        parts = {name: getattr(self, name)[mask] for name in ("generation", "slot", *ARRAYS)}
+        parts = {
+            name: getattr(self, name)[mask] for name in ("generation", "slot", "parent", *ARRAYS)
+        }
         values = {name: column[mask] for name, column in self.values.items()}
         return Rows(**parts, values=values, metrics={n: x[mask] for n, x in self.metrics.items()})
 

@@ -39,11 +39,16 @@ class Table:
     """Returns the table of a generation before this one; see `history`."""
     objectives: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     """By name, what the sweep compares, each as it is minimized."""
+    slots: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
+    """The numbers of the slots in the whole sweep, ascending: in a race a population may have more
+    than a generation before."""
 
     def __post_init__(self) -> None:
         if not len(self.parent):
             own = np.where(self.age > 1, np.arange(len(self.age)), NEW)
             object.__setattr__(self, "parent", own)
+        if not len(self.slots):
+            object.__setattr__(self, "slots", np.arange(len(self.age)))
 
     def ranking(self) -> np.ndarray:
         """Return the slots from the best to the worst; diverged ones last."""
@@ -84,15 +89,17 @@ class Table:
         """
         if self.generation == 0:
             return np.full(len(self.score), np.nan)
-        before = self.history(self.generation - 1).score
+        before = self.history(self.generation - 1)
+        source = np.searchsorted(before.slots, self.slots[np.maximum(self.parent, 0)])
         with np.errstate(invalid="ignore"):
-            fell = before[np.maximum(self.parent, 0)] - self.score
+            fell = before.score[source] - self.score
         return np.where((self.parent == NEW) | ~np.isfinite(fell), np.nan, fell)
 
     def rows(self, generations: int | None = None) -> Rows:
         """Return all slots of all generations up to this one, the oldest first.
 
-        `rows().of_trial(number)` is a trial's life, `rows().of_slot(slot)` that of a slot.
+        `rows().of_trial(number)` is a trial's life, `rows().of_slot(slot)` that of a slot; slots
+        are counted as in this table.
 
         Args:
           generations: only so many of the last ones.
@@ -104,13 +111,24 @@ class Table:
 
 
 def stacked(tables: Sequence[Table]) -> Rows:
-    """Return the rows of tables; of metrics those that all have."""
+    """Return the rows of tables; of metrics those that all have, slots as the last counts them."""
     sizes = [len(table.score) for table in tables]
     metrics = [n for n in tables[0].metrics if all(n in table.metrics for table in tables)]
     return Rows(
         generation=np.repeat([table.generation for table in tables], sizes),
-        slot=np.concatenate([np.arange(size) for size in sizes]),
+        slot=np.concatenate([_counted(tables[-1], table.slots) for table in tables]),
+        parent=np.concatenate([_parents(tables[-1], table) for table in tables]),
         **{name: np.concatenate([getattr(table, name) for table in tables]) for name in ARRAYS},
         values={n: np.concatenate([t.values[n] for t in tables]) for n in tables[0].values},
         metrics={n: np.concatenate([t.metrics[n] for t in tables]) for n in metrics},
     )
+
+
+def _counted(last: Table, slots: np.ndarray) -> np.ndarray:
+    """Return slots as a later table counts them, which has them all."""
+    return np.searchsorted(last.slots, slots)
+
+
+def _parents(last: Table, table: Table) -> np.ndarray:
+    there = table.slots[np.maximum(table.parent, 0)]
+    return np.where(table.parent == NEW, NEW, _counted(last, there))
