@@ -34,10 +34,11 @@ OLDER = {
     "lr_schedule": None,
     "record": None,
     "validation": None,
+    "rules": None,
     "streams": None,
 }
 """What a manifest says that does not have these names yet."""
-NEWER = ("record", "validation")
+NEWER = ("record", "validation", "rules")
 """What identifies a sweep only where it is given: older storages were digested without."""
 STREAMS = "by trial and step"
 """How randomness is drawn; runs that drew it otherwise can be read, and not resumed."""

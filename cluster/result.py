@@ -42,12 +42,12 @@ class Copy(NamedTuple):
 
 
 class Allowed(NamedTuple):
-    """Code or data that changed on purpose, see `Sweep.run`'s `allow_changed`."""
+    """Code, data or a mesh that changed on purpose, see `Sweep.run`'s `allow_changed`."""
 
     generation: int
     """The first with the change."""
     what: str
-    """ "code" or "data"."""
+    """ "code", "data" or "mesh"."""
 
 
 class Turn(NamedTuple):

@@ -65,7 +65,7 @@ class Sweep:
       batching: the layout of a shard's slots, see `Population`. "auto" is measured once, and kept
         in the storage.
       mesh: `{"trial": a, "data": b}`: the devices of a worker, over which slots and batches are
-        divided.
+        divided; and others by name, over which `rules` divide arrays.
       data: arrays for the problem's function, handed out once for each node: a pytree of NumPy
         arrays, or a reference to a function that returns one.
       episode_length: as in `solve`: steps after which a trial's weights start anew from its φ,
@@ -79,6 +79,9 @@ class Sweep:
       validation: a function that gives the whole validation set as one batch of the validation
         loss, from `Problem.data` (without arguments where there is none), or a reference to one:
         its loss is measured after every generation, as "validation_loss", which `metric` may name.
+      rules: for trials that are larger than a device: which arrays of a trial's state are divided
+        over which axes of the mesh, by regular expressions of their paths; see
+        `gradhpo.parallel.by_path`. `{"": "data"}` divides all that can be.
       workers: how many processes (or gangs of them) hold shards, at most.
       resources: of each process: `num_cpus`, `num_gpus`, `memory`, or any of Ray's by name.
       processes: of each worker; several are one JAX job that holds one shard together.
@@ -132,6 +135,7 @@ class Sweep:
         lr_schedule: Any = None,
         record: int | None = None,
         validation: Any = None,
+        rules: Mapping[str, Any] | None = None,
         *,
         workers: int = 1,
         resources: Mapping[str, float] | None = None,
@@ -155,7 +159,7 @@ class Sweep:
             metric=metric, mode=mode, seed=seed, shards=shards, batching=batching, mesh=mesh,
             data=data, episode_length=episode_length, lr_reptile=lr_reptile,
             episode_init=episode_init, lr_schedule=lr_schedule, record=record,
-            validation=validation,
+            validation=validation, rules=rules,
         )  # fmt: skip
         self.place = Place(
             storage=storage,  # pyright: ignore[reportArgumentType]
@@ -256,8 +260,8 @@ class Sweep:
             `(population,)`. What it raises ends the run.
           observers: told of every event, see `events` and `gradhpo.observers`. If one raises an
             error, that is told, once, and the sweep goes on.
-          allow_changed: "data", "code" or both: what may be other than when the sweep began. It
-            is written down with the generation, see `SweepResult.changes`.
+          allow_changed: of "data", "code" and "mesh" (with `rules`): what may be other than when
+            the sweep began. It is written down with the generation, see `SweepResult.changes`.
 
         Raises:
           SweepError: if the storage holds another run, or the sweep cannot go on; with the

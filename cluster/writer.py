@@ -17,6 +17,7 @@ from gradhpo.cluster.failures import StorageFailed
 from gradhpo.cluster.incarnations import check_owner
 from gradhpo.cluster.orders import Checkpoint
 from gradhpo.cluster.storage import Storage
+from gradhpo.parts import Divided
 
 THREADS = 4
 """Files that are written at a time, each of another shard."""
@@ -42,7 +43,7 @@ class Writer:
         shard: int,
         generation: int,
         incarnation: int,
-        arrays: Mapping[str, np.ndarray],
+        arrays: Mapping[str, np.ndarray] | Divided,
         about: Mapping[str, Any],
     ) -> None:
         """Begin to write a shard's state, when the one before is written.
@@ -65,7 +66,11 @@ class Writer:
         self._flying[shard] = generation, self._submit(save, *args)
 
     def start_winner(
-        self, shard: int, generation: int, incarnation: int, rows: Mapping[str, np.ndarray]
+        self,
+        shard: int,
+        generation: int,
+        incarnation: int,
+        rows: Mapping[str, np.ndarray] | Divided,
     ) -> Future[Saved]:
         """Begin to write the winner's arrays alone; what is returned gives `StorageFailed` too."""
         _on_storage(str(self._storage), check_owner, self._storage, shard, incarnation)
