@@ -136,9 +136,9 @@ class ShardHost:
             if held is None or held.generation != generation:
                 raise StateGone(f"shard {shard}: nobody holds generation {generation}")
             self._write(shard)
+        there = {made.generation: made.saved for made in self._writer.wait(shard)}
         if jax.process_index() != 0:
             return Saved("", "")  # the first process of a gang has it
-        there = {made.generation: made.saved for made in self._writer.wait(shard)}
         if generation not in there:
             raise StateGone(f"shard {shard}: generation {generation} could not be written")
         return there[generation]
@@ -164,7 +164,7 @@ class ShardHost:
         return compilations.of_this_process().since(self._before).compiled
 
     def restore(self, variant: int, checkpoint: Saved, slot: int) -> BilevelState:
-        """Return one slot of a checkpoint as a `BilevelState` of NumPy arrays; no mesh is needed."""
+        """Return one slot of a checkpoint as a state of NumPy arrays; no mesh is needed."""
         if variant not in self._variants:
             arguments = self.spec.space.variants()[variant]
             spec = dataclasses.replace(self.spec, mesh=None, rules=None, batching="map")

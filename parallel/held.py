@@ -51,9 +51,8 @@ def restored(
 
     def wanted(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> list[Box]:
         like = shapes.get(name)
-        if like is None or shape[row is not None :] != like.shape[row is not None :]:
-            raise _of_another(name, like, f"{dtype}{list(shape)}")
-        if dtype != like.dtype:
+        first = 0 if row is None else 1
+        if like is None or (dtype, shape[first:]) != (like.dtype, like.shape[first:]):
             raise _of_another(name, like, f"{dtype}{list(shape)}")
         where = shardings[name].addressable_devices_indices_map(like.shape)
         return list(dict.fromkeys(_moved(_box(index, like.shape), row) for index in where.values()))

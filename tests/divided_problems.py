@@ -92,3 +92,23 @@ def bytes_by_device(tree):
             for shard in leaf.addressable_shards:
                 held[shard.device.id] = held.get(shard.device.id, 0) + shard.data.nbytes
     return held, sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if hasattr(leaf, "nbytes"))
+
+
+@functools.cache
+def small_problem():
+    """A linear model of two layers, of which λ decays every weight: it compiles in no time."""
+
+    def loss(w, x):
+        return jnp.mean((jnp.tanh(x @ w["in"]) @ w["out"] - 1) ** 2)
+
+    def init(key):
+        keys = jax.random.split(key)
+        w = {"in": jax.random.normal(keys[0], (4, 16)), "out": jax.random.normal(keys[1], (16,))}
+        return w, {"log_decay": jnp.full((4, 16), -3.0), "log_rate": jnp.asarray(-3.0)}
+
+    return gradhpo.Problem(
+        init=init,
+        train_loss=lambda w, lam, x: loss(w, x) + jnp.sum(jnp.exp(lam["log_decay"]) * w["in"] ** 2),
+        val_loss=lambda w, lam, x: loss(w, x),
+        batch=lambda key: tuple(jax.random.normal(key, (2, 8, 4))),
+    )
