@@ -25,7 +25,7 @@ from gradhpo.parallel import initialize
 SHARDS, SLOTS, INCARNATION = 2, 2, 1
 SPEC = Spec(
     problem="tests.divided_problems:small_problem",
-    optimizer="tests.divided_problems:optimizer",
+    optimizer="tests.divided_problems:small_optimizer",
     space=SearchSpace(hyperparams={"log_rate": loguniform(1e-3, 1e-1, stored="log")}),
     slots=SLOTS,
     steps=2,

@@ -26,7 +26,7 @@ from tests.sweeps import assert_same_tables, sweep
 
 SETTINGS = {
     "problem": "tests.divided_problems:small_problem",
-    "optimizer": "tests.divided_problems:optimizer",
+    "optimizer": "tests.divided_problems:small_optimizer",
     "space": SearchSpace(hyperparams={"log_rate": loguniform(1e-3, 1e-1, stored="log")}),
     "population": 6,
     "shards": 2,
@@ -54,7 +54,7 @@ def on_device(tree, device):
 
 @pytest.mark.parametrize("method", slow_but(problems.METHODS, "one-step"))
 def test_every_method_gives_the_numbers_of_an_undivided_trial(x64, method):
-    optimizer, keys = problems.optimizer(method), jax.random.split(jax.random.key(3), 2)
+    optimizer, keys = problems.small_optimizer(method), jax.random.split(jax.random.key(3), 2)
     mesh = make_mesh()
     made = data_parallel(optimizer, mesh, backend="auto", rules=fully_sharded(mesh))
     states, rows = [], []
@@ -71,7 +71,7 @@ def test_every_method_gives_the_numbers_of_an_undivided_trial(x64, method):
 
 @pytest.mark.slow
 def test_slots_batches_and_arrays_are_divided_together(x64):
-    optimizer, keys = problems.optimizer(), jax.random.split(jax.random.key(3), 4)
+    optimizer, keys = problems.small_optimizer(), jax.random.split(jax.random.key(3), 4)
     mesh = make_mesh(trial=2, data=2, model=2)
     rules = by_path(mesh, {r"\['in'\]": (None, ("data", "model")), "": "model"})
     made = data_parallel(optimizer, mesh, backend="auto", rules=rules)
@@ -177,13 +177,13 @@ def reference(tmp_path_factory):
 
 
 def test_a_divided_sweep_goes_on_to_the_same_bits(tmp_path, reference):
-    for generations in (1, 3, 4):
+    for generations in (2, 4):
         result = divided_sweep(tmp_path, generations=generations).run()
     assert_same_tables(result, reference[0])
     assert len(reference[0].copies) > 0
     found = reference[0].best
     assert found.params["in"].shape == (4, 16)
-    assert found.state.inner_opt_state[0].mu["in"].shape == (4, 16)
+    assert found.state.inner_opt_state[0].trace["in"].shape == (4, 16)
     assert [finding.whole for finding in check_storage(reference[1])] == [True]
 
 
