@@ -23,7 +23,7 @@ from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.orders import Order, Spec
 from gradhpo.cluster.schedulers import NEW, RandomSearch
 from gradhpo.cluster.settings import Identity
-from gradhpo.cluster.shard import ShardHost, slot_of
+from gradhpo.cluster.shard import ShardHost
 from gradhpo.cluster.space import LR_HYPER, Change, SearchSpace
 from gradhpo.cluster.storage import Storage
 from gradhpo.cluster.variant import Variant, build, by_name, data_key
@@ -371,7 +371,7 @@ class SweepResult:
         slot, generation = found["slot"], found["generation"]
         local = slot % self._layout.slots
         with self._named():
-            arrays = slot_of(*self._storage.load(found["checkpoint"]), local)
+            arrays = self._storage.load_slot(found["checkpoint"], local)
         variant = self._variant_of_slot(slot)
         rates = self._plan(generation).lr_hyper
         host = ShardHost

@@ -169,8 +169,7 @@ class ShardHost:
             arguments = self.spec.space.variants()[variant]
             spec = dataclasses.replace(self.spec, mesh=None, rules=None, batching="map")
             self._variants[variant] = Variant(spec, arguments, self._data)
-        arrays = slot_of(*self.storage.load(checkpoint), slot)
-        return self._variants[variant].unflatten(arrays)
+        return self._variants[variant].unflatten(self.storage.load_slot(checkpoint, slot))
 
     def _made(self, variant: int, batching: Any) -> Variant:
         arguments = self.spec.space.variants()[variant]
@@ -253,12 +252,6 @@ def _there(saved: Saved | None, shard: int, generation: int) -> Saved:
     if saved is None:
         raise StateGone(f"shard {shard}: nobody holds generation {generation}")
     return saved
-
-
-def slot_of(arrays: Mapping[str, np.ndarray], about: Mapping[str, Any], slot: int) -> Rows:
-    """Return a slot's arrays from a checkpoint, or from the winner's that was written alone."""
-    row = 0 if about.get("alone") else slot
-    return {name: array[row].copy() for name, array in arrays.items()}
 
 
 class Held(NamedTuple):

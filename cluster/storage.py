@@ -166,6 +166,20 @@ class Storage:
         boxes, about = parts.gather(self.files, saved, parts.whole)
         return {name: array for name, one in boxes.items() for array in one.values()}, about
 
+    def load_slot(self, saved: Saved, slot: int) -> dict[str, np.ndarray]:
+        """Return one slot's arrays from a checkpoint, or from the winner's that was written alone.
+
+        Raises:
+          DamagedFile: if it, or a part, is missing, cut short or changed.
+        """
+
+        def row(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> list[parts.Box]:
+            first = slot if shape[0] > 1 else 0
+            return [((first, first + 1), *parts.whole(name, shape[1:], dtype)[0])]
+
+        boxes, _ = parts.gather(self.files, saved, row)
+        return {name: array[0] for name, one in boxes.items() for array in one.values()}
+
     def parts_of(self, saved: Saved) -> list[str]:
         """Return the other files that a checkpoint has, of its worker's other processes.
 

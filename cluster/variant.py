@@ -28,7 +28,14 @@ from gradhpo.cluster.validation import with_validation
 from gradhpo.errors import check_hashable
 from gradhpo.host import check_once
 from gradhpo.optimizer import BilevelOptimizer
-from gradhpo.parallel import Population, by_path, compiled, data_parallel, make_mesh
+from gradhpo.parallel import (
+    DataParallel,
+    Population,
+    by_path,
+    compiled,
+    data_parallel,
+    make_mesh,
+)
 from gradhpo.parallel.mesh import to_host
 from gradhpo.problem import Problem
 from gradhpo.state import BilevelState, PyTree, is_key
@@ -56,6 +63,8 @@ class Variant:
         mesh = None if spec.mesh is None else make_mesh(**spec.mesh)
         if mesh is not None and spec.rules is not None:
             rules = by_path(mesh, spec.rules)
+            if isinstance(optimizer, DataParallel):
+                raise ValueError("rules need an optimizer that is not data_parallel yet: give mesh")
             optimizer = data_parallel(optimizer, mesh, backend="auto", rules=rules)
         elif mesh is not None and spec.mesh is not None and spec.mesh.get("data", 1) > 1:
             optimizer = data_parallel(optimizer, mesh)

@@ -28,7 +28,7 @@ from gradhpo.parallel.collectives import gather, same_on_all, spread
 from gradhpo.parallel.mesh import axis_size, put
 from gradhpo.parallel.rules import Rules
 from gradhpo.remembered import stands_for
-from gradhpo.state import BilevelState, LossFn, PyTree, prepare
+from gradhpo.state import BilevelState, LossFn, PyTree, is_key, prepare
 from gradhpo.task import Aux, Task, evaluate, join_fixed, split_fixed, without_aux
 
 Backend = Literal["shard_map", "auto", "pmap"]
@@ -335,7 +335,8 @@ class DataParallel(BilevelOptimizer):
 
     def _shardings(self, state: BilevelState) -> BilevelState:
         def sharding(path: Any, leaf: Any) -> NamedSharding:
-            spec = P() if self.rules is None else self.rules(keystr(path), leaf)
+            rules = None if is_key(leaf) else self.rules
+            spec = P() if rules is None else rules(keystr(path), leaf)
             return NamedSharding(self.mesh, spec)
 
         return tree_map_with_path(sharding, state)
