@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import jax
 import typer
-from measure import Report
+from measure import Report, cost
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -35,7 +35,7 @@ def bytes_of(optimizer: Any, width: int) -> tuple[int, int]:
     args = (state, trials.placed(keys), trials.placed(rates), None)
     program = jax.jit(trials.trace_run(2)).lower(*args).compile()
     held = sum(map(_held, jax.tree.leaves(state)))
-    return held, program.memory_analysis().temp_size_in_bytes
+    return held, cost(program)[1]
 
 
 def _held(leaf: Any) -> int:

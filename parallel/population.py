@@ -55,10 +55,10 @@ class Population:
       batching: "vmap": all slots at once; "map": one after another; an integer: so many at once;
         "shard": divided over the mesh, all of a device at once; "shard/map", "shard/16": divided,
         then so. "auto" chooses on a CPU by a model of the step's memory ("map" where the trials
-        convolve with kernels of their own, or are divided by rules); elsewhere it measures them on
-        a few steps, and takes
-        the fastest, or what an earlier process found (see `layout_cache`). Afterwards the attribute
-        `batching` names it, and a run that must give the same bits passes that.
+        convolve with kernels of their own); elsewhere it measures them on a few steps, and takes
+        the fastest, or what an earlier process found (see `layout_cache`). With `rules` it is
+        "map". Afterwards the attribute `batching` names it, and a run that must give the same bits
+        passes that.
       data_key: a key from which `problem.data` makes the data shared by all slots; an array of
         `slots` keys makes data for each slot.
       memory: bytes on one device that "fit" may use; by default 90% of what the device has.
@@ -450,6 +450,7 @@ class Population:
 
         def generation(*args: Any) -> Any:
             state, rows = slots(*args)
+            state = self.laid(state) if self._by_compiler else state
             return state, {name: row.T for name, row in rows.items()}
 
         return generation
