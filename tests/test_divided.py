@@ -21,7 +21,6 @@ from gradhpo.parallel.held import held, restored
 from gradhpo.parts import Divided
 from tests import divided_gang
 from tests import divided_problems as problems
-from tests.quick import slow_but
 from tests.sweeps import assert_same_tables, sweep
 
 SETTINGS = {
@@ -52,7 +51,8 @@ def on_device(tree, device):
 # --- numbers --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", slow_but(problems.METHODS, "one-step"))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", problems.METHODS)
 def test_every_method_gives_the_numbers_of_an_undivided_trial(x64, method):
     optimizer, keys = problems.small_optimizer(method), jax.random.split(jax.random.key(3), 2)
     mesh = make_mesh()
@@ -84,9 +84,9 @@ def test_slots_batches_and_arrays_are_divided_together(x64):
     one, *others = (jax.tree.map(np.asarray, state) for state in states)
     for other in others:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=1e-12), one, other)
-    copied = trials.select(states[-1], [3, 1, 1, 0])
-    assert copied.params["in"].sharding == states[-1].params["in"].sharding
-    np.testing.assert_array_equal(copied.params["in"][0], one.params["in"][3])
+    copied = trials.select(states[-1], [3, 1, 1, 0]).params["in"]
+    assert copied.sharding == states[-1].params["in"].sharding
+    np.testing.assert_array_equal(copied, others[-1].params["in"][np.array([3, 1, 1, 0])])
 
 
 # --- memory ---------------------------------------------------------------------------------------
