@@ -45,7 +45,7 @@ def test_the_first_expression_that_is_found_in_a_path_holds():
     rules = by_path(
         mesh,
         {
-            r"words": (None, "model"),
+            r"words": ["", "model"],  # as TOML has it
             r"\['up'\]$": P(("data", "model")),
             r"^\.hyperparams": {"axis": "data", "above": 10},
             r"mu": "model",
