@@ -16,7 +16,9 @@ import dataclasses
 import json
 
 import numpy as np
+from jax.experimental import multihost_utils
 
+from gradhpo.checkpoints import Saved
 from gradhpo.cluster import SearchSpace, loguniform
 from gradhpo.cluster.orders import Import, Order, Spec
 from gradhpo.cluster.shard import ShardHost
@@ -55,13 +57,19 @@ def order(shard, generation, start=None, imports=()):
     )
 
 
+def of_the_first(saved):
+    """Return what the first process gives, as a sweep's driver hands it to all."""
+    text = np.frombuffer(json.dumps(saved).ljust(256).encode(), np.uint8)
+    return Saved(*json.loads(multihost_utils.broadcast_one_to_all(text).tobytes()))
+
+
 def generations(storage):
     """Two generations of two shards, one of whose trials is copied; return what was written."""
     host = ShardHost(dataclasses.replace(SPEC, storage=str(storage)))
     host.prepare(0, "map")
     for shard in range(SHARDS):
         host.run(order(shard, 0), INCARNATION)
-    exported = host.export(1, 0, 0, None, [0])
+    exported = of_the_first(host.export(1, 0, 0, None, [0]))
     item = Import(slot=1, source_shard=1, source_slot=0, checkpoint=None)
     ran = host.run(order(0, 1, imports=(item,)), INCARNATION, {1: exported})
     host.run(order(1, 1), INCARNATION)
