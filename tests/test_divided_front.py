@@ -44,3 +44,5 @@ def test_a_front_of_divided_trials_goes_on_to_the_same_bits(tmp_path):
         assert norm == pytest.approx(trial.scores["param_norm"], rel=1e-5)
     last = result.front[-1]
     jax.tree.map(np.testing.assert_array_equal, result.replay(last), last.state)
+    walked = result.trajectory(last)["log_decay"]
+    np.testing.assert_array_equal(walked[-1], last.hyperparams["log_decay"])
