@@ -29,7 +29,8 @@ class Decided:
         self.layout = Layout(self.variants, self.variants, slots // self.variants)
         self.plan = first_plan(self.layout, self.rules)
         self.seen = []
-        self.history = History(self.layout, self.rules, self.seen.__getitem__)
+        parts = [self.layout.population_of(variant) for variant in range(self.variants)]
+        self.history = History(parts, space, objectives, self.seen.__getitem__)
         self.past = self.rules.drawing.past(space, objectives, seed, slots)
         given = self.rules.drawing.given(space, slots)
         self.past.begin_first(stored_in(self.plan.changes), given)

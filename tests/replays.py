@@ -75,7 +75,7 @@ def replay(scheduler, seed, slots=16, generations=16):
     """Return the best score so far after each generation of a sweep that is not computed."""
     layout, rules = Layout(1, 1, slots), Rules(scheduler, SPACE, seed, Objectives({"val_loss": 1}))
     tables, best = [], []
-    history = History([slice(0, slots)], SPACE, "val_loss", 1, tables.__getitem__)
+    history = History([slice(0, slots)], SPACE, rules.objectives, tables.__getitem__)
     plan, first, later = first_plan(layout, rules), *steps()
     values, score = {n: np.zeros(slots) for n in SPACE.settings()}, np.zeros(slots)
     for generation in range(generations):
