@@ -16,7 +16,7 @@ MEMORY = Path("/dev/shm")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("every", "slow", "step", "scheduler"),
-    [(1, 0, 2, "PBT"), (1, 1, 7, "PBT"), (3, 0, 1, "PBT"), (3, 1, 7, "PBT"), (3, 1, 29, "PB2")],
+    [(1, 0, 3, "PBT"), (1, 1, 7, "PBT"), (3, 0, 2, "PBT"), (3, 1, 7, "PBT"), (3, 1, 29, "PB2")],
     ids=["every", "in flight", "every third", "every third, in flight", "PB2"],
 )
 def test_a_kill_at_any_file_operation_changes_no_bit(tmp_path, every, slow, step, scheduler):

@@ -89,6 +89,10 @@ def test_what_has_one_metric_alone_is_refused_by_name(swept, tmp_path):
         _ = result.metric
     with pytest.raises(ValueError, match=r"stop: target=1 is of one metric"):
         sweep(tmp_path, metric=METRIC, stop=gradhpo.Stop(target=1.0))
+
+
+@pytest.mark.slow
+def test_an_objective_that_is_not_there_is_named(tmp_path):
     with pytest.raises(SweepError, match="metric='loss' is not in the table, which has"):
         sweep(tmp_path, metric=["val_loss", "loss"]).run()
 

@@ -450,7 +450,7 @@ def test_two_damaged_generations_stop_with_both_names(after_5):
 def test_the_winner_survives_the_loss_of_its_checkpoint(tmp_path):
     made = sweep(tmp_path, scheduler=RandomSearch(trial_generations=2), generations=6)
     result = made.run()
-    found = result._best()["checkpoint"]
+    found = result._winner().checkpoint
     expected = result.best.state
     flip(tmp_path / found.file)
     again = made.result()
