@@ -1,4 +1,4 @@
-"""What was allowed to be other than before, "data" or "code", and from which generation on."""
+"""What was allowed to be other than before (data, code, mesh), and from which generation on."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def _damaged(storage: Where, files: list[Saved]) -> list[str]:
     for saved in files:
         try:
             right = checkpoints.checksum(storage, saved.file) == saved.sha256
-            reason = None if right else "was cut short or changed"
+            reason = _of_parts(storage, saved) if right else "was cut short or changed"
         except Unreachable:
             raise
         except OSError as error:
@@ -152,3 +152,17 @@ def _damaged(storage: Where, files: list[Saved]) -> list[str]:
         if reason is not None:
             wrong.append(f"{saved.file} {reason}")
     return wrong
+
+
+def _of_parts(storage: Where, saved: Saved) -> str | None:
+    """Return what is wrong with the parts that a file stands for; None where nothing is."""
+    for name in Storage(storage).parts_of(saved):
+        try:
+            digest = checkpoints.checksum(storage, name)
+        except Unreachable:
+            raise
+        except OSError as error:
+            return f"lacks its part {name}: cannot be read ({error.strerror})"
+        if not checkpoints.is_named(name, digest):
+            return f"lacks its part {name}: was cut short or changed"
+    return None

@@ -13,7 +13,11 @@ from gradhpo.cluster.manifest import IDENTITY, STREAMS
 from gradhpo.cluster.storage import Storage
 from gradhpo.files import Where
 
-ALLOWED = {"data": ("data",), "code": ("problem", "optimizer", "lr_schedule", "validation")}
+ALLOWED = {
+    "data": ("data",),
+    "code": ("problem", "optimizer", "lr_schedule", "validation"),
+    "mesh": ("mesh", "rules"),
+}
 """What may be named otherwise, by what `allow_changed` has."""
 
 
@@ -61,7 +65,7 @@ def claim(
     Args:
       storage: the sweep's folder.
       mine: this run's manifest.
-      allowed: what may have changed, "data" and "code".
+      allowed: what may have changed, of `ALLOWED`.
       tell: takes events.
 
     Returns:

@@ -48,7 +48,9 @@ app = typer.Typer(
 Where = Annotated[str, typer.Argument(help="The sweep's folder, or its address.")]
 Generations = Annotated[int | None, typer.Option(help="In all; more than before extends.")]
 Workers = Annotated[int | None, typer.Option(help="Processes that hold shards.")]
-Allow = Annotated[list[str] | None, typer.Option(help="What may be other than before: data, code.")]
+Allow = Annotated[
+    list[str] | None, typer.Option(help="What may differ from before: data, code, mesh.")
+]
 Patience = Annotated[int | None, typer.Option(help="End after so many without a best so far.")]
 Target = Annotated[float | None, typer.Option(help="End at a metric this good.")]
 Seconds = Annotated[float | None, typer.Option(help="End when this run has taken so long.")]

@@ -275,10 +275,10 @@ class Repaired(Event):
 
 @dataclasses.dataclass(frozen=True)
 class Changed(Event):
-    """Code or data are others than when the sweep began, and that was allowed."""
+    """Code, data or mesh are others than when the sweep began, and that was allowed."""
 
     what: str
-    """ "code" or "data"."""
+    """ "code", "data" or "mesh"."""
     generation: int
     """The first with the change, counted from 0."""
     name: ClassVar[str] = "changed"

@@ -37,12 +37,13 @@ OLDER = {
     "sampler": None,
     "points": None,
     "first_seed": None,
+    "rules": None,
     "streams": None,
 }
 """What a manifest says that does not have these names yet."""
 FIRST = ("sampler", "points", "first_seed")
 """What decides the first generation beside the seed; its first table then says what was drawn."""
-NEWER = ("record", "validation", *FIRST)
+NEWER = ("record", "validation", "rules", *FIRST)
 """What identifies a sweep only where it is given: older storages were digested without."""
 STREAMS = "by trial and step"
 """How randomness is drawn; runs that drew it otherwise can be read, and not resumed."""

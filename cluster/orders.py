@@ -29,7 +29,7 @@ class Spec:
     storage: str
     batching: Any = "auto"
     mesh: Mapping[str, int] | None = None
-    """Devices along "trial" and "data"."""
+    """Devices along "trial", "data" and others."""
     states: int = 1
     """Shards whose state a worker keeps; others are read from their checkpoints again."""
     sys_path: tuple[str, ...] = ()
@@ -43,6 +43,8 @@ class Spec:
     """Of which steps in a generation the metrics are kept: every n-th."""
     validation: Any = None
     """A function of the data that gives the validation set, or a reference to one."""
+    rules: Mapping[str, Any] | None = None
+    """What divides a trial's arrays over the mesh, by regular expressions of their paths."""
 
 
 class Import(NamedTuple):

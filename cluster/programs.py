@@ -86,7 +86,7 @@ def keep(
       known: from `recovered`.
       prepared: of each variant that is needed; what is known of others stays.
       generation: the next one that is computed.
-      allowed: what may have changed, "data" and "code".
+      allowed: what may have changed: "data", "code", "mesh".
       renamed: what of it has, by its name in the manifest.
       mine: this run's manifest.
       tell: takes events.
@@ -105,7 +105,7 @@ def keep(
     pairs = [] if known is None else zip((known[p.variant] for p in prepared), fresh, strict=True)
     for old, new in pairs:
         what = dict.fromkeys(sorted(renamed), "its name")
-        what |= _changes({"gradhpo": began, **old}, new, tell)
+        what |= _changes({"gradhpo": began, **old}, new, tell, "mesh" in renamed)
         if refused := [name for name in what if name not in allowed]:
             raise SweepError(_refusal(storage, refused, what))
         new["changes"] = [*old.get("changes", []), *([generation, name] for name in what)]
@@ -124,8 +124,13 @@ def keep(
     return entries
 
 
-def _changes(old: Entry, new: Entry, tell: Callable[[Event], None]) -> dict[str, str]:
-    """Return what changed, each with how it shows; tell what may change the last bits alone."""
+def _changes(
+    old: Entry, new: Entry, tell: Callable[[Event], None], elsewise: bool
+) -> dict[str, str]:
+    """Return what changed, each with how it shows; tell what may change the last bits alone.
+
+    Programs of another mesh are others, whatever the code: `elsewise`.
+    """
     if "key" not in old:
         return {}
     what: dict[str, str] = {}
@@ -133,11 +138,13 @@ def _changes(old: Entry, new: Entry, tell: Callable[[Event], None]) -> dict[str,
     differing = [name for name in new["key"] if new["key"][name] != old["key"].get(name)]
     computed = [name for name in differing if name in ("computation", "shapes")]
     elsewhere = [name for name in differing if name not in computed]
-    if computed and "jax" not in differing and was == now:
+    if computed and "jax" not in differing and was == now and not elsewise:
         what["code"] = ", ".join(computed)
     bits = "the last bits of results may differ from an undisturbed run's"
     for name in elsewhere:
         tell(Note(f"{name} was {old['key'].get(name)} and is {new['key'][name]}: {bits}"))
+    if elsewise:
+        tell(Note(f"the mesh is another one, whose programs are others: {bits}"))
     if computed and was != now:
         tell(
             Note(

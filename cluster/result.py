@@ -28,7 +28,7 @@ from gradhpo.cluster.replay import Replay
 from gradhpo.cluster.report import Report
 from gradhpo.cluster.schedulers import RandomSearch
 from gradhpo.cluster.settings import Identity
-from gradhpo.cluster.shard import ShardHost, slot_of
+from gradhpo.cluster.shard import ShardHost
 from gradhpo.cluster.space import LR_HYPER, SearchSpace
 from gradhpo.cluster.storage import Storage
 from gradhpo.cluster.tables import Tables, named
@@ -52,12 +52,12 @@ class EndedCombination(NamedTuple):
 
 
 class Allowed(NamedTuple):
-    """Code or data that changed on purpose, see `Sweep.run`'s `allow_changed`."""
+    """Code, data or a mesh that changed on purpose, see `Sweep.run`'s `allow_changed`."""
 
     generation: int
     """The first with the change."""
     what: str
-    """ "code" or "data"."""
+    """ "code", "data" or "mesh"."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -487,7 +487,7 @@ class SweepResult:
 
         def load() -> dict[str, np.ndarray]:
             with named(self._storage):
-                return slot_of(*self._storage.load(saved), local)
+                return self._storage.load_slot(saved, local)
 
         return Trial(
             number=found.trial,

@@ -24,6 +24,7 @@ from gradhpo.errors import check_count, check_hashable, check_number
 from gradhpo.files import Where, where_of
 from gradhpo.host import check_once
 from gradhpo.optimizer import BilevelOptimizer
+from gradhpo.parallel import rules as dividing
 from gradhpo.problem import Problem
 from gradhpo.timetable import EpisodeInit, starts_fresh
 from gradhpo.watch import Stop
@@ -63,6 +64,8 @@ def _points(given: Any) -> Any:
 
 
 _OBJECT = _written(importing.named, importing.reference_of)
+_RULES = _written(lambda rules: [[name, how] for name, how in rules.items()], dict)
+"""In their order, of which a JSON object says nothing."""
 _STOP = _written(dataclasses.asdict, _stop)
 _SAMPLER = _written(samplers.describe, samplers.parse)
 _LOCAL: dict[str, Any] = {"local": True}
@@ -101,11 +104,14 @@ class Identity:
         default=None, metadata=_written(list, _points)
     )
     first_seed: int | None = None
+    rules: Mapping[str, Any] | None = dataclasses.field(default=None, metadata=_RULES)
 
     def __post_init__(self) -> None:
         self._check_objects()
         self._check_numbers()
-        _set(self, "mesh", _mesh(self.mesh))
+        if self.rules is not None:
+            _set(self, "rules", dividing.check_rules(self.rules))
+        _set(self, "mesh", _mesh(self.mesh, self.rules))
         if isinstance(self.batching, np.generic):
             _set(self, "batching", self.batching.item())
         if self.scheduler is None:  # pyright: ignore[reportUnnecessaryComparison]
@@ -334,11 +340,16 @@ def _set(settings: Identity | Place, name: str, value: Any) -> None:
     object.__setattr__(settings, name, value)
 
 
-def _mesh(mesh: Any) -> dict[str, int] | None:
-    if mesh is None:
+def _mesh(mesh: Any, rules: Mapping[str, Any] | None) -> dict[str, int] | None:
+    ruled = set[str]() if rules is None else dividing.axes_of(rules)
+    if mesh is None and not ruled:
         return None
-    if not isinstance(mesh, Mapping) or not set(mesh) <= {"trial", "data"}:  # pyright: ignore[reportUnknownArgumentType]
-        raise ValueError(f'mesh must be {{"trial": a, "data": b}}, got {mesh!r}')
+    if not isinstance(mesh, Mapping) or not set(mesh) <= {"trial", "data"} | ruled:  # pyright: ignore[reportUnknownArgumentType]
+        also = "" if rules is None else f", and what rules name: {', '.join(sorted(ruled))}"
+        raise ValueError(f'mesh must be {{"trial": a, "data": b}}{also}, got {mesh!r}')
+    if "trial" in ruled or not ruled <= set(mesh):  # pyright: ignore[reportUnknownArgumentType]
+        had = ", ".join(repr(name) for name in mesh if name != "trial")  # pyright: ignore
+        raise ValueError(f"rules must divide over axes of the mesh ({had}), got {sorted(ruled)}")
     given: dict[str, Any] = dict(mesh)  # pyright: ignore[reportUnknownArgumentType]
     return {name: check_count(f"mesh[{name!r}]", size) for name, size in given.items()}
 

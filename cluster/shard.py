@@ -27,6 +27,7 @@ from gradhpo.cluster.writer import Writer
 from gradhpo.errors import UnreachedWarning
 from gradhpo.parallel import compilations, compiled
 from gradhpo.parallel.mesh import to_host
+from gradhpo.parts import Divided, Parts
 from gradhpo.state import BilevelState, PyTree
 
 
@@ -44,6 +45,8 @@ class ShardHost:
         self._states: collections.OrderedDict[int, Held] = collections.OrderedDict()
         self._writer = Writer(self.storage)
         self._compilers = ThreadPoolExecutor(compiled.MOST_AT_ONCE)
+        self._turn = 0
+        """How many states and winners in parts this process has begun to write."""
         self._begun: dict[int, int] = {}
         """By shard, the generation whose state was written last, or is being written."""
         compilations.watch()
@@ -86,14 +89,15 @@ class ShardHost:
         for made, _ in self._traced.values():
             made.settle()
 
-    def run(self, order: Order, incarnation: int, rows: Mapping[int, Rows] | None = None) -> Result:
+    def run(self, order: Order, incarnation: int, rows: Mapping[int, Any] | None = None) -> Result:
         """Execute an order, and begin to write its checkpoint if it says so.
 
         Args:
           order: the generation.
           incarnation: of the worker that this host belongs to.
-          rows: by shard that imports come from, their arrays, stacked in the order of the imports;
-            what is missing is read from that shard's checkpoint.
+          rows: by shard that imports come from, what `export` gave: their arrays, stacked in the
+            order of the imports, or the checkpoint that has them. What is missing is read from the
+            checkpoint that the order names.
 
         Raises:
           DamagedFile: if a checkpoint is damaged.
@@ -112,6 +116,12 @@ class ShardHost:
             state = variant.select(state, order.parents)
         for source, items in order.by_source().items():
             found = (rows or {}).get(source)
+            if variant.divided is not None:
+                saved = found or _there(items[0].checkpoint, source, order.generation - 1)
+                for item in items:
+                    row = variant.divided.row(self.storage, saved, item.source_slot)
+                    state = variant.put_row(state, item.slot, row)
+                continue
             if found is None:
                 found = self._read_rows(order.generation - 1, items)
             state = variant.put(state, [item.slot for item in items], found)
@@ -143,9 +153,9 @@ class ShardHost:
             if held is None or held.generation != generation:
                 raise StateGone(f"shard {shard}: nobody holds generation {generation}")
             self._write(shard)
+        there = {made.generation: made.saved for made in self._writer.wait(shard)}
         if jax.process_index() != 0:
             return Saved("", "")  # the first process of a gang has it
-        there = {made.generation: made.saved for made in self._writer.wait(shard)}
         if generation not in there:
             raise StateGone(f"shard {shard}: generation {generation} could not be written")
         return there[generation]
@@ -157,8 +167,13 @@ class ShardHost:
 
     def export(
         self, shard: int, variant: int, generation: int, checkpoint: Saved | None, slots: list[int]
-    ) -> Rows:
-        """Return the arrays of some slots, stacked, as they were after a generation."""
+    ) -> Rows | Saved:
+        """Return the arrays of some slots, stacked, as they were after a generation.
+
+        Of trials that are divided no process has whole arrays: what is returned is a checkpoint.
+        """
+        if self._variants[variant].divided is not None:
+            return checkpoint or self.checkpoint(shard, generation)
         state = self._state(shard, variant, generation, checkpoint)
         return self._variants[variant].take(state, slots)
 
@@ -167,12 +182,12 @@ class ShardHost:
         return compilations.of_this_process().since(self._before).compiled
 
     def restore(self, variant: int, checkpoint: Saved, slot: int) -> BilevelState:
-        """Return one slot of a checkpoint as a `BilevelState` of NumPy arrays."""
+        """Return one slot of a checkpoint as a state of NumPy arrays; no mesh is needed."""
         if variant not in self._variants:
             arguments = self.spec.space.variants()[variant]
-            self._variants[variant] = Variant(self.spec, arguments, self._data)
-        arrays = slot_of(*self.storage.load(checkpoint), slot)
-        return self._variants[variant].unflatten(arrays)
+            spec = dataclasses.replace(self.spec, mesh=None, rules=None, batching="map")
+            self._variants[variant] = Variant(spec, arguments, self._data)
+        return self._variants[variant].unflatten(self.storage.load_slot(checkpoint, slot))
 
     def _made(self, variant: int, batching: Any) -> Variant:
         arguments = self.spec.space.variants()[variant]
@@ -185,21 +200,17 @@ class ShardHost:
         if held is not None and held.generation == generation:
             return held.state
         for made in self._writer.wait(shard):
-            if made.generation == generation:
+            if made.generation == generation and jax.process_index() == 0:
                 saved = made.saved  # it did not fit any more
-        if saved is None:
-            raise StateGone(f"shard {shard}: nobody holds generation {generation}")
-        arrays, about = self.storage.load(saved)
-        state = self._variants[variant].place(arrays)
+        saved = _there(saved, shard, generation)
+        state, about = self._variants[variant].restore(self.storage, saved)
         if (host := self._variants[variant].host) is not None:
             host.know(shard, about.get("batches", []))
         self._hold(shard, Held(generation, variant, None, state))
         return state
 
     def _read_rows(self, generation: int, items: list[Import]) -> Rows:
-        checkpoint = items[0].checkpoint
-        if checkpoint is None:
-            raise StateGone(f"shard {items[0].source_shard}: generation {generation} is not there")
+        checkpoint = _there(items[0].checkpoint, items[0].source_shard, generation)
         arrays = self.storage.load(checkpoint)[0]
         taken = [item.source_slot for item in items]
         return {name: array[taken] for name, array in arrays.items()}
@@ -222,48 +233,66 @@ class ShardHost:
         held = self._states[shard]
         assert held.incarnation is not None
         self._begun[shard] = held.generation
-        arrays = {name: to_host(leaf) for name, leaf in held.state.items()}
-        if jax.process_index() == 0:
-            host = self._variants[held.variant].host
+        variant = self._variants[held.variant]
+        arrays: Any = None
+        if variant.divided is not None:
+            arrays = self._divided(variant.divided.parts(held.state))
+        else:
+            arrays = {name: to_host(leaf) for name, leaf in held.state.items()}
+        if jax.process_index() == 0 or variant.divided is not None:
+            host = variant.host
             places = [] if host is None else host.places(shard)
             about = {"variant": held.variant} | ({"batches": places} if places else {})
             self._writer.start(shard, held.generation, held.incarnation, arrays, about)
 
     def _begin(self, order: Order, incarnation: int) -> tuple[Arrays, Future[Saved] | None]:
-        """Return the state that an order starts from; begin to write the winners in it."""
-        variant, rows = self._variants[order.variant], None
+        """Return the state that an order starts from; begin to write the winners before it."""
+        variant, number = self._variants[order.variant], order.variant
         if order.before is None:
-            state = self._state(order.shard, order.variant, order.generation - 1, order.start)
-            if order.winners:
-                rows = variant.take(state, list(order.winners))
+            before = self._state(order.shard, number, order.generation - 1, order.start)
+            state = before
         else:
-            state = variant.zeros()
-            if order.winners:
-                rows = self._former_rows(order, list(order.winners))
-        return state, None if rows is None else self._start_winner(order, incarnation, rows)
+            held, state, before = self._states.get(order.shard), variant.zeros(), None
+            if held is not None and held.generation == order.generation - 1:
+                number, before = held.variant, held.state
+        if not order.winners:
+            return state, None
+        about = (order.shard, order.generation - 1, incarnation)
+        if before is None:
+            return state, self._move_winners(order, about)
+        return state, self._start_winners(self._variants[number], before, order.winners, about)
 
-    def _former_rows(self, order: Order, slots: list[int]) -> Rows:
-        """Return some slots' arrays of a shard that another variant had before."""
-        held = self._states.get(order.shard)
-        if held is not None and held.generation == order.generation - 1:
-            return self._variants[held.variant].take(held.state, slots)
-        if order.start is None:
-            raise StateGone(f"shard {order.shard}: nobody holds generation {order.generation - 1}")
-        arrays = self.storage.load(order.start)[0]
-        return {name: array[slots] for name, array in arrays.items()}
-
-    def _start_winner(self, order: Order, incarnation: int, rows: Rows) -> Future[Saved] | None:
+    def _start_winners(
+        self, variant: Variant, state: Arrays, slots: tuple[int, ...], about: tuple[int, int, int]
+    ) -> Future[Saved] | None:
+        if variant.divided is not None:
+            rows = variant.divided.stacked(variant.row(state, slot) for slot in slots)
+            return self._writer.start_winner(*about, self._divided(rows), slots)
+        rows = variant.take(state, list(slots))
         if jax.process_index() != 0:
             return None
-        about = (order.shard, order.generation - 1, incarnation)
+        return self._writer.start_winner(*about, rows, slots)
+
+    def _move_winners(self, order: Order, about: tuple[int, int, int]) -> Future[Saved] | None:
+        """Write winners of a shard that another variant had, from the checkpoint that has them."""
+        start = _there(order.start, order.shard, order.generation - 1)
+        if jax.process_index() != 0:
+            return None
+        slots = [self.storage.load_slot(start, slot) for slot in order.winners]
+        rows = {name: np.stack([one[name] for one in slots]) for name in slots[0]}
         return self._writer.start_winner(*about, rows, order.winners)
 
+    def _divided(self, parts: dict[str, Parts]) -> Divided:
+        """Return what this process writes of a state, all of whose processes write now."""
+        self._turn += 1
+        return Divided(parts, jax.process_index(), jax.process_count(), self._turn)
 
-def slot_of(arrays: Mapping[str, np.ndarray], about: Mapping[str, Any], slot: int) -> Rows:
-    """Return a slot's arrays from a checkpoint, or from some that were written apart."""
-    slots = about.get("slots", [slot])  # one alone is all that there is
-    row = slots.index(slot) if about.get("alone") else slot
-    return {name: array[row].copy() for name, array in arrays.items()}
+
+def _there(saved: Saved | None, shard: int, generation: int) -> Saved:
+    """Return a checkpoint, if it is known."""
+    if saved is None:
+        raise StateGone(f"shard {shard}: nobody holds generation {generation}")
+    return saved
 
 
 class Held(NamedTuple):

@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gradhpo import checkpoints, stop_request
+from gradhpo import checkpoints, parts, stop_request
 from gradhpo.checkpoints import DamagedFile, Saved
 from gradhpo.commit import UNFINISHED
 from gradhpo.files import Files, Held, Where, files_of, is_address
 from gradhpo.lock import ALIVE, LOCK, StorageInUse
 from gradhpo.parallel import layout_cache
+from gradhpo.parts import Divided
 from gradhpo.stop_request import STOP
 
 CHECKPOINTS, TABLES = "checkpoints", "tables"
@@ -116,26 +117,30 @@ class Storage:
         generation: int,
         shard: int,
         incarnation: int,
-        arrays: Mapping[str, np.ndarray],
+        arrays: Mapping[str, np.ndarray] | Divided,
         about: Mapping[str, Any],
     ) -> Saved:
-        """Write a shard's state after a generation; it survives a crash when this returns."""
+        """Write a shard's state after a generation; it survives a crash when this returns.
+
+        Of one that several processes hold each writes its parts; what the first one returns stands
+        for all.
+        """
         stem = f"{CHECKPOINTS}/{generation:06d}/shard-{shard:04d}-i{incarnation}"
         about = {"shard": shard, "generation": generation, **about}
-        return checkpoints.save(self.files, stem, arrays, about)
+        return self._save(stem, arrays, about)
 
     def save_winner(
         self,
         generation: int,
         shard: int,
         incarnation: int,
-        arrays: Mapping[str, np.ndarray],
+        arrays: Mapping[str, np.ndarray] | Divided,
         slots: Sequence[int],
     ) -> Saved:
         """Write the states of the trials that are kept, apart from the shard's others."""
         stem = f"{CHECKPOINTS}/{generation:06d}/winner-{shard:04d}-i{incarnation}"
         about = {"alone": True} | ({"slots": list(slots)} if len(slots) > 1 else {})
-        return checkpoints.save(self.files, stem, arrays, about)
+        return self._save(stem, arrays, about)
 
     def save_table(self, generation: int, columns: Mapping[str, np.ndarray]) -> Saved:
         """Write a generation's table, with the decision that was made from it.
@@ -150,10 +155,49 @@ class Storage:
     def load(self, saved: Saved) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Return the arrays of a file that was saved here, and what was remembered with them.
 
+        Those that were written in parts are whole.
+
+        Raises:
+          DamagedFile: if it, or a part, is missing, cut short or changed.
+        """
+        arrays, about = checkpoints.load(self.files, saved)
+        if parts.PARTS not in about:
+            return arrays, about
+        del arrays
+        boxes, about = parts.gather(self.files, saved, parts.whole)
+        return {name: array for name, one in boxes.items() for array in one.values()}, about
+
+    def load_slot(self, saved: Saved, slot: int) -> dict[str, np.ndarray]:
+        """Return one slot's arrays from a checkpoint, or from some that were written apart.
+
+        Raises:
+          DamagedFile: if it, or a part, is missing, cut short or changed.
+        """
+
+        def row(
+            name: str, shape: tuple[int, ...], dtype: np.dtype[Any], about: Mapping[str, Any]
+        ) -> list[parts.Box]:
+            slots = about.get("slots", [slot])  # one alone is all that there is
+            first = slots.index(slot) if about.get("alone") else slot
+            return [((first, first + 1), *parts.whole(name, shape[1:], dtype)[0])]
+
+        boxes, _ = parts.gather(self.files, saved, row)
+        return {name: array[0] for name, one in boxes.items() for array in one.values()}
+
+    def parts_of(self, saved: Saved) -> list[str]:
+        """Return the other files that a checkpoint has, of its worker's other processes.
+
         Raises:
           DamagedFile: if it is missing, cut short or changed.
         """
-        return checkpoints.load(self.files, saved)
+        return parts.others_of(self.files, saved)
+
+    def _save(
+        self, stem: str, arrays: Mapping[str, np.ndarray] | Divided, about: Mapping[str, Any]
+    ) -> Saved:
+        if isinstance(arrays, Divided):
+            return arrays.save(self.files, stem, about)
+        return checkpoints.save(self.files, stem, arrays, about)
 
     def load_table(self, generation: int, saved: Saved | None = None) -> dict[str, np.ndarray]:
         """Return a generation's table; without its line in the journal, by what its name proves.
@@ -174,13 +218,16 @@ class Storage:
     def prune(self, oldest: int, keep: set[str]) -> None:
         """Remove the checkpoints of generations before `oldest`, but for the files in `keep`.
 
+        Parts stay with the file that stands for them.
+
         No link is followed: what lies outside of the storage is not the sweep's to remove.
         """
         for number in self.files.folders(CHECKPOINTS):
             if number.isdecimal() and int(number) < oldest:
                 folder = f"{CHECKPOINTS}/{number}"
                 names = [f"{folder}/{name}" for name in self.files.names(folder)]
-                self.files.remove([name for name in names if name not in keep], folder)
+                kept = {name for name in names if any(parts.is_of(name, one) for one in keep)}
+                self.files.remove([n for n in names if n not in keep | kept], folder)
 
     # --- descriptions ---------------------------------------------------------------------------
 

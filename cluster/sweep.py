@@ -77,7 +77,7 @@ class Sweep:
       batching: the layout of a shard's slots, see `Population`. "auto" is measured once, and kept
         in the storage.
       mesh: `{"trial": a, "data": b}`: the devices of a worker, over which slots and batches are
-        divided.
+        divided; and others by name, over which `rules` divide arrays.
       data: arrays for the problem's function, handed out once for each node: a pytree of NumPy
         arrays, or a reference to a function that returns one.
       episode_length: as in `solve`: steps after which a trial's weights start anew from its φ,
@@ -96,6 +96,9 @@ class Sweep:
       points: what the first trials begin with: dictionaries of settings and choices, or trials of
         another sweep, such as its `front`; see `points_from`. What a point leaves out is drawn.
       first_seed: decides the draws of the first generation in place of `seed`.
+      rules: for trials that are larger than a device: which arrays of a trial's state are divided
+        over which axes of the mesh, by regular expressions of their paths; see
+        `gradhpo.parallel.by_path`. `{"": "data"}` divides all that can be.
       workers: how many processes (or gangs of them) hold shards, at most.
       resources: of each process: `num_cpus`, `num_gpus`, `memory`, or any of Ray's by name.
       processes: of each worker; several are one JAX job that holds one shard together.
@@ -152,6 +155,7 @@ class Sweep:
         sampler: Sampler | None = None,
         points: Sequence[Any] | None = None,
         first_seed: int | None = None,
+        rules: Mapping[str, Any] | None = None,
         *,
         workers: int = 1,
         resources: Mapping[str, float] | None = None,
@@ -177,6 +181,7 @@ class Sweep:
             data=data, episode_length=episode_length, lr_reptile=lr_reptile,
             episode_init=episode_init, lr_schedule=lr_schedule, record=record,
             validation=validation, sampler=sampler, points=points, first_seed=first_seed,
+            rules=rules,
         )  # fmt: skip
         self.place = Place(
             storage=storage,  # pyright: ignore[reportArgumentType]
@@ -291,8 +296,8 @@ class Sweep:
             `(population,)`. What it raises ends the run.
           observers: told of every event, see `events` and `gradhpo.observers`. If one raises an
             error, that is told, once, and the sweep goes on.
-          allow_changed: "data", "code" or both: what may be other than when the sweep began. It
-            is written down with the generation, see `SweepResult.changes`.
+          allow_changed: of "data", "code" and "mesh" (with `rules`): what may be other than when
+            the sweep began. It is written down with the generation, see `SweepResult.changes`.
 
         Raises:
           SweepError: if the storage holds another run, or the sweep cannot go on; with the

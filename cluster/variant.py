@@ -15,20 +15,30 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
+from gradhpo.checkpoints import Saved
 from gradhpo.checksums import of_arrays
 from gradhpo.cluster import columns as names
 from gradhpo.cluster import importing
 from gradhpo.cluster.columns import DIVERGED, RESERVED
 from gradhpo.cluster.discrete import Integer
+from gradhpo.cluster.divided import DividedState
 from gradhpo.cluster.host_turns import DONATING, STATE, HostTurns
 from gradhpo.cluster.orders import Order, Prepared, Spec
 from gradhpo.cluster.space import said
+from gradhpo.cluster.storage import Storage
 from gradhpo.cluster.timings import Timings
 from gradhpo.cluster.validation import with_validation
 from gradhpo.errors import check_hashable
 from gradhpo.host import check_once
 from gradhpo.optimizer import BilevelOptimizer
-from gradhpo.parallel import Population, compiled, data_parallel, make_mesh
+from gradhpo.parallel import (
+    DataParallel,
+    Population,
+    by_path,
+    compiled,
+    data_parallel,
+    make_mesh,
+)
 from gradhpo.parallel.mesh import to_host
 from gradhpo.problem import Problem
 from gradhpo.state import BilevelState, PyTree, is_key
@@ -57,8 +67,13 @@ class Variant:
                 problem = with_validation(problem, loaded)
         check_once(problem.batches)
         mesh = None if spec.mesh is None else make_mesh(**spec.mesh)
-        if spec.mesh is not None and spec.mesh.get("data", 1) > 1:
-            optimizer = data_parallel(optimizer, mesh)  # pyright: ignore[reportArgumentType]
+        if mesh is not None and spec.rules is not None:
+            rules = by_path(mesh, spec.rules)
+            if isinstance(optimizer, DataParallel):
+                raise ValueError("rules need an optimizer that is not data_parallel yet: give mesh")
+            optimizer = data_parallel(optimizer, mesh, backend="auto", rules=rules)
+        elif mesh is not None and spec.mesh is not None and spec.mesh.get("data", 1) > 1:
+            optimizer = data_parallel(optimizer, mesh)
         self.population = Population(
             problem, optimizer, spec.slots, mesh, spec.batching,
             episode_length=spec.episode_length, lr_reptile=spec.lr_reptile,
@@ -79,6 +94,9 @@ class Variant:
         init = self.population.trace_init
         self._template = jax.eval_shape(init, keys, {}, self._data_shapes, pairs)
         self._check_settings(said(arguments))
+        shapes, lie = self._shapes(), self._lie()
+        self.divided = None if spec.rules is None else DividedState(shapes, lie)
+        """What makes, writes and reads the state where a trial is divided over devices."""
         self.data: PyTree = None
         self._first: Any = None
         self.host = HostTurns(self, spec.steps, spec.record) if problem.batch is None else None
@@ -163,12 +181,16 @@ class Variant:
 
     def _parts(self) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         """Return the programs: by name, functions and arguments, of which shapes are enough."""
-        state, some = self.population.placed(self._shapes()), _one(0)
+        lie, some = self._lie(), _one(0)
+        state = {
+            name: jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=lie[name])
+            for name, like in self._shapes().items()
+        }
         example = self._example(state, self.population.rates(1.0 if self._takes_rate else None))
         parts: dict[str, tuple[Any, tuple[Any, ...]]] = {
             # The longest to compile comes first.
             "turn": (self._turn, example) if self.host is None else self.host.turn(example),
-            "take": (_take, (state, some)),
+            "take": (self._take, (state, some)),
             "put": (self._put, (state, some, self._zero_row())),
             "select": (self._select, (state, np.zeros(self.spec.slots, np.int32))),
             "data": (self._make_data, (np.uint32(self.spec.seed),)),
@@ -226,15 +248,22 @@ class Variant:
 
     def take(self, state: Arrays, slots: Sequence[int]) -> Rows:
         """Return the arrays of some slots, stacked in their order."""
-        parts = [self.programs["take"].run(_take, state, _one(slot)) for slot in slots]
+        parts = [self.row(state, slot) for slot in slots]
         return {n: np.concatenate([to_host(part[n]) for part in parts]) for n in state}
+
+    def row(self, state: Arrays, slot: int) -> Arrays:
+        """Return the arrays of one slot, on the devices."""
+        return self.programs["take"].run(self._take, state, _one(slot))
 
     def put(self, state: Arrays, slots: Sequence[int], rows: Rows) -> Arrays:
         """Return the state with the arrays of some slots replaced by stacked ones, in its place."""
         for i, slot in enumerate(slots):
-            row = {name: rows[name][i : i + 1] for name in state}
-            state = self.programs["put"].run(self._put, state, _one(slot), row)
+            state = self.put_row(state, slot, {name: rows[name][i : i + 1] for name in state})
         return state
+
+    def put_row(self, state: Arrays, slot: int, row: Arrays) -> Arrays:
+        """Return the same with those of one slot, of the host or on the devices."""
+        return self.programs["put"].run(self._put, state, _one(slot), row)
 
     def select(self, state: Arrays, parents: np.ndarray) -> Arrays:
         """Return the state whose slot i is a copy of slot `parents[i]`."""
@@ -242,6 +271,8 @@ class Variant:
 
     def zeros(self) -> Arrays:
         """Return the state before the first generation, in which every trial is new."""
+        if self.divided is not None:
+            return self.divided.zeros()
         return self.place({n: np.zeros(s.shape, s.dtype) for n, s in self._shapes().items()})
 
     def place(self, arrays: Mapping[str, np.ndarray]) -> Arrays:
@@ -259,6 +290,18 @@ class Variant:
                     f"{shape.dtype}{list(shape.shape)}, found {found}"
                 )
         return self.population.place(dict(arrays))
+
+    def restore(self, storage: Storage, saved: Saved) -> tuple[Arrays, dict[str, Any]]:
+        """Return a checkpoint's arrays on the devices, and what was remembered with them.
+
+        Raises:
+          DamagedFile: if it is damaged.
+          ValueError: if it is not this variant's.
+        """
+        if self.divided is not None:
+            return self.divided.restored(storage, saved)
+        arrays, about = storage.load(saved)
+        return self.place(arrays), about
 
     def _per_slot(self, order: Order) -> dict[str, Any]:
         changes = {n: _as_float32(order.changes.get(n), order) for n in self.settings}
@@ -321,8 +364,19 @@ class Variant:
 
     def _where_slots_lie(self, state: Arrays) -> Arrays:
         """Return the state laid out as it is placed, so that every program takes every other's."""
-        sharding = self.population.sharding
-        return state if sharding is None else jax.lax.with_sharding_constraint(state, sharding)
+        if self.population.mesh is None:
+            return state
+        return jax.lax.with_sharding_constraint(state, self._lie())
+
+    def _lie(self) -> dict[str, Any]:
+        """Return where each array lies: None without a mesh."""
+        leaves = tree_flatten_with_path(self._template)[0]
+        of = self.population.sharding_of
+        return {keystr(path): of(keystr(path), leaf) for path, leaf in leaves}
+
+    def _take(self, state: Arrays, slots: jax.Array) -> Arrays:
+        rows = {name: leaf[slots] for name, leaf in state.items()}
+        return rows if self.divided is None else self.divided.row_laid(rows)
 
     def _changed(self, hyperparams: PyTree, changes: Arrays) -> PyTree:
         """Return a slot's hyperparameters after the scheduler's changes."""
@@ -372,7 +426,10 @@ class Variant:
     def _shapes(self) -> Arrays:
         return jax.eval_shape(self._pack, self._template)
 
-    def _zero_row(self) -> Rows:
+    def _zero_row(self) -> Arrays:
+        """Return an example of what `put_row` takes."""
+        if self.divided is not None:
+            return self.divided.row_example()
         return {n: np.zeros((1, *s.shape[1:]), s.dtype) for n, s in self._shapes().items()}
 
     def _example(self, state: Arrays, rates: Any) -> tuple[Any, ...]:
@@ -507,10 +564,6 @@ def _names(structure: Any, index: int | None = None) -> list[str]:
 def _one(slot: int) -> np.ndarray:
     """Return what `take` and `put` move: one slot, so that there is one program for any number."""
     return np.array([slot], np.int32)
-
-
-def _take(state: Arrays, slots: jax.Array) -> Arrays:
-    return {name: leaf[slots] for name, leaf in state.items()}
 
 
 def _plain(leaf: jax.Array) -> jax.Array:

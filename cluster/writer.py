@@ -17,6 +17,7 @@ from gradhpo.cluster.failures import StorageFailed
 from gradhpo.cluster.incarnations import check_owner
 from gradhpo.cluster.orders import Checkpoint
 from gradhpo.cluster.storage import Storage
+from gradhpo.parts import Divided
 
 THREADS = 4
 """Files that are written at a time, each of another shard."""
@@ -42,7 +43,7 @@ class Writer:
         shard: int,
         generation: int,
         incarnation: int,
-        arrays: Mapping[str, np.ndarray],
+        arrays: Mapping[str, np.ndarray] | Divided,
         about: Mapping[str, Any],
     ) -> None:
         """Begin to write a shard's state, when the one before is written.
@@ -69,7 +70,7 @@ class Writer:
         shard: int,
         generation: int,
         incarnation: int,
-        rows: Mapping[str, np.ndarray],
+        rows: Mapping[str, np.ndarray] | Divided,
         slots: Sequence[int],
     ) -> Future[Saved]:
         """Begin to write some slots' arrays apart; what is returned gives `StorageFailed` too."""

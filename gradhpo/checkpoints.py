@@ -117,9 +117,14 @@ def find(storage: Where | Files, stem: str) -> Saved | None:
         path = PurePosixPath(folder, name)
         if name.startswith(f"{begun}-") and path.suffix in (ENDING, OLD):
             digest = checksum(storage, str(path))
-            if path.stem.endswith(digest[:SHOWN]):
+            if is_named(str(path), digest):
                 return Saved(str(path), digest)
     return None
+
+
+def is_named(file: str, digest: str) -> bool:
+    """Whether a file's name ends in the beginning of its checksum."""
+    return PurePosixPath(file).stem.endswith(digest[:SHOWN])
 
 
 def checksum(storage: Where | Files, file: str) -> str:

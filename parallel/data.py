@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -27,12 +26,12 @@ from gradhpo.errors import check_same_tree
 from gradhpo.optimizer import BilevelOptimizer
 from gradhpo.parallel.collectives import gather, same_on_all, spread
 from gradhpo.parallel.mesh import axis_size, put
+from gradhpo.parallel.rules import Rules
 from gradhpo.remembered import stands_for
-from gradhpo.state import BilevelState, LossFn, PyTree, prepare
+from gradhpo.state import BilevelState, LossFn, PyTree, is_key, prepare
 from gradhpo.task import Aux, Task, evaluate, join_fixed, split_fixed, without_aux
 
 Backend = Literal["shard_map", "auto", "pmap"]
-Rules = Callable[[str, Any], P]
 # What the wrapped optimizer is, the data-parallel one is too.
 _SHARED = (
     *("inner_optimizer", "outer_optimizer", "update_fn"),
@@ -336,7 +335,8 @@ class DataParallel(BilevelOptimizer):
 
     def _shardings(self, state: BilevelState) -> BilevelState:
         def sharding(path: Any, leaf: Any) -> NamedSharding:
-            spec = P() if self.rules is None else self.rules(keystr(path), leaf)
+            rules = None if is_key(leaf) else self.rules
+            spec = P() if rules is None else rules(keystr(path), leaf)
             return NamedSharding(self.mesh, spec)
 
         return tree_map_with_path(sharding, state)
@@ -375,18 +375,6 @@ class Within:
     def reset(self, state: BilevelState, params: PyTree) -> BilevelState:
         """Return `state` at the beginning of an episode that starts from `params`."""
         return self.parallel.optimizer.reset(state, params)
-
-
-def fully_sharded(mesh: Mesh, axis: str = "data") -> Rules:
-    """Return rules that divide each array of the state along its first dimension that divides."""
-    n = axis_size(mesh, axis)
-
-    def rules(path: str, leaf: Any) -> P:
-        del path
-        fits = [i for i, size in enumerate(leaf.shape) if size and size % n == 0]
-        return P(*[None] * fits[0], axis) if fits else P()
-
-    return rules
 
 
 def _check_rows(name: str, batch: PyTree, n: int, batch_axis: int) -> None:

@@ -1,4 +1,4 @@
-"""Meshes with the axes "trial" and "data", and this process's part in a job of several."""
+"""Meshes with the axes "trial", "data" and others, and this process's part in a job of several."""
 
 from __future__ import annotations
 
@@ -15,29 +15,38 @@ from jax.sharding import PartitionSpec as P
 from gradhpo.state import PyTree, is_key
 
 
-def make_mesh(*, trial: int = 1, data: int | None = None, devices: Any = None) -> Mesh:
-    """Return a mesh with the axes "trial" and "data".
+def make_mesh(
+    *, trial: int = 1, data: int | None = None, devices: Any = None, **others: int
+) -> Mesh:
+    """Return a mesh with the axes "trial" and "data", and others by name.
 
     Args:
       trial: devices along "trial", over which a population's slots are divided.
       data: devices along "data", over which batches are divided; by default all that remain.
       devices: a sequence of devices; by default all of the job's.
+      **others: devices along further axes, over which `rules` divide arrays; those along the last
+        axis are neighbours.
 
     Raises:
-      ValueError: if there are not `trial * data` devices.
+      ValueError: if there are not as many devices as the sizes' product.
     """
     found: Sequence[Any] = jax.devices() if devices is None else list(devices)
-    if data is None and trial >= 1:
-        if len(found) % trial:
-            raise ValueError(f"trial={trial} does not divide {len(found)} devices: give data= too")
-        data = len(found) // trial
-    data = 0 if data is None else data
-    if trial < 1 or data < 1 or trial * data > len(found):
-        raise ValueError(f"trial={trial} times data={data} devices wanted, {len(found)} found")
+    known = {"trial": trial, **others}
+    if data is None and min(known.values()) >= 1:
+        taken = math.prod(known.values())
+        if len(found) % taken:
+            sizes = " times ".join(f"{name}={size}" for name, size in known.items())
+            raise ValueError(f"{sizes} does not divide {len(found)} devices: give data= too")
+        data = len(found) // taken
+    sizes = {"trial": trial, "data": 0 if data is None else data, **others}
+    size = math.prod(sizes.values())
+    if min(sizes.values()) < 1 or size > len(found):
+        wanted = " times ".join(f"{name}={size}" for name, size in sizes.items())
+        raise ValueError(f"{wanted} devices wanted, {len(found)} found")
     # Explicit axes, the default of `jax.make_mesh`, would make `shard_map` refuse unsharded input.
-    axis_types = (AxisType.Auto, AxisType.Auto)
-    used = np.asarray(found[: trial * data]).reshape(trial, data)
-    return Mesh(used, ("trial", "data"), axis_types=axis_types)
+    axis_types = (AxisType.Auto,) * len(sizes)
+    used = np.asarray(found[:size]).reshape(*sizes.values())
+    return Mesh(used, tuple(sizes), axis_types=axis_types)
 
 
 def axis_size(mesh: Mesh, axis: str) -> int:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from gradhpo import convolutions
@@ -24,6 +24,7 @@ from gradhpo.parallel.batching import Batching, Layout
 from gradhpo.parallel.compiled import Compiled
 from gradhpo.parallel.data import DataParallel
 from gradhpo.parallel.mesh import put, to_host
+from gradhpo.parallel.placement import Placement
 from gradhpo.problem import Problem
 from gradhpo.state import BilevelState, PyTree, as_array, is_key, prepare
 from gradhpo.timetable import EpisodeInit, Timetable, schedule_and_rate, starts_fresh
@@ -47,15 +48,17 @@ class Population:
         generator, every slot has a stream of its own, seeded by its key; otherwise all slots read
         the same one, once for those whose next step has the same number. Either way a slot's n-th
         step takes the stream's n-th pair, and the next pairs are read while the device computes.
-      optimizer: any `BilevelOptimizer`; a `data_parallel` one divides each trial's batches too.
+      optimizer: any `BilevelOptimizer`; a `data_parallel` one divides each trial's batches too, and
+        with `backend="auto"` and `rules` its weights, optimizer states and hyperparameters.
       slots: how many trials, or "fit" for as many as the device holds.
       mesh: from `make_mesh`; slots are divided over its axis "trial".
       batching: "vmap": all slots at once; "map": one after another; an integer: so many at once;
         "shard": divided over the mesh, all of a device at once; "shard/map", "shard/16": divided,
         then so. "auto" chooses on a CPU by a model of the step's memory ("map" where the trials
         convolve with kernels of their own); elsewhere it measures them on a few steps, and takes
-        the fastest, or what an earlier process found (see `layout_cache`). Afterwards the attribute
-        `batching` names it, and a run that must give the same bits passes that.
+        the fastest, or what an earlier process found (see `layout_cache`). With `rules` it is
+        "map". Afterwards the attribute `batching` names it, and a run that must give the same bits
+        passes that.
       data_key: a key from which `problem.data` makes the data shared by all slots; an array of
         `slots` keys makes data for each slot.
       memory: bytes on one device that "fit" may use; by default 90% of what the device has.
@@ -87,16 +90,18 @@ class Population:
         check_instance("problem", problem, Problem)
         check_instance("optimizer", optimizer, BilevelOptimizer)
         if isinstance(optimizer, DataParallel):
-            if optimizer.backend != "shard_map":
-                got = f'got backend="{optimizer.backend}"'
-                raise ValueError(f'data_parallel in a population needs backend="shard_map", {got}')
+            if optimizer.backend == "pmap":
+                wanted = 'backend="shard_map" or "auto"'
+                raise ValueError(f'data_parallel in a population needs {wanted}, got "pmap"')
             if optimizer.axis == "trial" and optimizer.mesh.shape["trial"] > 1:
                 raise ValueError('data_parallel in a population needs an axis other than "trial"')
             if mesh is not None and mesh != optimizer.mesh:
                 raise ValueError("mesh must be the one of data_parallel, or left out")
             mesh = optimizer.mesh
         self.problem, self.optimizer, self.mesh = problem, optimizer, mesh
-        within = optimizer.within if isinstance(optimizer, DataParallel) else optimizer
+        within: Any = optimizer
+        if isinstance(optimizer, DataParallel) and not self._by_compiler:
+            within = optimizer.within
         timetable = Timetable.of(optimizer, episode_length)
         fresh = starts_fresh(episode_init, episode_length, lr_reptile)
         self._trial = Trial(problem, within, timetable, fresh=fresh)
@@ -120,7 +125,7 @@ class Population:
             )
         self._layout = layouts.parse(batching, slots, mesh)
         if self._layout is None:
-            found = layouts.candidates(slots, mesh)
+            found = self._all_layouts(slots)
             self._layout = found[0] if len(found) == 1 else None
 
     @property
@@ -158,7 +163,8 @@ class Population:
         pairs = None
         if self._feed is not None and self.optimizer.remembers_batch:
             pairs = self._feed.first_pairs(_seeds(keys), np.ones(self.slots, bool))
-        args = (self.place(keys), self.place(given), self.data, pairs)
+        given = {name: self.place_state(tree, f".{name}") for name, tree in given.items()}
+        args = (self.place(keys), given, self.data, pairs)
         return self._call("init", self.trace_init, *args)
 
     def run(
@@ -229,7 +235,7 @@ class Population:
         if ((parents < 0) | (parents >= self.slots)).any():
             raise ValueError(f"{wanted}; got {parents[(parents < 0) | (parents >= self.slots)][0]}")
         parents = jax.device_put(parents.astype(np.int32), self._replicated())
-        return self._call("select", _gather, self.place(state), parents)
+        return self._call("select", self._gather, self.place_state(state), parents)
 
     def resolve(
         self, state: BilevelState | None = None, lr_hyper: Any = None, measure: bool = True
@@ -303,8 +309,7 @@ class Population:
         pairs_axis = 0 if pairs is not None and self.own_batches else None
         axes = (0, 0, data_axis, pairs_axis)
         first = jax.vmap(self._start, in_axes=axes)(keys, given, data, self._some_pair(pairs))
-        sharding = self.sharding
-        return first if sharding is None else jax.lax.with_sharding_constraint(first, sharding)
+        return self.laid(first)
 
     def trace_begin(
         self,
@@ -445,6 +450,7 @@ class Population:
 
         def generation(*args: Any) -> Any:
             state, rows = slots(*args)
+            state = self.laid(state) if self._by_compiler else state
             return state, {name: row.T for name, row in rows.items()}
 
         return generation
@@ -473,14 +479,19 @@ class Population:
             stacked = [arg for arg, axis in zip(args, axes, strict=True) if axis]
             return over(each, args[0].step.shape[0])(*stacked)
 
-        if self.mesh is None:
+        if self._placement is None or (self._by_compiler and not self._placement.sharded):
             return slots
-        trial = self.sharding.spec
+        trial = self._placement.slots.spec
         specs = tuple(trial if axis else P() for axis in axes)
+        # The compiler divides what a trial computes, along all axes but that of the slots.
+        own = {"axis_names": {"trial"}} if self._by_compiler else {}
         # Unchecked, so that a user's loop may start from a constant; see `collectives`.
         return jax.shard_map(
-            slots, mesh=self.mesh, in_specs=specs, out_specs=trial, check_vma=False
+            slots, mesh=self.mesh, in_specs=specs, out_specs=trial, check_vma=False, **own
         )
+
+    def _gather(self, state: BilevelState, parents: jax.Array) -> BilevelState:
+        return self.laid(jax.tree.map(lambda x: x[parents], state))
 
     # --- host data ------------------------------------------------------------------------------
 
@@ -604,13 +615,18 @@ class Population:
         function = self._function(CALIBRATION_STEPS, schedule, layout)
         return compiled.lower(function, *args, layout=str(layout.name))
 
+    def _all_layouts(self, slots: int) -> list[Layout]:
+        """Return those that fit: one trial at a time where it is divided, which is for memory."""
+        found = layouts.candidates(slots, self.mesh)
+        return found[:1] if self._by_compiler else found
+
     def _candidates(self, slots: int, schedule: Any, *args: Any) -> list[Layout]:
         """Return the layouts that "auto" chooses from, the one that needs the most memory last.
 
         On a CPU a model of the step chooses one. `vmap` over the kernels of trials groups their
         convolutions, which a CPU takes one after another: there it is "map".
         """
-        found = layouts.candidates(slots, self.mesh)
+        found = self._all_layouts(slots)
         if compiled.devices_of(args)[0].platform not in layouts.MODELLED or len(found) == 1:
             return found
         function = self._function(CALIBRATION_STEPS, schedule, found[-1])
@@ -645,14 +661,15 @@ class Population:
                     f"lr_hyper must be a number or {self.slots}, one a slot; got "
                     f"{np.shape(lr_hyper)}"
                 )
-        return schedule, (*self.place((prepare(state), keys, self.rates(rate))), self.data)
+        placed = self.place_state(prepare(state))
+        return schedule, (placed, *self.place((keys, self.rates(rate))), self.data)
 
     def _needs(self, slots: int, batching: Batching, steps: int) -> int:
         """Return the bytes on one device of a population of so many slots; nothing is allocated."""
         layout = layouts.parse(batching, slots, self.mesh)
         if self._per_slot_data:
             raise ValueError('slots="fit" needs one data_key, shared by all slots')
-        self._layout = layout or layouts.candidates(slots, self.mesh)[-1]
+        self._layout = layout or self._all_layouts(slots)[-1]
         rates = self._rates(1.0 if self.optimizer.outer_optimizer is None else None, slots)
         args = self._argument_shapes(slots, rates)
         ahead = 0
@@ -673,7 +690,8 @@ class Population:
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), slots))
         state = jax.eval_shape(self.trace_init, keys, {}, data, self.first_pair_shapes(slots))
         placed = self.placed
-        args = (*placed((state, keys, rates)), placed(data, shared=not self._per_slot_data))
+        args = (self.placed_state(state), *placed((keys, rates)))
+        args = (*args, placed(data, shared=not self._per_slot_data))
         if self._feed is None:
             return args
         lanes = [slots] if self.own_batches else []
@@ -687,26 +705,53 @@ class Population:
         return self._given_data_key is not None and jnp.ndim(self._given_data_key) > 0
 
     @property
-    def sharding(self) -> Any:
-        """Return where arrays with a slot axis lie; None without a mesh."""
+    def _by_compiler(self) -> bool:
+        """Whether the compiler divides what a trial computes, and its arrays by rules."""
+        return isinstance(self.optimizer, DataParallel) and self.optimizer.backend == "auto"
+
+    @property
+    def _placement(self) -> Placement | None:
         if self.mesh is None:
             return None
         sharded = self.mesh.shape.get("trial", 1) > 1
         sharded = sharded if self._layout is None else self._layout.sharded
-        return NamedSharding(self.mesh, P("trial") if sharded else P())
+        rules = self.optimizer.rules if isinstance(self.optimizer, DataParallel) else None
+        return Placement(self.mesh, sharded, rules)
+
+    @property
+    def sharding(self) -> Any:
+        """Return where arrays with a slot axis lie; None without a mesh."""
+        return None if self._placement is None else self._placement.slots
 
     def _replicated(self) -> Any:
-        return None if self.mesh is None else NamedSharding(self.mesh, P())
+        return None if self._placement is None else self._placement.shared
+
+    def sharding_of(self, path: str, leaf: Any) -> Any:
+        """Return where an array of the state lies, by its path; None without a mesh."""
+        return None if self._placement is None else self._placement.of_leaf(path, leaf)
+
+    def laid(self, state: PyTree) -> PyTree:
+        """Return a state that is traced, laid out as it is placed."""
+        if self._placement is None:
+            return state
+        return jax.lax.with_sharding_constraint(state, self._placement.of_state(state))
 
     def placed(self, tree: PyTree, shared: bool = False) -> PyTree:
         """Return the shapes of arrays as `place` and `place_shared` lay them."""
         sharding = self._replicated() if shared else self.sharding
+        return jax.tree.map(lambda x: _shape(x, sharding), tree)
 
-        def place(x: Any) -> jax.ShapeDtypeStruct:
-            weak = getattr(x, "weak_type", False)
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding, weak_type=weak)
+    def placed_state(self, state: PyTree) -> PyTree:
+        """Return the shapes of a state's arrays as `place_state` lays them."""
+        if self._placement is None:
+            return self.placed(state)
+        return jax.tree.map(_shape, state, self._placement.of_state(state))
 
-        return jax.tree.map(place, tree)
+    def place_state(self, state: PyTree, below: str = "") -> PyTree:
+        """Return a state, or the part of one with a path, where the population's lies."""
+        if self._placement is None or self._placement.rules is None:
+            return self.place(state)
+        return jax.tree.map(put, state, self._placement.of_state(state, below))
 
     def place(self, tree: PyTree) -> PyTree:
         """Return arrays with a slot axis where the population's lie."""
@@ -731,8 +776,9 @@ def _seeds(keys: jax.Array) -> np.ndarray:
     return to_host(jax.random.key_data(keys))
 
 
-def _gather(state: BilevelState, parents: jax.Array) -> BilevelState:
-    return jax.tree.map(lambda x: x[parents], state)
+def _shape(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    weak = getattr(x, "weak_type", False)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding, weak_type=weak)
 
 
 def _program_key(name: Any, args: tuple[Any, ...]) -> Any:

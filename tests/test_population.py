@@ -410,7 +410,7 @@ def test_bad_arguments_of_run():
         trials.run(state, 0, KEYS, *rate)
     mesh = make_mesh(trial=1, data=2)
     optimizer = data_parallel(OPTIMIZER, mesh, backend="pmap")
-    with pytest.raises(ValueError, match=r'needs backend="shard_map", got backend="pmap"'):
+    with pytest.raises(ValueError, match=r'needs backend="shard_map" or "auto", got "pmap"'):
         Population(PROBLEM, optimizer, 2)
 
 
