@@ -84,7 +84,7 @@ def searches(generations: int, population: int) -> dict[str, tuple[Scheduler, Sa
     """Return by name what decides between generations, and what draws new trials."""
     tpe = OptunaSampler("TPESampler", multivariate=True, n_startup_trials=population)
     return {
-        PB2_OPTUNA: (PB2WithNewcomers(until=generations // 4), tpe),
+        PB2_OPTUNA: (PB2WithNewcomers(until=max(2, generations // 4)), tpe),
         PB2_ALONE: (PB2(), None),
         PBT_ALONE: (PBT(), None),
         RANDOM: (RandomSearch(), None),
@@ -188,6 +188,7 @@ def sweep(name: str, seed: int, sizes: tuple[int, int, int], storage: Path) -> S
         sampler=sampler,
         storage=storage / name.replace(" ", "") / str(seed),
         seed=seed,
+        batching="vmap",  # named, so that no sweep compares layouts, and all have the same
         executor="local",
         progress=False,
     )
@@ -207,14 +208,15 @@ def best_so_far(result: SweepResult) -> np.ndarray:
 
 
 def row(name: str, results: list[SweepResult], others: list[SweepResult]) -> list[str]:
-    """Return a search's line of the table; `others` are random search's, with the same seeds."""
-    scores, compared = (np.array([r.best.score for r in some]) for some in (results, others))
+    """Return a search's line of the table, beside random search's if that ran."""
+    scores, compared = ([r.best.score for r in some] for some in (results, others))
+    less = "" if others in ([], results) else report.interval(np.subtract(scores, compared), 4)
     accuracy = [100 * result.best.metrics["test_accuracy"] for result in results]
     new = [(result.table["parent"] == NEW).sum() for result in results]
     return [
         name,
         report.interval(scores, 4),
-        "" if name == RANDOM else report.interval(scores - compared, 4),
+        less,
         report.interval(accuracy, 2),
         f"{np.mean(new):.0f}",
         f"{np.mean([len(result.copies) for result in results]):.0f}",
@@ -243,6 +245,7 @@ def draw(results: dict[str, list[SweepResult]], steps: int, output: Path) -> Non
 
 
 def main(
+    search: Annotated[list[str] | None, typer.Option(help="Of them only this; repeat it.")] = None,
     population: Annotated[int, typer.Option(min=4, help="Trials at a time.")] = 16,
     generations: Annotated[int, typer.Option(min=2, help="Between two, a search decides.")] = 24,
     steps: Annotated[int, typer.Option(min=1, help="Steps in a generation.")] = 25,
@@ -255,7 +258,11 @@ def main(
     """Compare PB2 with a sampler of Optuna, PB2, PBT and random search at equal trial-steps."""
     plt.switch_backend("agg")
     output, sizes = report.writable(output), (population, generations, steps)
-    names = list(searches(generations, population))
+    known = list(searches(generations, population))
+    if unknown := set(search or []) - set(known):
+        accepted = ", ".join(known)
+        raise typer.BadParameter(f"search must be one of {accepted}, got {sorted(unknown)[0]}")
+    names = [name for name in known if not search or name in search]
     report.say(
         f"{population} trials at a time, {generations} generations of {steps} steps: "
         f"{population * generations * steps:,} trial-steps for each search and seed."
@@ -275,13 +282,13 @@ def main(
             *("search", "best validation loss", f"less {RANDOM}, same seed"),
             *("its test accuracy, %", "trials drawn", "copies"),
         ],
-        [row(name, some, results[RANDOM]) for name, some in results.items()],
+        [row(name, some, results.get(RANDOM, [])) for name, some in results.items()],
     )
     reports = [result.report for some in results.values() for result in some if result.report]
     counted = sum(made.compiles for made in reports), len(reports)
     report.say("Programs of a step compiled: {}, for {} sweeps that ran.".format(*counted))
-    images = [int(result.best.settings["images"]) for result in results[PB2_OPTUNA]]
-    report.say(f"The best of {PB2_OPTUNA} saw images {'; '.join(IMAGES[i] for i in images)}.")
+    images = [IMAGES[int(result.best.settings["images"])] for result in results[names[0]]]
+    report.say(f"The best of {names[0]} saw images {'; '.join(images)}.")
     draw(results, steps, output)
 
 
