@@ -124,3 +124,22 @@ def test_data_parallel():
     assert max(differences) < 0.05
     clean, wrong = re.search(r"clean rows ([\d.]+), of random ones\s+(\d\.\d+)", output).groups()
     assert float(clean) > float(wrong)
+
+
+@pytest.mark.slow
+def test_search_digits(tmp_path):
+    """Two searches of one program; begun again, they are not computed again."""
+    figure, line = tmp_path / "figure.png", r"│ (.+?) +│ +(\d\.\d{4}) │.*│ +(\d+) │ +(\d+) │"
+    sizes = ["--population", "6", "--generations", "3", "--steps", "1", "--seeds", "1"]
+    places = ["--storage", str(tmp_path / "sweeps"), "--output", str(figure)]
+    some = ["--search", "PB2 + Optuna", "--search", "random search"]
+    output = run_example("search_digits", *sizes, *places, *some)
+    assert re.search(r"compiled: 1, for 2\s+sweeps", output)
+    assert figure.stat().st_size > 20_000
+    found = re.findall(line, output)
+    # One of six loses at a time: the first is followed by a new trial, the second by a copy.
+    counts = {name.strip(): (new, copies) for name, _, new, copies in found}
+    assert counts == {"PB2 + Optuna": ("7", "1"), "random search": ("6", "0")}
+    again = run_example("search_digits", *sizes, *places, *some, "--resume")
+    assert re.search(r"compiled: 0, for 0\s+sweeps", again)
+    assert re.findall(line, again) == found
