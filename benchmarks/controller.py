@@ -25,7 +25,7 @@ from gradhpo.cluster import (
 )
 from gradhpo.cluster.controller import Columns, Controller, Layout, Rules
 from gradhpo.cluster.events import Event, GenerationDone
-from gradhpo.cluster.executors import Executor
+from gradhpo.cluster.executor import Executor
 from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.objectives import Objectives
 from gradhpo.cluster.orders import Checkpoint, Order, Prepared, Result

@@ -52,6 +52,13 @@ def shards(storage: Where, population: int) -> int | None:
     return known["shards"] if known["population"] == population else None
 
 
+def check_allowed(given: Collection[str]) -> None:
+    """Raise unless `allow_changed` names what may change."""
+    if isinstance(given, str) or not set(given) <= set(ALLOWED):
+        accepted = f"a tuple of names, of {tuple(ALLOWED)}"
+        raise ValueError(f"allow_changed must be {accepted}, got {given!r}")
+
+
 def claim(
     storage: Where,
     mine: Mapping[str, Any],

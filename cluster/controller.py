@@ -20,7 +20,7 @@ from gradhpo.cluster import front, schedulers
 from gradhpo.cluster.columns import BORN, PARENT, TRIAL, VARIANT, Columns, decision_of
 from gradhpo.cluster.drawing import Drawing, stored_in
 from gradhpo.cluster.events import CombinationEnded, Damaged, GenerationDone, Note, Tell
-from gradhpo.cluster.executors import Executor
+from gradhpo.cluster.executor import Executor
 from gradhpo.cluster.failures import StateGone, SweepError
 from gradhpo.cluster.front import Found
 from gradhpo.cluster.history import History

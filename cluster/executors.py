@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +23,9 @@ from gradhpo.cluster.commands import (
     Send,
     Start,
 )
+from gradhpo.cluster.compile_progress import CompileProgress
 from gradhpo.cluster.events import Tell
+from gradhpo.cluster.executor import Executor
 from gradhpo.cluster.failures import StorageFailed, SweepError, WorkerFailed
 from gradhpo.cluster.fleet import Fleet, NoWorker
 from gradhpo.cluster.incarnations import Incarnations
@@ -36,8 +37,6 @@ from gradhpo.files import Where
 
 ROOM_EVERY = 1.0
 """Seconds between two looks at how many workers could be held."""
-STILL_EVERY = 30.0
-"""Seconds after which it is said again what compiles."""
 WHAT = {
     "start": "could not start",
     "trace": "failed to trace the sweep's step",
@@ -47,46 +46,6 @@ WHAT = {
     "run": "failed to run a generation",
     "checkpoint": "failed to write a checkpoint",
 }
-
-
-class Executor(abc.ABC):
-    """Executes orders, somewhere. The numbers do not depend on where."""
-
-    @abc.abstractmethod
-    def prepare(self, layouts: Mapping[int, Any], needed: Sequence[int]) -> list[Prepared]:
-        """Compile the programs of the variants that are needed, each once.
-
-        Others are compiled should an order come for them. `layouts` gives each one's `batching`.
-        """
-
-    @abc.abstractmethod
-    def run(self, orders: list[Order]) -> list[Result]:
-        """Execute a generation: every order once. Lost workers are replaced meanwhile.
-
-        Raises:
-          DamagedFile: if a checkpoint that an order starts from is damaged.
-          StateGone: if the state that an order starts from was lost, and it names no checkpoint.
-          SweepError: if it cannot be done, with a worker's own traceback.
-        """
-
-    @abc.abstractmethod
-    def checkpoints(self, orders: list[Order]) -> list[Saved]:
-        """Return the checkpoints after these orders, the last that were run, when all are durable.
-
-        They are written now where an order did not say so.
-
-        Raises:
-          StateGone: if a worker was lost that held one.
-          SweepError: if they cannot be written.
-        """
-
-    def moves(self) -> bool:
-        """Whether shards would change workers if orders named the checkpoints they start from."""
-        return False
-
-    @abc.abstractmethod
-    def close(self) -> None:
-        """Leave no process behind."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -129,12 +88,12 @@ class FleetExecutor(Executor):
         """By worker and process, how many programs XLA compiled there."""
         self._room_looked = float("-inf")
         self._combinations = combinations
-        self._progress: _Progress | None = None
+        self._progress: CompileProgress | None = None
 
     def prepare(self, layouts: Mapping[int, Any], needed: Sequence[int]) -> list[Prepared]:
         """Compile each variant on one worker; others trace it meanwhile, and load it later."""
         self._layouts = dict(layouts)
-        self._progress = _Progress(self._combinations, needed, self._tell)
+        self._progress = CompileProgress(self._combinations, needed, self._tell)
         done = self._drive([Job("prepare", variant) for variant in needed])
         self._progress = None
         return [self._shared(done[Job("prepare", variant)]) for variant in needed]
@@ -304,40 +263,6 @@ class FleetExecutor(Executor):
         if isinstance(error, SweepError):
             raise SweepError(f"{error}\n{where}")
         raise error
-
-
-class _Progress:
-    """Says what compiles, where several combinations of choices do."""
-
-    def __init__(
-        self, combinations: Sequence[Mapping[str, Any]], needed: Sequence[int], tell: Tell
-    ) -> None:
-        self._combinations, self._needed, self._tell = combinations, needed, tell
-        self._since: dict[int, float] = {}
-        self._said = time.monotonic()
-
-    def begin(self, variant: int) -> None:
-        """Say that one is begun, once."""
-        if len(self._needed) > 1 and variant not in self._since:
-            self._since[variant] = time.monotonic()
-            self._tell(self._about(variant))
-
-    def end(self, variant: int) -> events.Compiling | None:
-        """Return what was said of one, with the seconds that it took."""
-        since = self._since.pop(variant, None)
-        return None if since is None else self._about(variant, time.monotonic() - since)
-
-    def still(self) -> None:
-        """Say from time to time what is not done yet."""
-        now = time.monotonic()
-        if now - self._said >= STILL_EVERY:
-            self._said = now
-            for variant, since in self._since.items():
-                self._tell(self._about(variant, now - since))
-
-    def _about(self, variant: int, seconds: float = 0) -> events.Compiling:
-        where = (self._needed.index(variant) + 1, len(self._needed))
-        return events.Compiling(variant, self._combinations[variant], *where, seconds)
 
 
 def _job(kind: str, order: Order) -> Job:

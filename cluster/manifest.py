@@ -122,6 +122,22 @@ def settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def of_references(storage: Where) -> dict[str, Any]:
+    """Return a manifest from which the sweep can be made again without its program.
+
+    Raises:
+      SweepError: if there is none, or it was made from objects.
+    """
+    known = read(storage)
+    if given := objects(known):
+        raise SweepError(
+            f"{storage} was made by a program, with {' and '.join(given)} given as objects: "
+            "run that program again, and it goes on. (With references such as "
+            f"{importing.ACCEPTED} the command line can.)"
+        )
+    return known
+
+
 def objects(manifest: Mapping[str, Any]) -> list[str]:
     """Return what only the program that made a storage can make again."""
     given = {name: manifest[name] for name in OBJECTS if manifest[name] is not None}

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -105,6 +107,19 @@ class Identity:
     )
     first_seed: int | None = None
     rules: Mapping[str, Any] | None = dataclasses.field(default=None, metadata=_RULES)
+
+    def references(self) -> list[str]:
+        """Return what is named to be imported, see `gradhpo.cluster.importing`."""
+        scheduler = schedulers.describe(self.scheduler).get("function")
+        sampler = self.sampler and samplers.describe(self.sampler).get("function")
+        given = (self.problem, self.optimizer, scheduler, sampler, self.data)
+        named = (*given, self.lr_schedule, self.validation)
+        return [name for name in named if isinstance(name, str)]
+
+    def loaded(self) -> Identity:
+        """Return it with a scheduler and a sampler that are named imported."""
+        scheduler, sampler = schedulers.loaded(self.scheduler), samplers.loaded(self.sampler)
+        return dataclasses.replace(self, scheduler=scheduler, sampler=sampler)
 
     def __post_init__(self) -> None:
         self._check_objects()
@@ -281,6 +296,20 @@ def check_together(identity: Identity, place: Place) -> None:
 def names() -> list[str]:
     """Return the arguments of a sweep."""
     return [field.name for kind in (Identity, Place) for field in dataclasses.fields(kind)]
+
+
+def of_toml(path: str | Path) -> dict[str, Any]:
+    """Return what a file of TOML says.
+
+    Raises:
+      ValueError: for what is not TOML.
+      OSError: if the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        try:
+            return tomllib.load(file)
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 def read(given: Mapping[str, Any], where: str) -> dict[str, Any]:

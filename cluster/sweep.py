@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import time
-import tomllib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,15 +17,12 @@ from gradhpo.cluster import (
     executors,
     importing,
     manifest,
-    samplers,
-    schedulers,
     settings,
 )
 from gradhpo.cluster.display import Display
 from gradhpo.cluster.division import divide
 from gradhpo.cluster.event_log import EventLog
 from gradhpo.cluster.events import Callback, Event, Importing, Note, Observer, Telling
-from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.objectives import Metric
 from gradhpo.cluster.orders import Spec
 from gradhpo.cluster.result import Report, SweepResult, spec_of
@@ -244,13 +240,8 @@ class Sweep:
           ValueError: for what is not TOML, or an unknown or missing name.
           OSError: if the file cannot be read.
         """
-        with open(path, "rb") as file:
-            try:
-                given = tomllib.load(file)
-            except tomllib.TOMLDecodeError as error:
-                raise ValueError(f"{path}: {error}") from None
-        made = cls(**settings.read(given | changes, str(path)))
-        made._load_scheduler()
+        made = cls(**settings.read(settings.of_toml(path) | changes, str(path)))
+        made._load_searchers()
         return made
 
     @classmethod
@@ -262,13 +253,7 @@ class Sweep:
             program can make again.
         """
         storage = settings.folder_of(storage)
-        known = manifest.read(storage)
-        if objects := manifest.objects(known):
-            raise SweepError(
-                f"{storage} was made by a program, with {' and '.join(objects)} given as objects: "
-                "run that program again, and it goes on. (With references such as "
-                f"{importing.ACCEPTED} the command line can.)"
-            )
+        known = manifest.of_references(storage)
         if known["x64"] != manifest.x64():
             jax.config.update("jax_enable_x64", known["x64"])
         given = manifest.settings(known) | {"storage": str(storage)} | changes
@@ -306,15 +291,15 @@ class Sweep:
           ValueError: for an unknown name in `allow_changed`.
           OSError: if the storage cannot be written.
         """
-        if isinstance(allow_changed, str) or not set(allow_changed) <= set(claim.ALLOWED):
-            accepted = f"a tuple of names, of {tuple(claim.ALLOWED)}"
-            raise ValueError(f"allow_changed must be {accepted}, got {allow_changed!r}")
+        claim.check_allowed(allow_changed)
         if not self._seen:
             self._divide(needed=True)
         claim.open_folder(self.storage)
         self.events = []
         telling = Telling(self.events)
-        with self._display() as display:
+        steps = self.identity.population * self.identity.steps_per_generation
+        shown = (str(self.storage), self.generations, steps, self.identity.objectives)
+        with Display(self.place.progress, *shown) as display:
             telling.to(display)
             lock = Storage(self.storage).lock(lambda text: telling.tell(Note(text)))
             try:
@@ -346,43 +331,24 @@ class Sweep:
     def _run(self, telling: Telling, allowed: Collection[str]) -> Report | None:
         began = time.perf_counter()
         if self._foreign:
-            telling.tell(Importing(self._references(), self._folders))
-        self._load_scheduler()
+            telling.tell(Importing(self.identity.references(), self._folders))
+        self._load_searchers()
         data = self._load_data()
         about = manifest.describe(self.identity, self.place, data, self._folders)
         renamed = claim.claim(self.storage, about, allowed, telling.tell)
         made = Run(self.identity, self.place, self.layout, self._spec(), telling, began)
         return made.go(data, allowed, renamed, about, self.how_to_resume)
 
-    def _display(self) -> Display:
-        steps = self.identity.population * self.identity.steps_per_generation
-        about = (str(self.storage), self.generations, steps, self.identity.objectives)
-        return Display(self.place.progress, *about)
-
     def _result(self, made: Report | None) -> SweepResult:
-        identity = self.identity
-        about = (self.layout, identity.objectives)
+        about = (self.layout, self.identity.objectives)
         return SweepResult(self.storage, self._spec(), *about, self._load_data, made)
 
     def _spec(self) -> Spec:
         return spec_of(self.identity, self.storage, self.layout, self._folders, manifest.x64())
 
-    def _references(self) -> list[str]:
-        identity = self.identity
-        scheduler = schedulers.describe(identity.scheduler).get("function")
-        sampler = identity.sampler and samplers.describe(identity.sampler).get("function")
-        given = (identity.problem, identity.optimizer, scheduler, sampler, identity.data)
-        return [
-            name
-            for name in (*given, identity.lr_schedule, identity.validation)
-            if isinstance(name, str)
-        ]
-
-    def _load_scheduler(self) -> None:
+    def _load_searchers(self) -> None:
         importing.extend_path(self._folders)
-        scheduler = schedulers.loaded(self.identity.scheduler)
-        sampler = samplers.loaded(self.identity.sampler)
-        self.identity = dataclasses.replace(self.identity, scheduler=scheduler, sampler=sampler)
+        self.identity = self.identity.loaded()
 
     def _load_data(self) -> Any:
         if not isinstance(self.identity.data, str):

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from gradhpo.cluster import events, executors
+from gradhpo.cluster import compile_progress, events
+from gradhpo.cluster.compile_progress import CompileProgress
 from gradhpo.parallel import compiled
 
 
@@ -19,14 +20,14 @@ def test_threads_that_want_one_program_compile_it_once():
 def clock(monkeypatch):
     """Seconds that go on when a test says so."""
     now = [100.0]
-    monkeypatch.setattr(executors.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(compile_progress.time, "monotonic", lambda: now[0])
     return now
 
 
 def test_what_compiles_is_said_when_it_begins_while_it_lasts_and_when_it_is_done(clock):
     told = []
     methods = [{"method": name} for name in ("a", "b", "c")]
-    progress = executors._Progress(methods, [0, 2], told.append)
+    progress = CompileProgress(methods, [0, 2], told.append)
     progress.begin(0)
     progress.begin(2)
     progress.begin(2)  # its worker was lost
@@ -50,7 +51,7 @@ def test_what_compiles_is_said_when_it_begins_while_it_lasts_and_when_it_is_done
 
 def test_of_one_program_nothing_is_said_beside_the_start():
     told = []
-    progress = executors._Progress([{}], [0], told.append)
+    progress = CompileProgress([{}], [0], told.append)
     progress.begin(0)
     assert progress.end(0) is None
     assert not told
