@@ -12,6 +12,7 @@ import pytest
 
 import gradhpo
 from gradhpo import Problem, Stop, run_folder, solve, stop_request
+from gradhpo.cluster.objectives import Objectives
 from gradhpo.cluster.stopping import Stopping
 from gradhpo.cluster.storage import Storage
 from gradhpo.files import Unreachable, files_of
@@ -78,7 +79,7 @@ def test_a_batch_ends_when_each_of_its_runs_would():
 
 def test_a_sweep_whose_storage_does_not_say_goes_on_and_tells(tmp_path, monkeypatch):
     kept = Kept()
-    stopping = Stopping(Storage(tmp_path), None, "val_loss", 1, 0.0, kept.observe)
+    stopping = Stopping(Storage(tmp_path), None, Objectives({"val_loss": 1}), 0.0, kept.observe)
 
     def silent(self, name):
         raise Unreachable(5, "no answer", name)
