@@ -17,7 +17,7 @@ import typer
 
 from gradhpo import files
 from gradhpo.checkpoints import DamagedFile
-from gradhpo.cluster import event_log, front, manifest, optuna_study
+from gradhpo.cluster import event_log, front, manifest, objectives, optuna_study
 from gradhpo.cluster.check import check_storage
 from gradhpo.cluster.events import Importing, Stopped
 from gradhpo.cluster.failures import SweepError
@@ -175,7 +175,7 @@ def status(
 
 def _status(place: files.Where) -> None:
     about, journal = manifest.read(place), Journal(place)
-    compared = Objectives.of(about["metric"], about["mode"])
+    compared = Objectives.of(objectives.parsed(about["metric"]), about["mode"])
     done, total = journal.generation + 1, about["generations"]
     who = Storage(place).files.holder()
     state = f"running ({who})" if who else "complete" if done >= total else "not running"
@@ -336,13 +336,13 @@ def _chosen(result: SweepResult, number: int | None) -> Trial:
     """Return the best trial, or the one of the front that has this number."""
     if number is None and not result.objectives.several:
         return result.best
-    numbers = ", ".join(str(trial.number) for trial in result.front)
+    numbers = ", ".join(dict.fromkeys(str(trial.number) for trial in result.front))
     if number is None:
         raise ValueError(f"of several objectives no trial is the best: --trial, one of {numbers}")
     there = [trial for trial in result.front if trial.number == number]
     if not there:
         raise ValueError(f"trial {number} is not on the front, which has {numbers}")
-    return there[-1]
+    return there[0]  # as it was when it had the best of the first objective
 
 
 def _print_found(result: SweepResult) -> None:

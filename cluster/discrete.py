@@ -209,10 +209,14 @@ def categorical(values: Sequence[float]) -> Categorical:
     Raises:
       ValueError: for fewer than two numbers, or one that is there twice.
     """
-    numbers = tuple(float(value) for value in values)
+    try:
+        numbers = () if isinstance(values, str) else tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        numbers = ()
     if len(numbers) < 2 or not np.isfinite(numbers).all() or len(set(numbers)) < len(numbers):
         raise ValueError(
-            f"categorical takes two or more different finite numbers, got {list(values)!r}"
+            f"categorical takes two or more different finite numbers, such as the index of a "
+            f"jax.lax.switch (for what changes the program see choices), got {values!r}"
         )
     return Categorical(numbers)
 

@@ -66,6 +66,19 @@ class Objectives:
         return ", ".join(n if sign > 0 else f"{n} (max)" for n, sign in self.signs.items())
 
 
+def written(metric: Metric) -> Any:
+    """Return a metric as a manifest has it: in order, which decides what a front's scores are."""
+    return metric if isinstance(metric, str) else [[name, mode] for name, mode in metric.items()]
+
+
+def parsed(given: Any) -> Any:
+    """Return what `written` wrote, or what TOML gives as it is."""
+    pairs = isinstance(given, list) and all(
+        isinstance(one, list) and len(one) == 2 for one in given
+    )  # pyright: ignore
+    return dict(given) if pairs and given else given  # pyright: ignore
+
+
 def checked(metric: Any, mode: Any) -> Metric:
     """Return a sweep's `metric` as it is written: a name, or a mapping of two names or more.
 
@@ -82,12 +95,14 @@ def checked(metric: Any, mode: Any) -> Metric:
         if mode != "min":
             raise ValueError(f"mode is of one metric or of a list; metric={named!r} says its own")
     elif isinstance(metric, Sequence):
+        if not all(isinstance(name, str) for name in metric):  # pyright: ignore[reportUnknownVariableType]
+            raise TypeError(f"metric must be {accepted}, got {metric!r}")
         named = dict.fromkeys(metric, mode)  # pyright: ignore[reportUnknownVariableType]
         if len(named) < len(metric):  # pyright: ignore[reportUnknownArgumentType]
             raise ValueError(f"metric names an objective twice: {metric!r}")
     else:
         raise TypeError(f"metric must be {accepted}, got {metric!r}")
-    if not all(isinstance(name, str) for name in named) or not set(named.values()) <= set(MODES):
+    if not all(isinstance(n, str) and one in [*MODES] for n, one in named.items()):
         raise ValueError(f"metric must be {accepted}, got {metric!r}")
     if len(named) < 2:
         raise ValueError(f"metric takes two objectives or more, or one name; got {metric!r}")

@@ -21,7 +21,7 @@ def checked(points: Any, space: SearchSpace) -> tuple[Point, ...]:
 
     Args:
       points: dictionaries, or trials of another sweep, whose hyperparameters may have left the
-        space: they are taken to its edge.
+        space: they are taken to its edge. Those with the same settings and choices are one point.
       space: what they are of.
 
     Raises:
@@ -30,7 +30,16 @@ def checked(points: Any, space: SearchSpace) -> tuple[Point, ...]:
     accepted = "a list of dictionaries, or of another sweep's trials"
     if isinstance(points, Mapping | str) or not isinstance(points, Sequence) or not points:
         raise TypeError(f"points must be {accepted}, got {points!r}")
-    return tuple(_checked(f"points[{i}]", point, space) for i, point in enumerate(points))  # pyright: ignore
+    given: list[Any] = list(points)  # pyright: ignore[reportUnknownArgumentType]
+    made, of_trials = list[Point](), list[Point]()
+    for i, point in enumerate(given):
+        one = _checked(f"points[{i}]", point, space)
+        if _is_trial(point):  # a front has a trial as it was after several generations
+            if one in of_trials:
+                continue
+            of_trials.append(one)
+        made.append(one)
+    return tuple(made)
 
 
 def slots_of(points: Sequence[Point], space: SearchSpace, population: int) -> list[int]:
@@ -79,7 +88,7 @@ def inside(settings: Mapping[str, float], space: SearchSpace) -> Point:
 
 
 def _checked(name: str, point: Any, space: SearchSpace) -> Point:
-    if hasattr(point, "settings") and hasattr(point, "choices"):
+    if _is_trial(point):
         point = _of_trial(point, space)
     if not isinstance(point, Mapping):
         raise TypeError(f"{name} must be a dictionary or a sweep's trial, got {point!r}")
@@ -94,6 +103,10 @@ def _checked(name: str, point: Any, space: SearchSpace) -> Point:
             raise ValueError(f"{name} has {key!r}; the space has {known}")
     _check_together(name, made, space)
     return made
+
+
+def _is_trial(point: Any) -> bool:
+    return hasattr(point, "settings") and hasattr(point, "choices")
 
 
 def _of_trial(trial: Any, space: SearchSpace) -> Point:

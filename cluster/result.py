@@ -51,6 +51,10 @@ class EndedCombination(NamedTuple):
     """How many were left."""
 
 
+SEARCHERS = ("scheduler", "sampler")
+"""What a storage names even where a program gave an object; a result does not ask them."""
+
+
 class Allowed(NamedTuple):
     """Code, data or a mesh that changed on purpose, see `Sweep.run`'s `allow_changed`."""
 
@@ -164,7 +168,7 @@ class SweepResult:
         storage = settings.folder_of(storage)
         known = manifest.read(storage)
         names = {field.name for field in dataclasses.fields(Identity)}
-        objects = [name for name in manifest.objects(known) if name != "scheduler"]
+        objects = [name for name in manifest.objects(known) if name not in SEARCHERS]
         unknown = {name: _Unknown(str(storage), name) for name in objects}
         described = manifest.settings(known) | unknown | {"storage": str(storage)}
         given = settings.read(described, str(storage))

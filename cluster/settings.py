@@ -88,7 +88,9 @@ class Identity:
     scheduler: Scheduler = dataclasses.field(
         default_factory=PBT, metadata=_written(schedulers.describe, schedulers.parse)
     )
-    metric: Metric = "val_loss"
+    metric: Metric = dataclasses.field(
+        default="val_loss", metadata=_written(objectives.written, objectives.parsed)
+    )
     mode: Literal["min", "max"] = "min"
     seed: int = 0
     shards: int | None = None

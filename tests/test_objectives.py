@@ -121,6 +121,15 @@ def test_the_commands_show_the_front_and_one_of_its_trials(swept, tmp_path):
     assert (status, "DAMAGED" in said) == (0, False)
 
 
+def test_the_order_of_objectives_is_part_of_what_a_sweep_is(swept):
+    """By it the journal's numbers are told apart."""
+    result, _ = swept
+    other = {**ABOUT, "metric": dict(reversed(METRIC.items())), "points": [{"log_rate": 0.125}]}
+    with pytest.raises(SweepError, match="metric"):
+        sweep(result.where, **other).run()
+    assert list(SweepResult.from_storage(result.where).front[0].scores) == list(METRIC)
+
+
 def test_the_front_is_drawn(swept, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (the extra report)")
     swept[0].plot(tmp_path / "front.png")
@@ -150,9 +159,11 @@ def test_a_sweep_begins_with_the_best_of_another(swept, tmp_path):
     assert len(given) == 3
     on_front = {round(t.settings["log_rate"], 9) for t in result.front}
     assert {round(point["log_rate"], 9) for point in given} <= on_front
-    for taken in (given, result.front[:3], {"storage": result.where, "best": 3}):
+    several = len({tuple(trial.settings.items()) for trial in result.front[:3]})
+    three = [(given, 3), (result.front[:3], several), ({"storage": result.where, "best": 3}, 3)]
+    for taken, count in three:
         made = sweep(tmp_path, points=read(taken)).identity.points
-        assert len(made) == 3
+        assert len(made) == count
         assert all(0.001 <= point["log_rate"] <= 0.3 for point in made)
 
 

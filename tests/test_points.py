@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -90,6 +91,13 @@ def test_trials_of_another_sweep_are_taken_to_the_spaces_edge():
 
     moved = Trial({"a": 7.0, "b": 1e-5, "c": 3.4}, {"method": "y"})
     assert points.checked([moved], SPACE) == ({"a": 3.0, "b": 1e-3, "c": 4.0, "method": "y"},)
+
+
+def test_a_trial_at_several_generations_is_one_point():
+    """As a front has it; what is given as numbers is taken as often as it is given."""
+    trial = SimpleNamespace(settings={"rate": 0.1}, choices={})
+    space = SearchSpace({"rate": uniform(0.0, 1.0)})
+    assert points.checked([trial, trial, {"rate": 0.1}], space) == ({"rate": 0.1},) * 2
 
 
 def test_they_are_part_of_what_a_sweep_is_and_of_its_toml(tmp_path):

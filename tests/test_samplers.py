@@ -14,6 +14,7 @@ from gradhpo.cluster import (
     SearchSpace,
     SuccessiveHalving,
     SweepError,
+    SweepResult,
     choice,
     loguniform,
     samplers,
@@ -22,6 +23,7 @@ from gradhpo.cluster import (
 from gradhpo.cluster.drawing import Drawing
 from gradhpo.cluster.hypervolume import hypervolume
 from tests.decisions import Decided
+from tests.sweeps import sweep
 
 SPACE = SearchSpace(
     {"a": uniform(-2, 3), "b": loguniform(1e-3, 1, stored="log"), "c": choice([1, 2, 4])}
@@ -297,3 +299,16 @@ def test_new_is_where_a_sampler_is_asked():
     made.run(2)
     assert (made.plan.parents == NEW).any()
     assert not (made.plan.parents == NEW).all()
+
+
+class OfThisTest:
+    def ask(self, space, history, rng, n):
+        return {name: np.full(n, kind.high) for name, kind in space.searched().items()}
+
+
+def test_a_result_is_read_without_the_program_that_has_the_sampler(tmp_path):
+    class Local(OfThisTest):
+        """Which no name leads to."""
+
+    made = sweep(tmp_path, sampler=Local(), generations=1).run()
+    assert SweepResult.from_storage(tmp_path).best.number == made.best.number

@@ -233,3 +233,9 @@ def test_a_leaf_that_cannot_hold_the_numbers_is_refused_by_its_name(tmp_path):
             problem=lambda: half, optimizer=still, space=space, population=2, generations=1,
             steps_per_generation=1, storage=tmp_path, executor="local", progress=False,
         ).run()  # fmt: skip
+
+
+@pytest.mark.parametrize("values", [["a", "b"], "12", [1], [1, 1], 3])
+def test_categories_that_are_no_numbers_are_refused_by_name(values):
+    with pytest.raises(ValueError, match="categorical takes two or more different finite numbers"):
+        categorical(values)
