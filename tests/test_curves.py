@@ -84,6 +84,7 @@ def test_the_host_keeps_curves_too(tmp_path):
     assert np.isfinite(result.table["validation_loss"]).all()
 
 
+@pytest.mark.slow
 def test_a_validation_over_the_whole_set_is_one_argument(tmp_path, plain):
     about = {"generations": 3, "steps_per_generation": 6, "metric": "validation_loss"}
     result = sweep(tmp_path, validation=f"{__name__}:validation", **about).run()

@@ -40,7 +40,7 @@ def variant(batching, slots=SLOTS):
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize("batching", slow_but(["map", 4, 5], 4))
+@pytest.mark.parametrize("batching", slow_but(["map", 4, 5]))
 def test_a_generation_needs_its_state_little_more_than_once(batching):
     """Arguments, results and temporaries by XLA's own account, less what results share.
 

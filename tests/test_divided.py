@@ -177,6 +177,7 @@ def reference(tmp_path_factory):
     return divided_sweep(storage).run(), storage
 
 
+@pytest.mark.slow
 def test_a_divided_sweep_goes_on_to_the_same_bits(tmp_path, reference):
     for generations in (2, 4):
         result = divided_sweep(tmp_path, generations=generations).run()

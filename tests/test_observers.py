@@ -157,6 +157,7 @@ def test_a_file_cut_short_is_gone_on_with(tmp_path, kind):
     assert [int(row["slot"]) for row in rows] == result.table["slot"].tolist()
 
 
+@pytest.mark.slow
 def test_observers_get_the_names_of_the_workers_environment_and_no_values(tmp_path):
     told = []
 

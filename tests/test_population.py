@@ -354,6 +354,7 @@ def test_bytes_that_cannot_be_used_are_refused_with_the_reason(kind):
     assert_same_bits(other.run(state, 4, KEYS, *rate)[0], expected)
 
 
+@pytest.mark.slow
 def test_a_program_of_another_problem_is_refused():
     trials, rate = population("one-step", "vmap")
     blob = trials.compile(trials.init(KEY), 4, *rate).serialize()

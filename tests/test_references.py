@@ -112,7 +112,7 @@ def build(kind, inner, **settings):
 # --- Exact through T steps ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", slow_but([*INNER, "update_fn"], "adamw of λ"))
+@pytest.mark.parametrize("name", slow_but([*INNER, "update_fn"], "sgd"))
 def test_unrolled_and_forward_are_the_exact_hypergradient(name):
     inner = clipped if name == "update_fn" else INNER[name]
     losses, *start = problem_of(name)

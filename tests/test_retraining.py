@@ -89,6 +89,7 @@ def test_a_resumed_run_has_the_schedule_of_the_whole():
     assert whole(0) == jnp.exp(-3.0)
 
 
+@pytest.mark.slow
 def test_runs_of_a_batch_and_leaves_that_are_no_scalars():
     keys = jax.random.split(KEY, 3)
     found = solve(PROBLEM, OPTIMIZER, 5, keys, record=["l"])

@@ -23,6 +23,7 @@ from tests.sweeps import assert_same_tables, lost, sweep, workers
 
 s3fs = pytest.importorskip("s3fs")
 pytest.importorskip("moto")
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 GENERATIONS = 5
 
@@ -42,7 +43,6 @@ def reference(tmp_path_factory):
     return sweep(tmp_path_factory.mktemp("reference"), generations=GENERATIONS).run()
 
 
-@pytest.mark.slow
 def test_a_sweep_ends_as_in_a_folder_and_goes_on_there(server, reference):
     address = "s3://bucket/team/run"
     sweep(address, generations=2).run()
@@ -57,7 +57,6 @@ def test_a_sweep_ends_as_in_a_folder_and_goes_on_there(server, reference):
         assert secret not in store.read(text)
 
 
-@pytest.mark.slow
 def test_a_second_driver_is_refused(server):
     address = "s3://bucket/held"
     held = Storage(address).lock()
@@ -66,7 +65,6 @@ def test_a_second_driver_is_refused(server):
     held.release()
 
 
-@pytest.mark.slow
 def test_a_large_object_is_sent_in_parts_and_is_there_whole_or_not_at_all(server, monkeypatch):
     monkeypatch.setattr(bucket, "ONE_PUT", 1 << 20)
     monkeypatch.setattr(objects, "PART", 5 << 20)  # the smallest that S3 takes
@@ -150,7 +148,6 @@ def test_a_sweep_is_described_where_its_store_is_not_reached(server, monkeypatch
     assert made.run().generations == 1
 
 
-@pytest.mark.slow
 def test_credentials_that_come_later_are_found(server, monkeypatch):
     store = Bucket("s3://bucket/later")
     with monkeypatch.context() as patch:
@@ -175,13 +172,11 @@ def operations(what, folder, server, *numbers):
     return done.stdout.splitlines()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("every", "first", "step"), [(1, 7, 43), (3, 20, 61)])
 def test_sigkill_at_any_request_changes_no_bit(server, tmp_path, every, first, step):
     assert int(operations("kills", tmp_path, server, every, first, step)[-1]) > 60 / step
 
 
-@pytest.mark.slow
 def test_a_driver_that_was_frozen_while_another_took_over_changes_nothing(server, tmp_path):
     """SIGSTOP before a request, or after it; the text that it ends with says who took over."""
     *said, count = operations("freezes", tmp_path, server, 1, 10, 45)
@@ -189,7 +184,6 @@ def test_a_driver_that_was_frozen_while_another_took_over_changes_nothing(server
     assert all("was taken over from this sweep" in text for text in said)
 
 
-@pytest.mark.slow
 def test_sigkill_of_a_worker_on_this_machine(server, reference):
     made = sweep("s3://bucket/processes", **on_two("processes"))
     assert_same_tables(made.run(killing_a_worker(made)), reference)
@@ -198,7 +192,6 @@ def test_sigkill_of_a_worker_on_this_machine(server, reference):
     assert all(Path(event.log).exists() for event in ready)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -52,6 +52,7 @@ def test_a_target_ends_it_and_going_on_gives_the_same_bits(tmp_path, straight, e
     assert_same_tables(whole, straight)
 
 
+@pytest.mark.slow
 def test_patience_counts_generations_without_a_best(tmp_path, straight):
     best = best_by_generation(straight)
     fine = max(best) - best
@@ -74,6 +75,7 @@ def test_seconds_end_it_after_the_generation_in_flight(tmp_path, straight):
     assert_same_tables(run(tmp_path)[0], straight)
 
 
+@pytest.mark.slow
 def test_a_request_ends_it_once(tmp_path, straight):
     class Asks:
         def observe(self, event):
@@ -123,6 +125,7 @@ def command(*arguments):
     return done.output + (str(done.exception) if done.exception else ""), done.exit_code
 
 
+@pytest.mark.slow
 def test_the_commands_stop_and_status(tmp_path):
     sweep(tmp_path, generations=2, stop=gradhpo.Stop(seconds=1e-6)).run()
     said, status = command("stop", tmp_path)

@@ -400,7 +400,6 @@ def cut(path):
     ("damage", "what"),
     slow_but(
         itertools.product([flip, cut, Path.unlink], ["checkpoint", "table", "line"]),
-        (cut, "line"),
         (Path.unlink, "table"),
     ),
 )
@@ -425,6 +424,7 @@ def test_the_generation_before_is_used(after_5, reference, damage, what):
     assert told or (what == "line" and damage is Path.unlink)
 
 
+@pytest.mark.slow
 def test_a_damaged_line_inside_the_journal_costs_nothing(after_5, reference):
     path = after_5 / "journal.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
