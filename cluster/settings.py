@@ -119,8 +119,14 @@ class Identity:
         return [name for name in named if isinstance(name, str)]
 
     def loaded(self) -> Identity:
-        """Return it with a scheduler and a sampler that are named imported."""
+        """Return it with a scheduler and a sampler that are named imported, and seen to work.
+
+        Raises:
+          ImportError, TypeError, ValueError: if one of them cannot be used.
+        """
         scheduler, sampler = schedulers.loaded(self.scheduler), samplers.loaded(self.sampler)
+        if isinstance(sampler, samplers.OptunaSampler):
+            sampler.rehearse(self.space, len(self.objectives.names))
         return dataclasses.replace(self, scheduler=scheduler, sampler=sampler)
 
     def __post_init__(self) -> None:

@@ -312,3 +312,19 @@ def test_a_result_is_read_without_the_program_that_has_the_sampler(tmp_path):
 
     made = sweep(tmp_path, sampler=Local(), generations=1).run()
     assert SweepResult.from_storage(tmp_path).best.number == made.best.number
+
+
+@pytest.mark.parametrize(
+    ("kind", "metric", "error", "said"),
+    [
+        ("CmaEsSampler", ["val_loss", "param_norm"], ValueError, "CmaEsSampler: .*multi-objective"),
+        ("optuna.samplers:BruteForceSampler", "val_loss", ValueError, "BruteForceSampler: "),
+    ],
+)
+def test_what_optuna_cannot_is_said_before_anything_compiles(
+    optuna, tmp_path, kind, metric, error, said
+):
+    made = sweep(tmp_path, sampler=OptunaSampler(kind), metric=metric)
+    with pytest.raises(error, match=said):
+        made.run()
+    assert not (tmp_path / "programs.json").exists()

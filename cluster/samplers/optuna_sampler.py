@@ -20,6 +20,9 @@ from gradhpo.observers.packages import load, require
 ENDS = ("GridSampler", "BruteForceSampler")
 """What ends a study when it is through, and so is none for a sweep."""
 
+REHEARSED = 12
+"""Trials of a rehearsal: most samplers draw at random for ten before they do what they are."""
+
 
 class OptunaSampler:
     """Draws new trials by a sampler of Optuna (`pip install optuna`, or the extra `trackers`).
@@ -91,6 +94,23 @@ class OptunaSampler:
         except TypeError as error:
             raise ValueError(f"OptunaSampler: {self.kind}: {error}") from None
 
+    def rehearse(self, space: SearchSpace, objectives: int) -> None:
+        """Ask and tell as a sweep of this space will, so that what fails does before it begins.
+
+        Raises:
+          ImportError: without a package that the sampler takes, such as cmaes.
+          ValueError: if it does not draw from this space, or for so many objectives.
+        """
+        with _quiet():
+            for combination in space.variants():
+                study = _Study(self.make(0), space.of(combination), objectives)
+                try:
+                    study.rehearse(REHEARSED, [0.0] * objectives)
+                except ImportError as error:
+                    raise ImportError(f"OptunaSampler: {self.kind}: {error}") from error
+                except Exception as error:
+                    raise ValueError(f"OptunaSampler: {self.kind}: {error}") from error
+
     def ask(
         self, space: SearchSpace, history: Drawn, rng: np.random.Generator, n: int
     ) -> dict[str, np.ndarray]:
@@ -118,6 +138,12 @@ class _Study:
         self._pending: list[int] = []
         """Rows that were asked for, and that no history has told of yet."""
         self._trials: list[Any] = []
+
+    def rehearse(self, trials: int, scores: list[float]) -> None:
+        """Ask for trials and tell them, one after the other."""
+        for row in range(trials):
+            self._ask()
+            self._tell(row, scores)
 
     def is_before(self, history: Drawn) -> bool:
         """Whether all that was asked and told here is the beginning of what the history says."""
