@@ -275,7 +275,7 @@ class _Run:
             self._evaluated = max(self._eval_steps, default=0)
             if program.batched:  # a run alone goes on, with a lower rate perhaps
                 self._diverged = np.array(resume.diverged_at)
-                self.stopped = None if self.alive.any() else self._fault
+                self.stopped = None if self.alive.any() else resume.stopped or self._fault
                 self._frozen = self._state
 
     @property

@@ -275,7 +275,8 @@ def test_two_workers_share_what_is_left_of_a_race(tmp_path):
     told = [one for one in made.events if isinstance(one, events.Compiling)]
     assert [(one.number, one.of) for one in told[:2]] == [(1, 2), (2, 2)]
     assert told[0].line() == "compiling 1 of 2: method=first-order"
-    assert (result.report.compiles, result.report.loads) == (2, 1)
+    assert result.report.compiles == 2
+    assert 1 <= result.report.loads <= 2  # as shards were moved before the race, too
 
 
 @pytest.mark.parametrize("held", [True, False])

@@ -396,7 +396,7 @@ def test_the_loss_of_all_nodes_ends_at_once(tmp_path):
     with nodes_that_die_quickly(cpus=0) as nodes:
         node = nodes.add_node(num_cpus=2)
         ray.init(address=nodes.address, log_to_driver=False)
-        made = on_ray(tmp_path)
+        made = on_ray(tmp_path, generations=500)  # more than are done until the loss is noticed
 
         def disturb(generation, table):
             del table
@@ -405,8 +405,8 @@ def test_the_loss_of_all_nodes_ends_at_once(tmp_path):
 
         with pytest.raises(SweepError, match=r"no room for a worker: .*no node of the cluster"):
             made.run(disturb)
-        made = sweep(tmp_path, generations=5)
-        assert made.run().generations == 5
+        done = made.result().generations
+        assert sweep(tmp_path, generations=done + 1).run().generations == done + 1
 
 
 def test_sigkill_of_a_node(tmp_path, reference):
