@@ -96,7 +96,7 @@ def checked(metric: Any, mode: Any) -> Metric:
             raise ValueError(f"mode is of one metric or of a list; metric={named!r} says its own")
     elif isinstance(metric, Sequence):
         if not all(isinstance(name, str) for name in metric):  # pyright: ignore[reportUnknownVariableType]
-            raise TypeError(f"metric must be {accepted}, got {metric!r}")
+            raise ValueError(f"metric must be {accepted}, got {metric!r}")
         named = dict.fromkeys(metric, mode)  # pyright: ignore[reportUnknownVariableType]
         if len(named) < len(metric):  # pyright: ignore[reportUnknownArgumentType]
             raise ValueError(f"metric names an objective twice: {metric!r}")

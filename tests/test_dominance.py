@@ -177,6 +177,8 @@ def test_what_is_compared_is_checked():
         (["a"], "min", "two objectives or more"),
         ({"a": "up", "b": "min"}, "min", "metric must be a name, a list"),
         ([1, 2], "min", "metric must be a name, a list"),
+        ([["a"], ["b"]], "min", "metric must be a name, a list"),
+        ({"a": ["min"], "b": "min"}, "min", "metric must be a name, a list"),
     ):
         with pytest.raises(ValueError, match=said):
             checked(metric, mode)
