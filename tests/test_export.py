@@ -15,6 +15,8 @@ from gradhpo.export import save_orbax, save_safetensors, write_script
 from tests.sweeps import sweep
 from tests.test_stopping import command
 
+pytestmark = pytest.mark.slow
+
 # What a person has beside the script: a loss, an optimizer and data, none of which is gradhpo's.
 PLAIN = """
 import sys
