@@ -16,8 +16,8 @@ LARGEST = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
-    """One of some numbers, in their order; see `choice`."""
+class _Listed:
+    """One of some numbers."""
 
     values: tuple[float, ...]
 
@@ -26,14 +26,23 @@ class Choice:
         """The smallest and the largest."""
         return min(self.values), max(self.values)
 
+    def sample(self, rng: np.random.Generator, n: int) -> np.ndarray:
+        """Return n draws."""
+        return rng.choice(np.asarray(self.values), n)
+
+    def _index(self, values: np.ndarray) -> np.ndarray:
+        """Return the place of the nearest of the numbers, for each."""
+        return np.argmin(np.abs(values[:, None] - np.asarray(self.values)), axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice(_Listed):
+    """One of some numbers, in their order; see `choice`."""
+
     @property
     def range(self) -> str:
         """What a setting may be, in words."""
         return "from {:g} to {:g}".format(*self.bounds)
-
-    def sample(self, rng: np.random.Generator, n: int) -> np.ndarray:
-        """Return n draws."""
-        return rng.choice(np.asarray(self.values), n)
 
     def perturb(
         self, rng: np.random.Generator, current: np.ndarray, factors: Sequence[float]
@@ -41,14 +50,12 @@ class Choice:
         """Return `(multiply, add)` that move to a neighbour of the nearest value."""
         del factors
         values = np.asarray(self.values)
-        nearest = np.argmin(np.abs(current[:, None] - values), axis=1)
-        moved = nearest + rng.choice([-1, 1], len(current))
+        moved = self._index(current) + rng.choice([-1, 1], len(current))
         return np.zeros(len(current)), values[np.clip(moved, 0, len(values) - 1)]
 
     def unit(self, values: np.ndarray) -> np.ndarray:
         """Return the place of each number in the order, from 0 to 1; `(n, 1)`."""
-        nearest = np.argmin(np.abs(values[:, None] - np.asarray(self.values)), axis=1)
-        return nearest[:, None] / max(1, len(self.values) - 1)
+        return self._index(values)[:, None] / max(1, len(self.values) - 1)
 
     def accepts(self, multiply: np.ndarray, add: np.ndarray) -> np.ndarray:
         """Return which changes a scheduler may make: it sets what is between the bounds."""
@@ -113,24 +120,13 @@ class Integer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Categorical:
+class Categorical(_Listed):
     """One of some numbers that have no order; see `categorical`."""
-
-    values: tuple[float, ...]
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """The smallest and the largest."""
-        return min(self.values), max(self.values)
 
     @property
     def range(self) -> str:
         """What a setting may be, in words."""
         return f"one of {', '.join(f'{x:g}' for x in self.values)}"
-
-    def sample(self, rng: np.random.Generator, n: int) -> np.ndarray:
-        """Return n draws."""
-        return rng.choice(np.asarray(self.values), n)
 
     def perturb(
         self, rng: np.random.Generator, current: np.ndarray, factors: Sequence[float]
@@ -152,9 +148,6 @@ class Categorical:
     def describe(self) -> dict[str, Any]:
         """Return the distribution as it is written in TOML."""
         return {"categorical": list(self.values)}
-
-    def _index(self, values: np.ndarray) -> np.ndarray:
-        return np.argmin(np.abs(values[:, None] - np.asarray(self.values)), axis=1)
 
 
 def choice(values: Sequence[float]) -> Choice:

@@ -1,8 +1,5 @@
 import functools
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -23,6 +20,7 @@ from gradhpo.parallel import (
 )
 from gradhpo.parallel.compilations import CompileCounter
 from tests import loops
+from tests.pairs import run_both
 from tests.problems import assert_close
 from tests.quick import slow_but
 from tests.small import OPTIMIZERS, REFERENCES, UNROLLING
@@ -485,26 +483,7 @@ def test_make_mesh_says_what_there_is():
 
 @pytest.mark.slow
 def test_two_processes_give_the_single_process_result(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    script = Path(__file__).parent / "two_processes.py"
-    command = [sys.executable, str(script), address]
-    running = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=180)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0, 0], "\n".join(outputs)
+    run_both(Path(__file__).parent / "two_processes.py", tmp_path)
     one = jax.tree.leaves(jax.device_get(walk(build("one-step"), 5)))
     trials = Population(problem(), build("one-step"), 2, batching="vmap")
     slots = trials.init(KEY)

@@ -2,9 +2,6 @@
 
 import json
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -20,6 +17,7 @@ from gradhpo.parallel.held import held, restored
 from gradhpo.parts import Divided
 from tests import divided_gang
 from tests import divided_problems as problems
+from tests.pairs import run_both
 from tests.sweeps import assert_same_tables, sweep
 
 SETTINGS = {
@@ -243,22 +241,5 @@ def test_two_processes_write_what_each_holds_and_read_what_each_needs(tmp_path):
 
 def _run_both(storage):
     """Run the two processes to their end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
     script = Path(__file__).parent / "divided_gang.py"
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(script), address, str(rank), str(storage)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=180)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0, 0], "\n".join(outputs)
+    run_both(script, storage, flags=("-W", "ignore"))

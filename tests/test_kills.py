@@ -13,6 +13,20 @@ MEMORY = Path("/dev/shm")
 """A file system without a disk, where there is one: SIGKILL needs none, and fsync costs nothing."""
 
 
+def kills_of(module, *arguments):
+    """Run a module of the tests that kills sweeps; return how often it did."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"tests.{module}", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return int(done.stdout)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("every", "slow", "step", "scheduler"),
@@ -23,14 +37,5 @@ def test_a_kill_at_any_file_operation_changes_no_bit(tmp_path, every, slow, step
     """And a second one while it goes on."""
     place = MEMORY if os.access(MEMORY, os.W_OK) else tmp_path
     with tempfile.TemporaryDirectory(dir=place) as folder:
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.file_operations", folder]
-            + [str(argument) for argument in (every, slow, step, scheduler)],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=ROOT,
-            env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout) > 100 / step
+        killed = kills_of("file_operations", folder, every, slow, step, scheduler)
+    assert killed > 100 / step

@@ -1,8 +1,6 @@
 """A sweep of several objectives: its front is that of its table, kept, shown, and gone on with."""
 
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from gradhpo.cluster.warm_start import read
 from tests.sweeps import sweep
 from tests.test_dominance import dominates
 from tests.test_events import Kept
-from tests.test_kills import MEMORY, ROOT
+from tests.test_kills import MEMORY, kills_of
 from tests.test_stopping import command
 
 METRIC = {"test_loss": "min", "param_norm": "max"}
@@ -242,13 +240,5 @@ def test_a_kill_at_any_file_operation_changes_no_bit(tmp_path, kind, every):
         pytest.importorskip("optuna", reason="optuna is not installed (the extra trackers)")
     place = MEMORY if os.access(MEMORY, os.W_OK) else tmp_path
     with tempfile.TemporaryDirectory(dir=place) as folder:
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.kill_searches", folder, str(every), "1", "29", kind],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=ROOT,
-            env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout) > 5
+        killed = kills_of("kill_searches", folder, every, 1, 29, kind)
+    assert killed > 5

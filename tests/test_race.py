@@ -3,9 +3,6 @@
 import dataclasses
 import importlib.util
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +43,7 @@ from gradhpo.cluster.race import rung
 from gradhpo.cluster.storage import Storage
 from tests import raced_operations
 from tests.sweeps import assert_same_tables, sweep
+from tests.test_kills import kills_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -310,13 +308,4 @@ def test_a_shard_that_changes_hands_begins_with_nothing_and_what_is_kept_of_it_s
 
 @pytest.mark.slow
 def test_a_kill_while_shards_change_hands_changes_no_bit(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.raced_operations", tmp_path, "2", "0", "9"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout) > 10
+    assert kills_of("raced_operations", tmp_path, 2, 0, 9) > 10

@@ -8,13 +8,13 @@ import numpy as np
 
 from gradhpo.cluster.dominance import places
 from gradhpo.cluster.schedulers.decision import Decision
-from gradhpo.cluster.schedulers.halving import check_rungs, longest_life, rungs
+from gradhpo.cluster.schedulers.rungs import Rungs
 from gradhpo.cluster.schedulers.table import NEW, Table
 from gradhpo.cluster.space import SearchSpace
 
 
 @dataclasses.dataclass(frozen=True)
-class ASHA:
+class ASHA(Rungs):
     """ASHA's rungs (Li et al. 2020), decided between generations, in slots that are never empty.
 
     A trial that has run `grace·reduction^k` generations is on a rung, and goes on if it is among
@@ -37,21 +37,12 @@ class ASHA:
       ValueError: for an argument out of range.
     """
 
-    reduction: int = 3
-    grace: int = 1
-    longest: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in check_rungs(self.reduction, self.grace, self.longest).items():
-            object.__setattr__(self, name, value)
-
     def __call__(self, table: Table, space: SearchSpace, rng: np.random.Generator) -> Decision:
         """Decide."""
         del space, rng
         parents = np.arange(len(table.score))
-        longest = longest_life(self.longest, len(parents), self.reduction, self.grace)
-        stopped = table.diverged() | (table.age >= longest)
-        for rung in rungs(self.reduction, self.grace, table.age.max()):
+        stopped = table.diverged() | (table.age >= self.life(len(parents)))
+        for rung in self.rungs(table.age.max()):
             here = (table.age == rung) & ~table.diverged()
             if here.any():
                 stopped |= here & ~self._goes_on(table, rung)
