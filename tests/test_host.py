@@ -1,6 +1,7 @@
 """Host data at every door: which pairs a step takes, what resumes, what is refused."""
 
 import dataclasses
+import functools
 import itertools
 import os
 import re
@@ -328,16 +329,15 @@ def test_a_sweep_on_grain_that_is_killed_gives_the_same_bits(tmp_path):
         "killed_sweep(sys.argv[1]).run(callback=lambda g, table: print(g, flush=True))\n"
     )
     whole = killed_sweep(tmp_path / "whole").run()
-    for generation in (2, 4):
-        child = subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path / "killed")], stdout=subprocess.PIPE,
-            text=True, cwd=Path(__file__).parent.parent,
-        )  # fmt: skip
-        for line in child.stdout:
-            if int(line) == generation:
-                os.kill(child.pid, signal.SIGKILL)
-        assert child.wait() == -signal.SIGKILL
-        child.stdout.close()
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "killed")], stdout=subprocess.PIPE,
+        text=True, cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    for line in child.stdout:
+        if int(line) == 2:
+            os.kill(child.pid, signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    child.stdout.close()
     assert_same_tables(killed_sweep(tmp_path / "killed").run(), whole)
 
 
@@ -346,7 +346,7 @@ def killed_sweep(storage):
     return Sweep(
         "tests.host_problems:problem", HYPERDISTILL,
         SearchSpace({"decay": uniform(-4.0, -2.0)}, choices={"batches": ["dataset", "loader"]}),
-        population=8, generations=6, steps_per_generation=5, storage=storage,
+        population=4, generations=5, steps_per_generation=5, storage=storage,
         scheduler=PBT(quantile=0.5), **LEFT,
     )  # fmt: skip
 
@@ -393,15 +393,21 @@ PAGE = Path(__file__).parent.parent / "docs" / "host-data.md"
 RECIPES = ["shuffled", "seekable", "shared", "dataset", "own_dataset", "by_torch"]
 
 
+@functools.cache
+def recipes():
+    """What the page's code defines."""
+    made = {}
+    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
+        exec(compile(block, str(PAGE), "exec"), made)
+    return made
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but(RECIPES, "shared"))
 def test_the_recipes_of_the_page(name):
     if name == "by_torch":
         pytest.importorskip("torch")
-    made = {}
-    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
-        exec(compile(block, str(PAGE), "exec"), made)
-    given = gradhpo.Problem(start, train_loss, val_loss, batches=made[name])
+    given = gradhpo.Problem(start, train_loss, val_loss, batches=recipes()[name])
     whole = gradhpo.solve(given, ONE_STEP, 20, KEY)
     part = gradhpo.solve(given, ONE_STEP, 9, KEY)
     assert_same_bits(gradhpo.solve(given, ONE_STEP, 20, KEY, resume=part).state, whole.state)

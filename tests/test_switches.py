@@ -131,7 +131,7 @@ def test_a_sweep_does_not_change(switch, tmp_path):
 
 @pytest.mark.slow
 def test_a_divided_population_runs_in_python():
-    trials = Population(PROBLEM, built("one-step")[0], 2, make_mesh(trial=2), "shard/map")
+    trials = Population(PROBLEM, built("first-order")[0], 2, make_mesh(trial=2), "shard/map")
     expected = trials.run(trials.init(KEY), 1, KEYS, 0.05)
     with jax.disable_jit():
         found = trials.run(trials.init(KEY), 1, KEYS, 0.05)
