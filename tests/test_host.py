@@ -333,11 +333,11 @@ def test_a_sweep_on_grain_that_is_killed_gives_the_same_bits(tmp_path):
         [sys.executable, "-c", code, str(tmp_path / "killed")], stdout=subprocess.PIPE,
         text=True, cwd=Path(__file__).parent.parent,
     )  # fmt: skip
-    for line in child.stdout:
-        if int(line) == 2:
-            os.kill(child.pid, signal.SIGKILL)
+    with child.stdout as lines:
+        for line in lines:
+            if int(line) == 3:
+                os.kill(child.pid, signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
-    child.stdout.close()
     assert_same_tables(killed_sweep(tmp_path / "killed").run(), whole)
 
 

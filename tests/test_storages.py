@@ -396,7 +396,7 @@ for storage, instant in {lives!r}:
 def test_a_kill_at_any_of_the_first_file_operations_costs_nothing(tmp_path):
     """At renames and new folders: a storage that a driver leaves is never refused."""
     expected = sweep(tmp_path / "whole", generations=2).run()
-    lives = [(str(tmp_path / f"at-{instant}"), instant) for instant in (1, 2, 3, 4, 6)]
+    lives = [(str(tmp_path / f"at-{instant}"), instant) for instant in (1, 3, 6)]
     code = KILLED.format(root=str(ROOT), lives=lives)
     killed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
