@@ -74,6 +74,7 @@ def test_the_first_expression_that_is_found_in_a_path_holds():
         ({"w": 3}, shape(16), r"rules\['w'\] must be .*; got 3"),
         ({"w": {"over": "data"}}, shape(16), r"rules\['w'\] must be"),
         ({"w": [1]}, shape(16), r"rules\['w'\] must be"),
+        ({"w": ["data", ["trial", "data"]]}, shape(16), r"rules\['w'\] .* over an axis twice"),
         ({"w": {"axis": "data", "above": -1}}, shape(16), "above"),
     ],
 )
@@ -102,6 +103,7 @@ def test_slots_are_divided_over_trial_and_by_nothing_else():
         ({"rules": {"": "data"}, "mesh": {"data": 2, "model": 4}}, "mesh must be"),
         ({"rules": {"": 3}, "mesh": {"data": 2}}, r"rules\[''\] must be"),
         ({"rules": ["data"], "mesh": {"data": 2}}, "rules must be a table"),
+        ({"rules": {"": []}}, "mesh must be .*and what rules name: nothing, got None"),
         ({"mesh": {"data": 2, "model": 4}}, "mesh must be"),
     ],
 )
