@@ -171,7 +171,8 @@ def test_the_sampler_of_the_documentation_works():
     metrics, drawing = {"loss": loss}, Drawing(there["AroundTheBest"]())
     scores = Decided(space, metrics, drawing, slots=8).run(30)
     assert np.isnan(scores).any()
-    assert np.nanmean(scores[20:]) < np.nanmean(scores[:2]) / 2
+    early, late = (np.nanmedian(part) for part in (scores[:2], scores[20:]))
+    assert late < early / 2, "half of them are near the best"
 
 
 # --- against Optuna itself -----------------------------------------------------------------------
