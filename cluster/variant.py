@@ -67,7 +67,7 @@ class Variant:
                 loaded = importing.load(validation) if isinstance(validation, str) else validation
                 problem = with_validation(problem, loaded)
         check_once(problem.batches)
-        mesh = None if spec.mesh is None else make_mesh(**spec.mesh)
+        mesh = None if spec.mesh is None else _mesh(spec.mesh)
         if mesh is not None and spec.rules is not None:
             rules = by_path(mesh, spec.rules)
             if isinstance(optimizer, DataParallel):
@@ -484,6 +484,16 @@ class Variant:
             if name not in there:
                 has = ", ".join(sorted(there))
                 raise SweepError(f"metric={name!r} is not in the table, which has {has}")
+
+
+def _mesh(sizes: Mapping[str, int]) -> Any:
+    try:
+        return make_mesh(**sizes)
+    except ValueError as error:
+        raise ValueError(
+            f"mesh: {error}. A sweep goes on with other devices where another mesh is given and "
+            'allowed, allow_changed=("mesh",); a trial is computed again with as many alone'
+        ) from None
 
 
 def data_key(seed: Any) -> jax.Array:

@@ -113,6 +113,12 @@ def test_wrong_rules_of_a_sweep_are_named_before_anything_starts(tmp_path, chang
     assert not (tmp_path / "new").exists()
 
 
+def test_devices_that_are_not_there_are_said_with_what_helps(tmp_path):
+    said = r'mesh: trial=1 times data=16 devices wanted, 8 found\. .*allow_changed=\("mesh",\)'
+    with pytest.raises(ValueError, match=said):
+        sweep(tmp_path, mesh={"data": 16}, rules={"": "data"}).run()
+
+
 def test_rules_keep_their_order_in_a_storage(tmp_path):
     rules = {"words": P(None, "model"), "": {"axis": "data", "above": 64}}
     made = sweep(tmp_path, mesh={"data": 2, "model": 4}, rules=rules)
