@@ -163,8 +163,9 @@ class FleetExecutor(Executor):
         """Have every job done once; return what each gave."""
         self._sent, done = {}, dict[Job, Any]()
         timeout = min(0.5, self._fleet.longest_look / 2)
-        about = {"balance": balance, "ended": ended}
-        commands = self._fleet.ask(time.monotonic(), jobs, *self._room(), **about)
+        commands = self._fleet.ask(
+            time.monotonic(), jobs, *self._room(), balance=balance, ended=ended
+        )
         while True:
             for command in commands:
                 self._carry_out(command, done)
