@@ -40,7 +40,7 @@ bench: $(VENV)/test.done
 
 # Into site/, with warnings as errors. Nothing is fetched, neither now nor when a page is opened.
 docs: $(VENV)/docs.done
-	$(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 	@echo "site/index.html"
 
 clean:

@@ -13,7 +13,6 @@ from tests.pages import PAGES, ROOT, blocks
 from tests.quick import slow_but
 
 WITH_CODE = [page for page in PAGES if any(b.language == "python" for b in blocks(page))]
-QUICK = ["errors"] if "errors" in WITH_CODE else []
 
 
 @pytest.fixture
@@ -25,7 +24,7 @@ def folder(tmp_path, monkeypatch):
     pages.forget_modules(tmp_path)
 
 
-@pytest.mark.parametrize("page", slow_but(WITH_CODE, *QUICK))
+@pytest.mark.parametrize("page", slow_but(WITH_CODE, "schedules"))
 def test_the_code_of_a_page_runs(page, folder):
     made = pages.run(page, folder)
     if page in FOUND:
