@@ -61,8 +61,8 @@ def test_no_link_is_broken_in_a_checkout():
 
 def index(made, folder):
     assert _falls(made["solution"].metrics["val_loss"], 2)
-    decays = np.exp(made["solution"].state.hyperparams)
-    assert decays[:2].max() < decays[2:].min()
+    decays = jax.nn.sigmoid(made["solution"].state.hyperparams)
+    assert decays[:2].max() < decays[2:].min() / 5
     _drawn("first", made, folder)
 
 
@@ -114,14 +114,14 @@ def schedule_and_decay(made, folder):
 def example_weights(made, folder):
     evals = made["solution"].evals
     assert evals["weight_of_clean"][-1] > evals["weight_of_wrong"][-1] + 0.2
-    assert evals["test_accuracy"][-1] > made["plain"].evals["test_accuracy"]
+    assert evals["test_accuracy"][-1] > made["plain"] + 0.03
     _drawn("weights", made, folder)
 
 
 def meta_weight_net(made, folder):
     evals = made["solution"].evals
     assert evals["weight_of_clean"][-1] > evals["weight_of_wrong"][-1] + 0.1
-    assert evals["test_accuracy"][-1] > made["plain"].evals["test_accuracy"]
+    assert evals["test_accuracy"][-1] > made["plain"] + 0.02
 
 
 def distillation(made, folder):
@@ -130,8 +130,7 @@ def distillation(made, folder):
 
 
 def data_parallel(made, folder):
-    np.testing.assert_allclose(made["together"], made["alone"], atol=1e-3)
-    assert made["lam"].addressable_shards[0].data.size == 128 // jax.device_count()
+    np.testing.assert_allclose(made["together"], made["alone"], atol=1e-4)
     assert made["state"].step == 20
 
 
@@ -142,7 +141,7 @@ def population(made, folder):
 
 def sweep(made, folder):
     assert made["best"].metrics["test_accuracy"] > 0.8
-    assert made["longer"].table["generation"].max() == 7
+    assert made["longer"].generations == 7
     assert made["longer"].best.score <= made["best"].score
 
 

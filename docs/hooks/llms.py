@@ -40,7 +40,7 @@ def on_post_build(config: Any) -> None:
     (site / "llms-full.txt").write_text("\n\n".join([head, *texts]), encoding="utf-8")
 
 
-def _files(nav: list[Any], section: str = "Pages") -> Iterator[tuple[str, str]]:
+def _files(nav: list[Any], section: str = "First") -> Iterator[tuple[str, str]]:
     """Yield the section and the file of every page of the navigation, in its order."""
     for entry in nav:
         for title, value in entry.items() if isinstance(entry, dict) else [(section, entry)]:
@@ -53,6 +53,6 @@ def _files(nav: list[Any], section: str = "Pages") -> Iterator[tuple[str, str]]:
 def _first_sentence(markdown: str) -> str:
     """Return the first sentence of the first paragraph, without its links and marks."""
     paragraphs = re.split(r"\n\s*\n", re.sub(r"<!--.*?-->", "", markdown, flags=re.DOTALL))
-    words = next((p for p in paragraphs if re.match(r"\s*[\w`*\"]", p)), "")
+    words = next((p for p in paragraphs if re.match(r"\s*[^\W\d_]", p)), "")
     plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(words.split()))
-    return re.split(r"(?<=[.:])\s", plain)[0].rstrip(":")
+    return re.split(r"(?<=[.])\s", plain)[0]

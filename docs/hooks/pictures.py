@@ -17,7 +17,7 @@ def on_page_content(html: str, page: Any, **_: Any) -> str:
 
     def picture(found: re.Match[str]) -> str:
         path = DOCS / "pictures" / posixpath.basename(found["src"])
-        drawn = path.read_text(encoding="utf-8")
+        drawn = path.read_text(encoding="utf-8") if path.exists() else ""
         if 'class="picture"' not in drawn:
             return found[0]
         return OWN_COLOURS.sub("", drawn).replace(

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
@@ -50,7 +49,7 @@ def first(made: dict[str, Any]) -> Any:
         made["tuner"],
         500,
         jax.random.key(2),
-        record=lambda lam: {"decay": jnp.exp(lam)},
+        record=lambda lam: {"decay": jax.nn.sigmoid(lam)},
     )
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 2.7), layout="constrained")
     left.plot(solution.metrics["val_loss"], color=BLUE, linewidth=2)
@@ -61,7 +60,7 @@ def first(made: dict[str, Any]) -> Any:
     right.plot([], color=ORANGE, label="the two inputs that matter")
     right.plot([], color=GREY, label="the 18 others")
     right.set(xlabel="step", yscale="log", title="weight decay of each input")
-    right.legend(fontsize=9)
+    right.legend(fontsize=9, loc="center right")
     return figure
 
 
@@ -73,7 +72,7 @@ def schedule(made: dict[str, Any]) -> Any:
     left.plot(steps, 1e-4 * shape, color=GREY, linewidth=2, label="guessed")
     left.plot(steps, np.exp(record["log_peak"]) * shape, color=BLUE, linewidth=2, label="found")
     left.set(xlabel="step", yscale="log", ylim=(1e-6, None), title="learning rate")
-    left.legend(fontsize=9)
+    left.legend(fontsize=9, loc="center right")
     right.plot(steps, np.exp(record["log_decay"]), color=ORANGE, linewidth=2)
     right.set(xlabel="step", yscale="log", title="weight decay")
     return figure
@@ -87,7 +86,7 @@ def weights(made: dict[str, Any]) -> Any:
     axes.hist(weight[~wrong], bins, color=BLUE, alpha=0.75, label="right label")
     axes.hist(weight[wrong], bins, color=ORANGE, alpha=0.75, label="wrong label")
     axes.set(xlabel="weight σ(λ)", ylabel="examples")
-    axes.legend(fontsize=9)
+    axes.legend(fontsize=9, loc="upper center")
     return figure
 
 
