@@ -25,7 +25,7 @@ import gradhpo
 
 HERE = Path(__file__).parent
 GREY, BLUE, ORANGE, GREEN = "#7d8891", "#2a86c4", "#d9762b", "#22997a"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.edgecolor": GREY,
     "axes.labelcolor": GREY,
     "axes.spines.right": False,
@@ -81,7 +81,7 @@ def schedule(made: dict[str, Any]) -> Any:
 def weights(made: dict[str, Any]) -> Any:
     """Draw how the weights of clean and of wrong examples are distributed."""
     weight = np.asarray(jax.nn.sigmoid(made["solution"].state.hyperparams))
-    wrong, bins = np.asarray(made["split"]["wrong"]), np.linspace(0, 1, 26)
+    wrong, bins = np.asarray(made["split"]["wrong"]), np.linspace(0, 1, 26).tolist()
     figure, axes = plt.subplots(figsize=(5.4, 2.6), layout="constrained")
     axes.hist(weight[~wrong], bins, color=BLUE, alpha=0.75, label="right label")
     axes.hist(weight[wrong], bins, color=ORANGE, alpha=0.75, label="wrong label")
