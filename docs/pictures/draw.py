@@ -60,7 +60,7 @@ def first(made: dict[str, Any]) -> Any:
     right.plot([], color=ORANGE, label="the two inputs that matter")
     right.plot([], color=GREY, label="the 18 others")
     right.set(xlabel="step", yscale="log", title="weight decay of each input")
-    right.legend(fontsize=9, loc="center right")
+    right.legend(fontsize=9, loc="lower left")
     return figure
 
 
