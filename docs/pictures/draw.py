@@ -72,7 +72,7 @@ def schedule(made: dict[str, Any]) -> Any:
     left.plot(steps, 1e-4 * shape, color=GREY, linewidth=2, label="guessed")
     left.plot(steps, np.exp(record["log_peak"]) * shape, color=BLUE, linewidth=2, label="found")
     left.set(xlabel="step", yscale="log", ylim=(1e-6, None), title="learning rate")
-    left.legend(fontsize=9, loc="center right")
+    left.legend(fontsize=9, loc="lower center")
     right.plot(steps, np.exp(record["log_decay"]), color=ORANGE, linewidth=2)
     right.set(xlabel="step", yscale="log", title="weight decay")
     return figure
