@@ -46,7 +46,7 @@ lint: $(VENV)/lint.done
 bench: $(VENV)/test.done
 	$(BIN)/python benchmarks/step_cost.py $(ARGS)
 
-# Into site/, with warnings as errors. Nothing is fetched, neither now nor when a page is opened.
+# Into site/, with warnings as errors. The build needs no network, nor does a page that is opened.
 docs: $(VENV)/docs.done
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 	@echo "site/index.html"
