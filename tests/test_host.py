@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import gradhpo
 from gradhpo.cluster import PBT, SearchSpace, SuccessiveHalving, Sweep, trial_key, uniform
 from gradhpo.parallel import Population, data_parallel, make_mesh
 from gradhpo.timetable import Timetable
-from tests import host_problems
+from tests import host_problems, pages
 from tests.host_problems import ROWS, SOURCES, drawn, pair, problem, shuffled
 from tests.problems import assert_close, assert_same_bits
 from tests.quick import slow_but
@@ -389,17 +388,13 @@ def test_the_next_pairs_are_read_while_the_device_computes(door):
 
 # --- the page -------------------------------------------------------------------------------------
 
-PAGE = Path(__file__).parent.parent / "docs" / "host-data.md"
 RECIPES = ["shuffled", "seekable", "shared", "dataset", "own_dataset", "by_torch"]
 
 
 @functools.cache
 def recipes():
     """What the page's code defines."""
-    made = {}
-    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
-        exec(compile(block, str(PAGE), "exec"), made)
-    return made
+    return pages.run("host-data")
 
 
 @pytest.mark.slow
