@@ -36,6 +36,8 @@ from gradhpo.cluster.variant import build, data_key
 from gradhpo.files import Where
 from gradhpo.state import BilevelState, PyTree
 
+__all__ = ["Allowed", "Copy", "EndedCombination", "Report", "SweepResult", "Trial", "Turn"]
+
 
 class EndedCombination(NamedTuple):
     """A combination of choices that lost the race, see `Race`."""
