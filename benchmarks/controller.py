@@ -126,19 +126,29 @@ def run(
 ) -> tuple[float, float]:
     """Run a controller on stubs; return its seconds, and the stubs'."""
     with tempfile.TemporaryDirectory() as folder:
-        storage = Path(folder)
-        stub = Stub(storage, layout)
+        return drive(Path(folder), layout, scheduler, generations, after)
 
-        def tell(event: Event) -> None:
-            if isinstance(event, GenerationDone):
-                after(event.generation)
 
-        rules = Rules(scheduler, SPACE, 0, Objectives({"val_loss": 1}))
-        stopping = Stopping(Storage(storage), None, rules.objectives, 0.0, tell)
-        made = Controller(Storage(storage), Journal(storage), stub, layout, rules, tell, stopping)
-        started = time.perf_counter()
-        made.run(generations)
-        return time.perf_counter() - started - stub.seconds, stub.seconds
+def drive(
+    storage: Path,
+    layout: Layout,
+    scheduler: Any,
+    generations: int,
+    after: Callable[[int], None] = lambda generation: None,
+) -> tuple[float, float]:
+    """Do what `run` does, in a folder that stays."""
+    stub = Stub(storage, layout)
+
+    def tell(event: Event) -> None:
+        if isinstance(event, GenerationDone):
+            after(event.generation)
+
+    rules = Rules(scheduler, SPACE, 0, Objectives({"val_loss": 1}))
+    stopping = Stopping(Storage(storage), None, rules.objectives, 0.0, tell)
+    made = Controller(Storage(storage), Journal(storage), stub, layout, rules, tell, stopping)
+    started = time.perf_counter()
+    made.run(generations)
+    return time.perf_counter() - started - stub.seconds, stub.seconds
 
 
 def rate_row(name: str, layout: Layout, generations: int) -> list[str]:
