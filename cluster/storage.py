@@ -227,8 +227,8 @@ class Storage:
             if number.isdecimal() and int(number) < oldest:
                 folder = f"{CHECKPOINTS}/{number}"
                 names = [f"{folder}/{name}" for name in self.files.names(folder)]
-                kept = {name for name in names if parts.is_of(name, stems)}
-                self.files.remove([n for n in names if n not in keep | kept], folder)
+                kept = keep | {name for name in names if parts.is_of(name, stems)}
+                self.files.remove([name for name in names if name not in kept], folder)
 
     # --- descriptions ---------------------------------------------------------------------------
 
