@@ -49,7 +49,7 @@ def test_every_public_class_of_errors_and_warnings_is_on_the_page():
     assert len(kinds) > 8
     for kind in kinds:
         (base,) = bases[kind]
-        assert f"| `{kind}` | `{base}` |" in PAGE, kind
+        assert f"| `{kind}`, a `{base}` |" in PAGE, kind
 
 
 def test_every_row_quotes_a_message_of_the_source():
