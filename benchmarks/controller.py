@@ -41,6 +41,7 @@ SCHEDULERS = {
 }
 PHASES = ("orders", "gather", "decide", "_commit", "_prune")
 """Of `controller` and `Controller`, in the order of a generation."""
+Clock = Callable[[], float]
 DIVERGED = 0.01
 """Of the trials, in every generation."""
 
@@ -48,8 +49,9 @@ DIVERGED = 0.01
 class Stub(Executor):
     """Workers that answer at once: random columns, and an empty file for each checkpoint."""
 
-    def __init__(self, storage: Path, layout: Layout, seed: int = 0) -> None:
+    def __init__(self, storage: Path, layout: Layout, clock: Clock, seed: int = 0) -> None:
         self._storage, self._layout, self._saved = storage, layout, dict[int, Saved]()
+        self._clock = clock
         rng, n = np.random.default_rng(seed), layout.population
         names = [*METRICS, *(f"hyperparams.{name}" for name in SPACE.hyperparams)]
         pool = {name: rng.random(n, np.float32) for name in names}
@@ -65,11 +67,11 @@ class Stub(Executor):
 
     def run(self, orders: list[Order]) -> list[Result]:
         """Return other numbers in every generation."""
-        started = time.perf_counter()
+        started = self._clock()
         folder = f"checkpoints/{orders[0].generation:06d}"
         (self._storage / folder).mkdir(parents=True)
         results = [self._result(order, folder) for order in orders]
-        self.seconds += time.perf_counter() - started
+        self.seconds += self._clock() - started
         return results
 
     def checkpoints(self, orders: list[Order]) -> list[Saved]:
@@ -95,7 +97,8 @@ class Stub(Executor):
 class Phases:
     """Seconds spent in each of `PHASES` while this is open."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock = time.perf_counter) -> None:
+        self._clock = clock
         self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
 
     def __enter__(self) -> Phases:
@@ -113,9 +116,9 @@ class Phases:
 
     def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any) -> Any:
-            started = time.perf_counter()
+            started = self._clock()
             made = function(*args)
-            self.seconds[name] += time.perf_counter() - started
+            self.seconds[name] += self._clock() - started
             return made
 
         return timed
@@ -126,19 +129,30 @@ def run(
 ) -> tuple[float, float]:
     """Run a controller on stubs; return its seconds, and the stubs'."""
     with tempfile.TemporaryDirectory() as folder:
-        storage = Path(folder)
-        stub = Stub(storage, layout)
+        return drive(Path(folder), layout, scheduler, generations, after)
 
-        def tell(event: Event) -> None:
-            if isinstance(event, GenerationDone):
-                after(event.generation)
 
-        rules = Rules(scheduler, SPACE, 0, Objectives({"val_loss": 1}))
-        stopping = Stopping(Storage(storage), None, rules.objectives, 0.0, tell)
-        made = Controller(Storage(storage), Journal(storage), stub, layout, rules, tell, stopping)
-        started = time.perf_counter()
-        made.run(generations)
-        return time.perf_counter() - started - stub.seconds, stub.seconds
+def drive(
+    storage: Path,
+    layout: Layout,
+    scheduler: Any,
+    generations: int,
+    after: Callable[[int], None] = lambda generation: None,
+    clock: Clock = time.perf_counter,
+) -> tuple[float, float]:
+    """Do what `run` does, in a folder that stays, by any clock."""
+    stub = Stub(storage, layout, clock)
+
+    def tell(event: Event) -> None:
+        if isinstance(event, GenerationDone):
+            after(event.generation)
+
+    rules = Rules(scheduler, SPACE, 0, Objectives({"val_loss": 1}))
+    stopping = Stopping(Storage(storage), None, rules.objectives, 0.0, tell)
+    made = Controller(Storage(storage), Journal(storage), stub, layout, rules, tell, stopping)
+    started = clock()
+    made.run(generations)
+    return clock() - started - stub.seconds, stub.seconds
 
 
 def rate_row(name: str, layout: Layout, generations: int) -> list[str]:

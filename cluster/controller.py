@@ -16,7 +16,7 @@ import numpy as np
 
 from gradhpo.checkpoints import DamagedFile, Saved
 from gradhpo.cluster import columns as names
-from gradhpo.cluster import front, schedulers
+from gradhpo.cluster import front
 from gradhpo.cluster.columns import BORN, PARENT, TRIAL, VARIANT, Columns, decision_of
 from gradhpo.cluster.drawing import Drawing, stored_in
 from gradhpo.cluster.events import CombinationEnded, Damaged, GenerationDone, Note, Tell
@@ -28,8 +28,10 @@ from gradhpo.cluster.journal import Entry, Journal
 from gradhpo.cluster.objectives import Objectives
 from gradhpo.cluster.orders import Import, Order, Result
 from gradhpo.cluster.race import Ended, rung
-from gradhpo.cluster.samplers import Drawn, Past
+from gradhpo.cluster.samplers import Drawn
+from gradhpo.cluster.samplers.past import Past
 from gradhpo.cluster.schedulers import NEW, Decision, Scheduler, Table
+from gradhpo.cluster.schedulers.decision import check as check_decision
 from gradhpo.cluster.space import LR_HYPER, Change, Changes, SearchSpace
 from gradhpo.cluster.stopping import Stopping
 from gradhpo.cluster.storage import CHECKPOINTS, Storage
@@ -587,7 +589,7 @@ def decide(
         settings = space.settings()
         rng = np.random.default_rng([rules.seed, plan.generation + 1, variant])
         try:
-            made = schedulers.check(rules.scheduler(table, space, rng), len(part), settings)
+            made = check_decision(rules.scheduler(table, space, rng), len(part), settings)
         except SweepError:
             raise
         except Exception as error:

@@ -11,7 +11,9 @@ import numpy as np
 from gradhpo.cluster import points
 from gradhpo.cluster.objectives import Objectives
 from gradhpo.cluster.points import Point
-from gradhpo.cluster.samplers import Drawn, Past, Sampler, asked
+from gradhpo.cluster.samplers import Drawn, Sampler
+from gradhpo.cluster.samplers.asking import asked
+from gradhpo.cluster.samplers.past import Past
 from gradhpo.cluster.space import Change, Changes, SearchSpace
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import heapq
 import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -458,9 +459,11 @@ def balanced(
             load[mine] += 1
         else:
             moving.append(shard)
+    fewest = [(load[number], place, number) for place, number in enumerate(ready)]
+    heapq.heapify(fewest)
     for shard in moving:
-        heir = made[shard] = min(ready, key=load.__getitem__)
-        load[heir] += 1
+        held, place, made[shard] = fewest[0]
+        heapq.heapreplace(fewest, (held + 1, place, made[shard]))
     return made
 
 

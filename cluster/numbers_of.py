@@ -7,6 +7,8 @@ import numpy as np
 from gradhpo.cluster.discrete import Categorical, Choice, Integer
 from gradhpo.cluster.distributions import Distribution, Uniform
 
+__all__ = ["nearest", "numbers_of"]
+
 CLOSE = 1e-6
 """How far a float32 may be from the number that it stands for, relatively."""
 

@@ -15,6 +15,8 @@ from gradhpo.cluster.result import SweepResult
 from gradhpo.files import Where
 from gradhpo.observers.packages import load, require
 
+__all__ = ["export_study"]
+
 MADE = "gradhpo"
 """The attribute of a study that says which storage it was exported from."""
 

@@ -37,6 +37,8 @@ from gradhpo.errors import check_finite
 from gradhpo.files import Where
 from gradhpo.state import BilevelState, PyTree
 
+__all__ = ["Allowed", "Copy", "EndedCombination", "Report", "SweepResult", "Trial", "Turn"]
+
 
 class EndedCombination(NamedTuple):
     """A combination of choices that lost the race, see `Race`."""

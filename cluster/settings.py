@@ -14,13 +14,15 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from gradhpo.cluster import importing, objectives, samplers, schedulers
+from gradhpo.cluster import importing, objectives
 from gradhpo.cluster import points as points_of
 from gradhpo.cluster.drawing import Drawing
 from gradhpo.cluster.objectives import Metric, Objectives
 from gradhpo.cluster.processes import ProcessSettings
-from gradhpo.cluster.samplers import Sampler
+from gradhpo.cluster.samplers import OptunaSampler, Sampler
+from gradhpo.cluster.samplers import written as samplers
 from gradhpo.cluster.schedulers import PBT, Scheduler
+from gradhpo.cluster.schedulers import written as schedulers
 from gradhpo.cluster.space import SearchSpace
 from gradhpo.errors import check_count, check_hashable, check_number
 from gradhpo.files import Where, where_of
@@ -136,7 +138,7 @@ class Identity:
           ImportError, TypeError, ValueError: if one of them cannot be used.
         """
         scheduler, sampler = schedulers.loaded(self.scheduler), samplers.loaded(self.sampler)
-        if isinstance(sampler, samplers.OptunaSampler):
+        if isinstance(sampler, OptunaSampler):
             sampler.rehearse(self.space, len(self.objectives.names))
         return dataclasses.replace(self, scheduler=scheduler, sampler=sampler)
 

@@ -222,12 +222,13 @@ class Storage:
 
         No link is followed: what lies outside of the storage is not the sweep's to remove.
         """
+        stems = {parts.stem_of(name) for name in keep}
         for number in self.files.folders(CHECKPOINTS):
             if number.isdecimal() and int(number) < oldest:
                 folder = f"{CHECKPOINTS}/{number}"
                 names = [f"{folder}/{name}" for name in self.files.names(folder)]
-                kept = {name for name in names if any(parts.is_of(name, one) for one in keep)}
-                self.files.remove([n for n in names if n not in keep | kept], folder)
+                kept = keep | {name for name in names if parts.is_of(name, stems)}
+                self.files.remove([name for name in names if name not in kept], folder)
 
     # --- descriptions ---------------------------------------------------------------------------
 

@@ -29,6 +29,8 @@ try:
 except ImportError as error:
     raise ImportError("gradhpo.cluster.tune needs Ray Tune: pip install gradhpo[tune]") from error
 
+__all__ = ["population_trainable"]
+
 FIXED = {
     "executor": "a Tune trial runs its sweep in its own process",
     "workers": "a Tune trial has one process; run more trials at a time",

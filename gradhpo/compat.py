@@ -12,6 +12,7 @@ import optax
 from gradhpo.state import LossFn, PyTree
 
 MetricDict: TypeAlias = dict[str, Any]
+"""Metrics by name."""
 
 
 class LossFunctions(NamedTuple):

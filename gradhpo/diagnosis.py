@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+__all__ = ["Diagnosis", "Row"]
+
 ALIGNED = 0.9
 """The mean cosine from which a method's direction counts as that of the exact hypergradient."""
 NEGLIGIBLE = 0.05

@@ -14,6 +14,8 @@ from gradhpo.state import BilevelState, PyTree, prepare
 from gradhpo.task import Carried, Task
 from gradhpo.unrolling import UnrollingMethod
 
+__all__ = ["estimate_at", "fresh_state"]
+
 
 def fresh_state(optimizer: BilevelOptimizer, like: BilevelState, **memory: Any) -> BilevelState:
     """Return the optimizer's own state at the beginning of an episode, where `like` stands.

@@ -12,7 +12,7 @@ import errno
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -104,10 +104,20 @@ def _awaited(files: Files, stem: str) -> str:
     raise OSError(errno.ETIMEDOUT, "the part of another process of the worker did not come", stem)
 
 
-def is_of(name: str, first: str) -> bool:
-    """Whether a file is another process's part of what the first process's file stands for."""
+def is_of(name: str, stems: Collection[str]) -> bool:
+    """Whether a file is another process's part of what some first process's file stands for.
+
+    Args:
+      name: of the file.
+      stems: of the first processes' files, see `stem_of`; a set, for there may be many.
+    """
     group = re.fullmatch(r"(.*)-p\d+-[0-9a-f]+\.arrays", name)
-    return group is not None and first.rpartition("-")[0] == group[1]
+    return group is not None and group[1] in stems
+
+
+def stem_of(first: str) -> str:
+    """Return what a first process's file and those of the others have in common."""
+    return first.rpartition("-")[0]
 
 
 def others_of(files: Files, saved: Saved) -> list[str]:

@@ -10,12 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+__all__ = ["METRICS", "BilevelState", "DataBatch", "LossFn", "PyTree", "prepare"]
+
 PyTree: TypeAlias = Any
 """A nested structure of arrays."""
 
 LossFn: TypeAlias = Callable[..., Any]
-"""`(params, hyperparams, batch) -> scalar`, differentiable in its first two arguments; it may take
-`model_state` and `key` too, and return `(scalar, Aux)`: see `Problem`."""
+"""`(params, hyperparams, batch) -> scalar`, differentiable in its first two arguments.
+
+It may take `model_state` and `key` too, and return `(scalar, Aux)`: see `Problem`.
+"""
 
 
 METRICS = ("train_loss", "val_loss", "hypergrad_norm", "param_norm", "hyperparam_norm")

@@ -27,6 +27,20 @@ from gradhpo.compilation import jit
 from gradhpo.parallel import compilations
 from gradhpo.state import PyTree
 
+__all__ = [
+    "CompileWarning",
+    "Compiled",
+    "Counts",
+    "Lowered",
+    "StepKey",
+    "clear",
+    "compile",
+    "counts",
+    "load",
+    "lower",
+    "together",
+]
+
 MAGIC = b"gradhpo executable 2\n"
 MOST_AT_ONCE = 4
 """Programs that are compiled side by side, each of which takes memory meanwhile."""

@@ -153,7 +153,7 @@ def test_without_rows_settings_are_drawn_and_without_settings_slots_only_copy():
 
 
 def test_what_is_not_installed_is_told_before_anything_starts(monkeypatch):
-    from gradhpo.cluster import schedulers
+    from gradhpo.cluster.schedulers import written as schedulers
     from gradhpo.observers import packages
 
     monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)

@@ -17,11 +17,11 @@ from gradhpo.cluster import (
     choice,
     integer,
     loguniform,
-    samplers,
     uniform,
 )
 from gradhpo.cluster.drawing import Drawing
 from gradhpo.cluster.hypervolume import hypervolume
+from gradhpo.cluster.samplers import written as samplers
 from tests import pages
 from tests.decisions import Decided
 from tests.sweeps import sweep

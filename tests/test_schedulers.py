@@ -16,7 +16,8 @@ from gradhpo.cluster import (
     Table,
     loguniform,
 )
-from gradhpo.cluster import schedulers as module
+from gradhpo.cluster.schedulers import written as module
+from gradhpo.cluster.schedulers.decision import check
 
 SPACE = SearchSpace({"rate": loguniform(1e-3, 1)})
 ALL = {
@@ -36,7 +37,7 @@ def table(score, age=None):
 
 
 def decide(scheduler, *args, seed=0):
-    return module.check(
+    return check(
         scheduler(table(*args), SPACE, np.random.default_rng(seed)), len(args[0]), SPACE.settings()
     )
 
@@ -128,9 +129,9 @@ def test_a_scheduler_is_what_its_description_says(scheduler):
         (lambda: RandomSearch(0), "trial_generations"),
         (lambda: module.parse({"name": "Hyperband"}), "PBT, PB2, SuccessiveHalving, ASHA"),
         (lambda: module.parse({"name": "PBT", "quantil": 1}), "quantil"),
-        (lambda: module.check([0], 1, {}), "must return a Decision"),
-        (lambda: module.check(Decision(np.zeros(2, int)), 3, {}), "3 integers"),
-        (lambda: module.check(Decision(np.asarray([0, 3])), 2, {}), "from -1 to 1"),
+        (lambda: check([0], 1, {}), "must return a Decision"),
+        (lambda: check(Decision(np.zeros(2, int)), 3, {}), "3 integers"),
+        (lambda: check(Decision(np.asarray([0, 3])), 2, {}), "from -1 to 1"),
         (lambda: changed("y", 1.0, 0.0), "the space has"),
         (
             lambda: changed("rate", np.nan, 0.0),
@@ -153,7 +154,7 @@ def changed(name, multiply, add):
     """Check a decision that changes the second of two slots."""
     mask = np.array([False, True])
     one = Change(mask, np.full(2, multiply), np.full(2, add))
-    return module.check(Decision(np.zeros(2, int), {name: one}), 2, SPACE.settings())
+    return check(Decision(np.zeros(2, int), {name: one}), 2, SPACE.settings())
 
 
 def test_a_perturbation_may_lead_out_of_the_space_and_is_clipped():

@@ -15,14 +15,15 @@ from gradhpo.cluster import (
     Decision,
     SearchSpace,
     Sweep,
+    Table,
     categorical,
     choice,
     integer,
     loguniform,
-    schedulers,
     uniform,
 )
 from gradhpo.cluster.optuna_study import export_study
+from gradhpo.cluster.schedulers.decision import check
 
 KINDS = {
     "integer": integer(-3, 8),
@@ -49,7 +50,7 @@ def test_draws_and_perturbations_are_values(kind):
         change = space.explore(rng, {"x": values}, parents, **settings)["x"]
         assert (change.multiply == 0).all()
         assert set(change.add) <= allowed(kind)
-        schedulers.check(Decision(parents, {"x": change}), n, space.settings())
+        check(Decision(parents, {"x": change}), n, space.settings())
     inside = (values > kind.bounds[0]) & (values < kind.bounds[1])
     moved = kind.perturb(rng, values, (0.8, 1.25))[1]
     assert (moved[inside] != values[inside]).all()
@@ -111,7 +112,7 @@ def test_a_space_is_what_its_description_says():
 def test_pbt_perturbs_them_by_kind():
     space = SearchSpace({"k": integer(1, 9), "c": categorical([0, 1, 2])})
     values = {"k": np.full(8, 4.0), "c": np.full(8, 1.0)}
-    table = schedulers.Table(0, np.arange(8.0), np.arange(8), np.ones(8, int), values, {})
+    table = Table(0, np.arange(8.0), np.arange(8), np.ones(8, int), values, {})
     decision = PBT(resample=0)(table, space, np.random.default_rng(0))
     copies = decision.changes["k"].mask
     assert set(decision.changes["k"].add[copies]) <= {3.0, 5.0}
@@ -121,7 +122,7 @@ def test_pbt_perturbs_them_by_kind():
 def changed(multiply, add, name="k"):
     space = SearchSpace({"k": integer(1, 9), "c": categorical([0, 1, 5])})
     one = Change(np.array([False, True]), np.full(2, multiply), np.full(2, add))
-    return schedulers.check(Decision(np.zeros(2, int), {name: one}), 2, space.settings())
+    return check(Decision(np.zeros(2, int), {name: one}), 2, space.settings())
 
 
 def test_a_scheduler_sets_whole_numbers_or_moves_by_whole_steps():

@@ -4,20 +4,12 @@ A sampler has one method, `ask(space, history, rng, n)`: a function of what it i
 sweep that is gone on with asks nothing again that it was told, and is told the same.
 """
 
-from gradhpo.cluster.samplers.asking import Sampler, asked
+from gradhpo.cluster.samplers.asking import Sampler
 from gradhpo.cluster.samplers.drawn import Drawn
 from gradhpo.cluster.samplers.optuna_sampler import OptunaSampler
-from gradhpo.cluster.samplers.past import Past
-from gradhpo.cluster.samplers.written import checked, describe, loaded, parse
 
 __all__ = [
     "Drawn",
     "OptunaSampler",
-    "Past",
     "Sampler",
-    "asked",
-    "checked",
-    "describe",
-    "loaded",
-    "parse",
 ]

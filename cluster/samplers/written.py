@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from gradhpo.cluster import schedulers
 from gradhpo.cluster.samplers.asking import Sampler
 from gradhpo.cluster.samplers.drawn import Drawn
 from gradhpo.cluster.samplers.optuna_sampler import OptunaSampler
+from gradhpo.cluster.schedulers import written as schedulers
 from gradhpo.cluster.space import SearchSpace
 
 

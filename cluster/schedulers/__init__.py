@@ -6,30 +6,23 @@ and the tables of all generations before.
 """
 
 from gradhpo.cluster.schedulers.asha import ASHA
-from gradhpo.cluster.schedulers.decision import Decision, Scheduler, check
+from gradhpo.cluster.schedulers.decision import Decision, Scheduler
 from gradhpo.cluster.schedulers.halving import SuccessiveHalving
 from gradhpo.cluster.schedulers.pb2 import PB2
 from gradhpo.cluster.schedulers.pbt import PBT
 from gradhpo.cluster.schedulers.random_search import RandomSearch
 from gradhpo.cluster.schedulers.rows import Rows
 from gradhpo.cluster.schedulers.table import NEW, Table
-from gradhpo.cluster.schedulers.written import BUILT_IN, Named, describe, loaded, parse
 
 __all__ = [
     "ASHA",
-    "BUILT_IN",
     "NEW",
     "PB2",
     "PBT",
     "Decision",
-    "Named",
     "RandomSearch",
     "Rows",
     "Scheduler",
     "SuccessiveHalving",
     "Table",
-    "check",
-    "describe",
-    "loaded",
-    "parse",
 ]

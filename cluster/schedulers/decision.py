@@ -24,6 +24,7 @@ class Decision:
 
 
 Scheduler: TypeAlias = Callable[[Table, SearchSpace, np.random.Generator], Decision]
+"""`(table, space, rng) -> Decision`: a pure function, asked after every generation."""
 
 
 def check(decision: Any, slots: int, settings: Mapping[str, Distribution]) -> Decision:
