@@ -282,7 +282,8 @@ class _Work:
         rows: list[Row] = []
         for name, values in self._compared.items():
             time, cost = times.get(name, (np.empty(0), np.nan))
-            rows.append(Row(name, *values.T, time, cost, self._noise[name]))
+            cosine, ratio, share = values.T
+            rows.append(Row(name, cosine, ratio, share, time, cost, self._noise[name]))
         return Diagnosis(rows[1:], rows[0], T, base, tuple(self._notes), self._regime)
 
 
@@ -342,8 +343,9 @@ def _tuned(optimizers: dict[str, BilevelOptimizer], length: float) -> dict[str, 
     damping = 1 / length if length else 0.0
 
     def tuned(optimizer: BilevelOptimizer) -> BilevelOptimizer:
-        ridge = isinstance(optimizer, ImplicitOptimizer) and damping > 0
-        return dataclasses.replace(optimizer, damping=damping) if ridge else optimizer
+        if isinstance(optimizer, ImplicitOptimizer) and damping > 0:
+            return dataclasses.replace(optimizer, damping=damping)
+        return optimizer
 
     return {name: tuned(optimizer) for name, optimizer in optimizers.items()}
 

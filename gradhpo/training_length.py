@@ -32,6 +32,7 @@ def training_length(inner: InnerStep, state: BilevelState, task: Task) -> jax.Ar
     T = jax.tree.leaves(task.train_batch)[0].shape[0]
     mean = at_least_float32(optax.tree.scale(1 / T, total))
     moved = at_least_float32(optax.tree.sub(first[0], last[0]))
-    square, along = optax.tree.vdot(mean, mean), optax.tree.vdot(moved, mean)
+    square = jnp.asarray(optax.tree.vdot(mean, mean))
+    along = jnp.asarray(optax.tree.vdot(moved, mean))
     length = along / jnp.where(square > 0, square, 1)
     return jnp.where((square > 0) & (length > 0) & jnp.isfinite(length), length, 0)
