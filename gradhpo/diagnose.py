@@ -169,7 +169,7 @@ def diagnose(
         work = _Work(state, walks, rounds, spoken, bar, budget)
         work.begin(plain, len(optimizers), T)
         work.look(exact, plain, outer_step)
-        optimizers = optimizers if own else _tuned(optimizers, work.length)
+        optimizers = optimizers if own else work.tuned(optimizers, plain)
         for name, optimizer in {EXACT: exact, **optimizers}.items():
             work.compare(name, optimizer, strict=own)
         return work.diagnosis(T)
@@ -217,11 +217,28 @@ class _Work:
             for walk, truth in zip(self._walks, self._truths, strict=True)
         ]
         rows = jax.device_get(found)
-        along, promised, lengths = jax.tree.map(lambda *x: np.stack(x).astype(float), *rows)
-        self.length = float(np.mean(lengths))
+        along, promised = jax.tree.map(lambda *x: np.stack(x).astype(float), *rows)
         truths = [_flat(truth[0]) for truth in self._truths]
         three = (along.smoothness, along.val_losses)
         self._regime = Regime(outer_step, *three, promised, along.train_losses, noise(truths))
+
+    def tuned(
+        self, optimizers: dict[str, BilevelOptimizer], plain: InnerStep
+    ) -> dict[str, BilevelOptimizer]:
+        """Return the methods, the implicit ones with a ridge of one over training's length."""
+        if not any(isinstance(optimizer, ImplicitOptimizer) for optimizer in optimizers.values()):
+            return optimizers
+        try:
+            length = float(_length(plain, self._state, self._walks[0][0]))
+        except ValueError:  # no gradient of the training loss: they will say so
+            length = 0.0
+
+        def tuned(optimizer: BilevelOptimizer) -> BilevelOptimizer:
+            if isinstance(optimizer, ImplicitOptimizer) and length > 0:
+                return dataclasses.replace(optimizer, damping=1 / length)
+            return optimizer
+
+        return {name: tuned(optimizer) for name, optimizer in optimizers.items()}
 
     def compare(self, name: str, optimizer: BilevelOptimizer, strict: bool) -> None:
         """Compare a method; one that refuses the problem is left out, unless `strict`."""
@@ -338,18 +355,6 @@ def _named(
     return made
 
 
-def _tuned(optimizers: dict[str, BilevelOptimizer], length: float) -> dict[str, BilevelOptimizer]:
-    """Return the methods, the implicit ones with a ridge that is one over training's length."""
-    damping = 1 / length if length else 0.0
-
-    def tuned(optimizer: BilevelOptimizer) -> BilevelOptimizer:
-        if isinstance(optimizer, ImplicitOptimizer) and damping > 0:
-            return dataclasses.replace(optimizer, damping=damping)
-        return optimizer
-
-    return {name: tuned(optimizer) for name, optimizer in optimizers.items()}
-
-
 def _shared_inner(
     optimizers: dict[str, BilevelOptimizer], inner_optimizer: Any, update_fn: Any
 ) -> tuple[Any, Any]:
@@ -413,15 +418,17 @@ def _exact(exact: UnrolledOptimizer, state: BilevelState, task: Task) -> tuple[P
 @functools.partial(jit, static_argnums=0)
 def _look(
     inner: InnerStep, h: jax.Array, state: BilevelState, task: Task, others: PyTree, g: PyTree
-) -> tuple[Along, jax.Array, jax.Array]:
-    """Return what lies along the hypergradient, what it promises, and the length of training."""
+) -> tuple[Along, jax.Array]:
+    """Return what lies along the hypergradient, and what it promises."""
     largest = jax.tree.reduce(jnp.maximum, jax.tree.map(lambda x: jnp.max(jnp.abs(x)), g))
     downhill = optax.tree.scale(-1 / jnp.where(largest > 0, largest, 1), g)
     both = jax.tree.map(lambda *x: jnp.concatenate(x), task.train_batch, others)
     longer = dataclasses.replace(task, train_batch=both)
     promised = h * jnp.asarray(optax.tree.vdot(g, downhill))
-    found = along(inner, state, longer, downhill, h)
-    return found, promised, training_length(inner, state, task)
+    return along(inner, state, longer, downhill, h), promised
+
+
+_length = functools.partial(jit, static_argnums=0)(training_length)
 
 
 @functools.partial(jit, static_argnums=0)

@@ -9,7 +9,7 @@ import pytest
 import gradhpo
 from gradhpo.fingerprint import settings
 from gradhpo.nystrom import nystrom
-from gradhpo.parallel import data_parallel, make_mesh
+from gradhpo.parallel import Population, data_parallel, make_mesh
 from tests import problems
 from tests.problems import Exact
 from tests.quick import slow_but
@@ -172,3 +172,18 @@ def test_four_devices_keep_the_solution_of_one():
         states.append(state)
     problems.assert_close(states[1].metadata["solution"], states[0].metadata["solution"], 1e-9)
     problems.assert_close(states[1].hyperparams, states[0].hyperparams, 1e-9)
+
+
+@pytest.mark.slow
+def test_each_slot_of_a_population_has_a_solution_of_its_own():
+    problem = gradhpo.Problem(start, train_loss, val_loss, lambda key: (BATCH, BATCH))
+    given = {"solver": "nystrom", "K": 2, "damping": 0.1, "warm_start": True}
+    optimizer = gradhpo.ImplicitOptimizer(optax.sgd(0.05), optax.sgd(0.1), **given)
+    population = Population(problem, optimizer, 2, batching="vmap")
+    keys = jax.random.split(KEY, 2)
+    state, _ = population.run(population.init(keys), 3, keys)
+    alone = gradhpo.solve(problem, optimizer, 3, keys[1]).state.metadata["solution"]
+    np.testing.assert_allclose(state.metadata["solution"][1], alone, rtol=1e-4)
+    assert not np.allclose(*state.metadata["solution"])
+    copied = population.select(state, [1, 1])
+    problems.assert_same_bits(*copied.metadata["solution"])
