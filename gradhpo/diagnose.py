@@ -422,6 +422,9 @@ def _look(
     """Return what lies along the hypergradient, and what it promises."""
     largest = jax.tree.reduce(jnp.maximum, jax.tree.map(lambda x: jnp.max(jnp.abs(x)), g))
     downhill = optax.tree.scale(-1 / jnp.where(largest > 0, largest, 1), g)
+    # One that overflows has no direction: all of λ is moved then, and its walks tell.
+    finite = jnp.isfinite(norm(downhill))
+    downhill = jax.tree.map(lambda x: jnp.where(finite, x, 1), downhill)
     both = jax.tree.map(lambda *x: jnp.concatenate(x), task.train_batch, others)
     longer = dataclasses.replace(task, train_batch=both)
     promised = h * jnp.asarray(optax.tree.vdot(g, downhill))

@@ -107,6 +107,8 @@ class Diagnosis:
         row, reason = self._choose()
         ratio = float(np.mean(row.norm_ratio))
         advice = f"{row.name}: {reason}."
+        if self._within_smooth() is not None:
+            return advice  # the exact gradient is no measure there
         if not 0.5 <= ratio <= 2:
             advice += (
                 f" Its norm is {ratio:.2g} times the exact one: move λ with an optimizer that "
@@ -114,9 +116,11 @@ class Diagnosis:
             )
         return advice + self._horizon_advice()
 
-    def _within(self, steps: int) -> tuple[Row, str] | None:
-        """Return the longest unroll of at most so many steps, where training is chaotic beyond."""
-        named = {row.name: row for row in self.rows}
+    def _within_smooth(self) -> tuple[Row, str] | None:
+        """Return the longest unroll that is not chaotic, where T steps are."""
+        if self.regime is None or self.regime.smooth_until >= self.horizon:
+            return None
+        steps, named = self.regime.smooth_until, {row.name: row for row in self.rows}
         short = [k for k in range(steps, 1, -1) if f"unrolled {k}" in named]
         name = f"unrolled {short[0]}" if short else "one-step"
         if name not in named:
@@ -124,10 +128,8 @@ class Diagnosis:
         return named[name], f"training is chaotic along the hypergradient beyond {steps} steps"
 
     def _choose(self) -> tuple[Row, str]:
-        if self.regime is not None and self.regime.smooth_until < self.horizon:
-            truncated = self._within(self.regime.smooth_until)
-            if truncated is not None:
-                return truncated
+        if truncated := self._within_smooth():
+            return truncated
         share = float(np.mean(self.exact.second_order))
         named = {row.name: row for row in self.rows}
         if share < NEGLIGIBLE and "first-order" in named:

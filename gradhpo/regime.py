@@ -81,10 +81,9 @@ class Regime:
         found = self.smoothness.mean(0)
         steps = sorted({1, len(found) // 2, len(found)})
         each = ", ".join(f"{found[t - 1]:.2f} after {t}" for t in steps)
-        lines = [
-            f"Along the hypergradient: metasmoothness {each} steps; a step of {self.step:g} gets "
-            f"{self.kept:.0%} of what it promises."
-        ]
+        gets = f"; a step of {self.step:g} gets {self.kept:.0%} of what it promises"
+        gets = gets if math.isfinite(self.kept) else ""
+        lines = [f"Along the hypergradient: metasmoothness {each} steps{gets}."]
         if self.chaotic:
             instead = "".join(f", or {name}" for name in alternatives)
             k = self.smooth_until
@@ -113,12 +112,15 @@ class Regime:
 def noise(estimates: Sequence[np.ndarray]) -> float:
     """Return the variance of vectors over the square of their mean, both estimated unbiasedly.
 
-    NaN for one of them, infinite where the mean cannot be told from 0.
+    NaN for one of them or numbers that are not finite, infinite where the mean cannot be told
+    from 0.
     """
     n = len(estimates)
     if n < 2:
         return float("nan")
     rows = np.stack(estimates).astype(float)
+    if not np.isfinite(rows).all():
+        return float("nan")
     variance = float(np.sum((rows - rows.mean(0)) ** 2) / (n - 1))
     signal = float(np.sum(rows.mean(0) ** 2)) - variance / n
     if variance == 0:

@@ -63,7 +63,10 @@ def along(inner: InnerStep, state: BilevelState, task: Task, v: PyTree, h: Any) 
 
 
 def _metasmoothness(weights: PyTree) -> jax.Array:
-    """Return it from three of each weight, along a leading axis; 1 where nothing has changed."""
+    """Return it from three of each weight, along a leading axis.
+
+    1 where nothing has changed, and 0 where weights are not finite any more.
+    """
 
     def of_leaf(x: jax.Array) -> jax.Array:
         first, second = x[1] - x[0], x[2] - x[1]
@@ -72,4 +75,6 @@ def _metasmoothness(weights: PyTree) -> jax.Array:
         return jnp.stack([jnp.sum(size * jnp.sign(first) * jnp.sign(second)), jnp.sum(size)])
 
     agreed, total = jax.tree.reduce(jnp.add, jax.tree.map(of_leaf, weights))
-    return jnp.where(total == 0, 1, agreed / jnp.where(total == 0, 1, total))
+    smoothness = jnp.where(total == 0, 1, agreed / jnp.where(total == 0, 1, total))
+    finite = jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), weights)
+    return jnp.where(jax.tree.reduce(jnp.logical_and, finite), smoothness, 0)

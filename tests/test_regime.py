@@ -63,6 +63,13 @@ def test_weights_that_do_not_see_lambda_are_smooth():
 
 
 @pytest.mark.slow
+def test_weights_that_run_away_are_not_smooth():
+    found = np.asarray(walked(2.5, lambda w, lam, batch: 1e10 * lam * w).smoothness)
+    np.testing.assert_allclose(found[:3], 1, atol=1e-3)
+    np.testing.assert_array_equal(found[4:], 0)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.0, 0.1])
 def test_the_length_of_training_is_that_of_its_learning_rates(rate):
     w = jnp.linspace(0.1, 0.9, 5)
@@ -128,6 +135,7 @@ def test_noise_of_vectors():
     assert noise([np.ones(3)] * 4) == 0
     assert np.isnan(noise([np.ones(3)]))
     assert noise([np.ones(1), -np.ones(1)]) == np.inf
+    assert np.isnan(noise([np.full(1, np.inf), np.ones(1)]))
     # Mean 2, variance 2; the square of the mean is 4 - 2/2.
     assert noise([np.asarray([1.0]), np.asarray([3.0])]) == pytest.approx(2 / 3)
 
