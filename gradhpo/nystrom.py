@@ -26,10 +26,11 @@ def nystrom(
     Args:
       hessian: a symmetric linear map, H.
       target: b, a pytree of floating arrays.
-      rank: k.
+      rank: k; as many as there are weights, if they are fewer.
       damping: ρ > 0.
       key: what Ω is drawn from.
     """
+    rank = min(rank, optax.tree.size(target))
     wide = at_least_float32(target)
     test = _directions(key, target, rank)
     image = at_least_float32(jax.lax.map(hessian, test))  # HΩ, one product after the other
