@@ -1,5 +1,6 @@
 """gradhpo: gradient-based hyperparameter optimization in JAX."""
 
+from gradhpo import root
 from gradhpo._version import __version__
 from gradhpo.algorithms import (
     DrMADOptimizer,
@@ -78,6 +79,7 @@ __all__ = [
     "UnrolledOptimizer",
     "__version__",
     "diagnose",
+    "root",
     "solve",
     "tree_dot",
     "tree_l2_norm",

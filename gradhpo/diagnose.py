@@ -24,19 +24,22 @@ from gradhpo.algorithms import (
     UnrolledOptimizer,
 )
 from gradhpo.compilation import jit
+from gradhpo.costs import Plain, Program, own_state, times_of
 from gradhpo.diagnosis import Diagnosis, Row
 from gradhpo.errors import check_count, check_number, check_same_tree, stack
-from gradhpo.flops import flops
-from gradhpo.horizon import estimate_at, fresh_state, moved, walk
+from gradhpo.horizon import estimate_at, moved
 from gradhpo.host import Source, seeds_of
 from gradhpo.hypergradient import at_least_float32, norm, validation
 from gradhpo.inner import InnerStep
 from gradhpo.optimizer import BilevelOptimizer, HypergradientMethod
 from gradhpo.problem import Problem, stream
 from gradhpo.progress import Bar
+from gradhpo.regime import Regime, noise
+from gradhpo.roughness import Along, along
+from gradhpo.spoken import Spoken
 from gradhpo.state import BilevelState, PyTree, prepare
 from gradhpo.task import Task
-from gradhpo.unrolling import UnrollingMethod
+from gradhpo.training_length import training_length
 
 METHODS = (
     "first-order",
@@ -54,8 +57,8 @@ QUICK = ("first-order", "one-step", "t1t2", "hyperdistill")
 TRUNCATIONS = (2, 5, 10, 20, 50, 100)
 """The steps that "unrolled" goes back, where they are fewer than the horizon."""
 EXACT = "exact"
-MEASURE_SECONDS = 0.02
-"""How long a program runs in a round of timing, if one call is shorter."""
+OF_EXACT, OF_METHOD = 6.0, 2.0
+"""Times of the exact hypergradient and of a method over that of training alone, to compile most."""
 
 
 def diagnose(
@@ -70,17 +73,25 @@ def diagnose(
     horizon: int = 20,
     samples: int = 4,
     rounds: int = 5,
+    outer_step: float = 0.01,
+    budget: float | None = None,
     progress: bool | None = None,
 ) -> Diagnosis:
     """Compare methods with the exact hypergradient at a state, and their cost; recommend one.
+
+    Also tells where the state stands: whether training is chaotic along the hypergradient, how much
+    noise there is over batches, and whether the weights are at a minimum: `Diagnosis.regime`.
 
     The exact hypergradient is `dL_val(w_T(λ), λ)/dλ` through the T = `horizon` inner steps that
     begin at `state`, by reverse mode. Every method walks the same T steps on the same batches, with
     λ held, so that all see the same `w_T`; its estimate at the end is compared. An online method
     starts an episode there (w*_1 = w_0), and HyperDistill estimates θ first, by Algorithm 4 on T
     other batches, as it does in a run; Greedy and DrMAD unroll all T steps; "unrolled k" is exact
-    through the last k of them only. A step counts at the pace of one estimate an inner step for
-    the online methods, and one estimate in k steps for those that unroll k.
+    through the last k of them only. "implicit cg" and "implicit nystrom" estimate once in T steps
+    with at most 10 products with the Hessian (fewer for T below 20), and with one over the length
+    of the T steps for a ridge (`ImplicitOptimizer.damping`; a note says the settings). A step
+    counts at the pace of one estimate an inner step for the online methods, and one estimate in k
+    steps for those that unroll k.
 
     Args:
       problem: the problem; its `metrics` are not used.
@@ -98,9 +109,15 @@ def diagnose(
       horizon: T.
       samples: how many times to walk, on batches of their own; at least 2 give intervals.
       rounds: of timing, in each of which every method runs once; 0 for none.
+      outer_step: how far λ is moved to see whether training is smooth there: its coordinate with
+        the largest hypergradient by this, the others in proportion. Take it of the size of a step
+        of the outer optimizer.
+      budget: seconds. Methods that do not fit any more, by what those before took, are left out,
+        and said in `notes`; the exact hypergradient always is computed.
       progress: whether to draw a progress bar (needs tqdm); None draws one on a terminal, and
-        writes a line a method to stderr elsewhere. Nearly all of the time is compilation: how long
-        the exact hypergradient took, and an estimate of the rest, are written first.
+        elsewhere writes to stderr a line for each method and every 15 seconds; False is silent.
+        Nearly all of the time is compilation: an estimate of it comes first, and a better one
+        after the exact hypergradient.
 
     Returns:
       The comparison: `print` it, `plot` it, or read its `rows`. A method that refuses the problem,
@@ -117,6 +134,9 @@ def diagnose(
         raise TypeError(f"state must be a gradhpo.BilevelState, got {type(state).__name__}")
     T, samples = check_count("horizon", horizon), check_count("samples", samples)
     check_count("rounds", rounds, minimum=0)
+    outer_step = check_number("outer_step", outer_step, 0, float("inf"), open_low=True)
+    if budget is not None:
+        budget = check_number("budget", budget, 0, float("inf"))
     if isinstance(methods, Mapping):
         optimizers = dict(methods)
         inner_optimizer, update_fn = _shared_inner(optimizers, inner_optimizer, update_fn)
@@ -140,60 +160,152 @@ def diagnose(
     walks = list(_walks(problem, key, T, samples))
     # That of the exact hypergradient, of which First-Order's would say less.
     exact.check_reach(state, walks[0][0])
-    notes: list[str] = []
-    compared: dict[str, np.ndarray] = {}
-    programs: dict[str, _Program] = {}
-    optimizers = {EXACT: exact, **optimizers}
-    with Bar(progress, total=len(optimizers) * (samples + 1), unit="estimate") as bar:
-        spoken = _Spoken(bar, len(optimizers), progress)
-        truths = [_exact(exact, state, task) for task, _ in walks]
-        for name, optimizer in optimizers.items():
-            try:
-                made: list[Any] = []
-                for (task, others), truth in zip(walks, truths, strict=True):
-                    made.append(_compare(optimizer, state, task, others, truth))
-                    bar.advance(1)
-            except ValueError as error:
-                if name == EXACT or isinstance(methods, Mapping):
-                    raise
-                notes.append(f"{name} is left out: {error}")
-                continue
-            compared[name] = np.asarray(jax.device_get(made), float)
-            if rounds:
-                programs[name] = _Program(optimizer, state, T, walks[0][0])
-            bar.advance(1)
-            spoken.after(name)
-        plain = InnerStep(inner_optimizer, update_fn, problem.train_loss)
-        times, base = _times(programs, _Plain(plain, state, walks[0][0]), rounds)
-    rows: list[Row] = []
-    for name, values in compared.items():
-        time, cost = times.get(name, (np.empty(0), np.nan))
-        rows.append(Row(name, values[:, 0], values[:, 1], values[:, 2], time, cost))
-    return Diagnosis(rows[1:], rows[0], T, base, tuple(notes))
+    plain = InnerStep(inner_optimizer, update_fn, problem.train_loss)
+    own, total = isinstance(methods, Mapping), (len(optimizers) + 1) * (samples + 1)
+    with (
+        Bar(progress, total=total, unit="estimate") as bar,
+        Spoken(bar, silent=progress is False) as spoken,
+    ):
+        work = _Work(state, walks, rounds, spoken, bar, budget)
+        work.begin(plain, len(optimizers), T)
+        work.look(exact, plain, outer_step)
+        optimizers = optimizers if own else work.tuned(optimizers, plain)
+        for name, optimizer in {EXACT: exact, **optimizers}.items():
+            work.compare(name, optimizer, strict=own)
+        return work.diagnosis(T)
 
 
-class _Spoken:
-    """Tells how long it will take, and where nobody sees a bar, each method as it is done."""
+class _Work:
+    """A diagnosis while it is made."""
 
-    def __init__(self, bar: Bar, methods: int, progress: bool | None) -> None:
-        self._bar, self._methods, self._progress = bar, methods, progress
-        self._last = clock.perf_counter()
+    def __init__(
+        self,
+        state: BilevelState,
+        walks: list[tuple[Task, PyTree]],
+        rounds: int,
+        spoken: Spoken,
+        bar: Bar,
+        budget: float | None,
+    ) -> None:
+        self._state, self._walks, self._rounds = state, walks, rounds
+        self._spoken, self._bar, self._budget = spoken, bar, budget
+        self._started = self._last = clock.perf_counter()
+        self._notes: list[str] = []
+        self._compared: dict[str, np.ndarray] = {}
+        self._noise: dict[str, float] = {}
+        self._programs: dict[str, Program] = {}
 
-    def after(self, name: str) -> None:
-        """Say what the method took; after the exact one, what all may take."""
-        if self._progress is False:
+    def begin(self, plain: InnerStep, methods: int, T: int) -> None:
+        """Compile training alone, and say how long all may take by how long that took."""
+        self._spoken.doing("diagnose: training alone")
+        self._plain = Plain(plain, self._state, self._walks[0][0])
+        seconds = self._lap()
+        self._methods = methods
+        about = seconds * (OF_EXACT + OF_METHOD * methods)
+        self._spoken.say(
+            f"diagnose: training alone, {seconds:.1f} s; T = {T} steps, {methods} methods and the "
+            f"exact hypergradient may take {about:.0f} s"
+        )
+
+    def look(self, exact: UnrolledOptimizer, plain: InnerStep, outer_step: float) -> None:
+        """Compute the exact hypergradients, and where the state stands."""
+        self._spoken.doing("diagnose: the exact hypergradient")
+        self._truths = [_exact(exact, self._state, task) for task, _ in self._walks]
+        self._spoken.doing("diagnose: roughness along it")
+        found = [
+            _look(plain, np.asarray(outer_step, np.float32), self._state, *walk, truth[0])
+            for walk, truth in zip(self._walks, self._truths, strict=True)
+        ]
+        rows = jax.device_get(found)
+        along, promised = jax.tree.map(lambda *x: np.stack(x).astype(float), *rows)
+        truths = [_flat(truth[0]) for truth in self._truths]
+        three = (along.smoothness, along.val_losses)
+        self._regime = Regime(outer_step, *three, promised, along.train_losses, noise(truths))
+
+    def tuned(
+        self, optimizers: dict[str, BilevelOptimizer], plain: InnerStep
+    ) -> dict[str, BilevelOptimizer]:
+        """Return the methods, the implicit ones with a ridge of one over training's length."""
+        if not any(isinstance(optimizer, ImplicitOptimizer) for optimizer in optimizers.values()):
+            return optimizers
+        try:
+            length = float(_length(plain, self._state, self._walks[0][0]))
+        except ValueError:  # no gradient of the training loss: they will say so
+            length = 0.0
+
+        def tuned(optimizer: BilevelOptimizer) -> BilevelOptimizer:
+            if isinstance(optimizer, ImplicitOptimizer) and length > 0:
+                return dataclasses.replace(optimizer, damping=1 / length)
+            return optimizer
+
+        return {name: tuned(optimizer) for name, optimizer in optimizers.items()}
+
+    def compare(self, name: str, optimizer: BilevelOptimizer, strict: bool) -> None:
+        """Compare a method; one that refuses the problem is left out, unless `strict`."""
+        self._spoken.doing(f"diagnose: {name}")
+        if self._spent(name):
             return
-        now = clock.perf_counter()
-        seconds, self._last = now - self._last, now
+        try:
+            made: list[Any] = []
+            for (task, others), truth in zip(self._walks, self._truths, strict=True):
+                made.append(_compare(optimizer, self._state, task, others, truth))
+                self._bar.advance(1)
+        except ValueError as error:
+            if name == EXACT or strict:
+                raise
+            self._notes.append(f"{name} is left out: {error}")
+            return
+        figures, estimates = zip(*jax.device_get(made), strict=True)
+        self._compared[name] = np.asarray(figures, float)
+        self._noise[name] = noise([_flat(g) for g in estimates])
+        if isinstance(optimizer, ImplicitOptimizer) and not strict:
+            settings = f"unroll_steps={optimizer.unroll_steps}, K={optimizer.K}"
+            self._notes.append(f"{name}: {settings}, damping={optimizer.damping:.3g}.")
+        if self._rounds:
+            self._programs[name] = Program(optimizer, self._state, self._walks[0][0])
+        self._bar.advance(1)
+        self._tell(name)
+
+    def _spent(self, name: str) -> bool:
+        """Whether the budget has no place for one method more, by those before; noted."""
+        now = clock.perf_counter() - self._started
+        if name == EXACT or self._budget is None:
+            return False
+        after = now + (now / (2 + len(self._compared)))
+        if after > self._budget:
+            self._notes.append(f"{name} is left out: budget={self._budget:g} s")
+        return after > self._budget
+
+    def _tell(self, name: str) -> None:
+        """Say what the method took; after the exact one, what the others may take."""
+        seconds = self._lap()
         if name == EXACT:
-            # It compiles three programs, the others two.
-            rest = (self._methods - 1) * seconds * 2 / 3
-            self._bar.write(
+            rest = self._methods * seconds * OF_METHOD / OF_EXACT
+            self._spoken.say(
                 f"diagnose: the exact hypergradient took {seconds:.1f} s; "
-                f"{self._methods - 1} methods more, about {rest:.0f} s"
+                f"{self._methods} methods more, about {rest:.0f} s"
             )
         elif not self._bar.drawn:
-            self._bar.write(f"diagnose: {name}, {seconds:.1f} s")
+            self._spoken.say(f"diagnose: {name}, {seconds:.1f} s")
+
+    def _lap(self) -> float:
+        now = clock.perf_counter()
+        seconds, self._last = now - self._last, now
+        return seconds
+
+    def diagnosis(self, T: int) -> Diagnosis:
+        """Return what was found, after timing."""
+        times, base = times_of(self._programs, self._plain, self._rounds, self._spoken)
+        rows: list[Row] = []
+        for name, values in self._compared.items():
+            time, cost = times.get(name, (np.empty(0), np.nan))
+            cosine, ratio, share = values.T
+            rows.append(Row(name, cosine, ratio, share, time, cost, self._noise[name]))
+        return Diagnosis(rows[1:], rows[0], T, base, tuple(self._notes), self._regime)
+
+
+def _flat(tree: PyTree) -> np.ndarray:
+    return np.concatenate([np.ravel(np.asarray(leaf, float)) for leaf in jax.tree.leaves(tree)])
 
 
 def _named(
@@ -215,7 +327,6 @@ def _named(
         "one-step": OneStepOptimizer(**inner),
         "t1t2": T1T2Optimizer(**inner),
         "drmad": DrMADOptimizer(**inner, unroll_steps=T),
-        "implicit": ImplicitOptimizer(**inner),
     }
     made: dict[str, BilevelOptimizer] = {}
     for name in methods:
@@ -229,6 +340,13 @@ def _named(
                 made[f"hyperdistill γ={gamma:g}"] = OnlineHypergradientOptimizer(
                     **inner, gamma=gamma, T=T
                 )
+        elif name == "implicit":
+            K = max(1, min(10, T // 2))
+            made["implicit cg"] = ImplicitOptimizer(**inner, unroll_steps=T, K=K)
+            # Its damping is known later.
+            made["implicit nystrom"] = ImplicitOptimizer(
+                **inner, unroll_steps=T, K=K, solver="nystrom", damping=1.0
+            )
         elif name == "unrolled":
             for k in (k for k in TRUNCATIONS if k < T):
                 made[f"unrolled {k}"] = UnrolledOptimizer(**inner, unroll_steps=k)
@@ -298,15 +416,34 @@ def _exact(exact: UnrolledOptimizer, state: BilevelState, task: Task) -> tuple[P
 
 
 @functools.partial(jit, static_argnums=0)
+def _look(
+    inner: InnerStep, h: jax.Array, state: BilevelState, task: Task, others: PyTree, g: PyTree
+) -> tuple[Along, jax.Array]:
+    """Return what lies along the hypergradient, and what it promises."""
+    largest = jax.tree.reduce(jnp.maximum, jax.tree.map(lambda x: jnp.max(jnp.abs(x)), g))
+    downhill = optax.tree.scale(-1 / jnp.where(largest > 0, largest, 1), g)
+    # One that overflows has no direction: all of λ is moved then, and its walks tell.
+    finite = jnp.isfinite(norm(downhill))
+    downhill = jax.tree.map(lambda x: jnp.where(finite, x, 1), downhill)
+    both = jax.tree.map(lambda *x: jnp.concatenate(x), task.train_batch, others)
+    longer = dataclasses.replace(task, train_batch=both)
+    promised = h * jnp.asarray(optax.tree.vdot(g, downhill))
+    return along(inner, state, longer, downhill, h), promised
+
+
+_length = functools.partial(jit, static_argnums=0)(training_length)
+
+
+@functools.partial(jit, static_argnums=0)
 def _compare(
     optimizer: BilevelOptimizer,
     state: BilevelState,
     task: Task,
     others: PyTree,
     truth: tuple[PyTree, PyTree],
-) -> jax.Array:
-    """Return cosine, norm ratio and second-order share of a method's estimate, `(3,)`."""
-    own = _own_state(optimizer, state, task)
+) -> tuple[jax.Array, PyTree]:
+    """Return cosine, norm ratio and second-order share of a method's estimate, and itself."""
+    own = own_state(optimizer, state, task)
     if optimizer.calibration_period:
         own = optimizer.calibrate(own, dataclasses.replace(task, train_batch=others))
     g = at_least_float32(estimate_at(optimizer, own, task).hypergradient)
@@ -315,104 +452,4 @@ def _compare(
     cosine = jnp.asarray(optax.tree.vdot(g, exact)) / (length * reference)  # NaN with a zero
     second, first = norm(optax.tree.sub(g, direct)), norm(direct)
     share = jnp.where(second == 0, 0, second / (first + second))
-    return jnp.stack([cosine, length / reference, share])
-
-
-def _own_state(optimizer: BilevelOptimizer, state: BilevelState, task: Task) -> BilevelState:
-    memory: dict[str, Any] = {}
-    if optimizer.remembers_batch:
-        first = jax.tree.map(lambda x: x[0], task.train_batch)
-        memory = {"train_batch": first, "key": jax.random.key(0)}
-    return fresh_state(optimizer, state, **memory)
-
-
-class _Program:
-    """A method's estimates along the horizon, compiled: what its cost is measured on."""
-
-    def __init__(
-        self,
-        optimizer: Any,
-        state: BilevelState,
-        T: int,
-        task: Task,
-    ) -> None:
-        k = optimizer.unroll_steps if isinstance(optimizer, UnrollingMethod) else 1
-        blocks = T // k
-        self.steps = blocks * k
-        own, trains = _own_state(optimizer, state, task), task.train_batch
-        if isinstance(optimizer, UnrollingMethod):
-            optimizer = dataclasses.replace(optimizer, batches="stack")  # pyright: ignore[reportArgumentType]
-            trains = jax.tree.map(
-                lambda x: x[: self.steps].reshape(blocks, k, *x.shape[1:]), trains
-            )
-
-        def along(state: BilevelState, task: Task) -> Any:
-            def block(carry: Any, train: PyTree) -> Any:
-                state, total = carry
-                done: Any = optimizer.estimate(state, dataclasses.replace(task, train_batch=train))
-                return (moved(state, done), optax.tree.add(total, done.hypergradient)), None
-
-            start = (state, optax.tree.zeros_like(state.hyperparams))
-            return jax.lax.scan(block, start, task.train_batch)[0]
-
-        self._args = (own, dataclasses.replace(task, train_batch=trains))
-        self.flops = flops(along, *self._args)
-        self._compiled = jit(along).lower(*self._args).compile()
-
-    @functools.cached_property
-    def _calls(self) -> int:
-        """How many calls last long enough for the clock and the scheduler; warms up too."""
-        once = [self._time(1) for _ in range(3)]
-        return max(1, int(MEASURE_SECONDS / max(min(once), 1e-6)))
-
-    def seconds(self) -> float:
-        """Return the time of one inner step."""
-        return self._time(self._calls) / self._calls / self.steps
-
-    def _time(self, calls: int) -> float:
-        started = clock.perf_counter()
-        for _ in range(calls):
-            jax.block_until_ready(self._compiled(*self._args))
-        return clock.perf_counter() - started
-
-
-class _Plain(_Program):
-    """Training alone along the horizon, with no hypergradient: what costs are relative to."""
-
-    def __init__(self, inner: InnerStep, state: BilevelState, task: Task) -> None:
-        def along(state: BilevelState, task: Task) -> Any:
-            after = walk(inner, state, task)
-            return after.params, after.inner_opt_state, after.model_state
-
-        self.steps = int(jax.tree.leaves(task.train_batch)[0].shape[0])
-        self._args = (state, task)
-        self.flops = flops(along, *self._args)
-        self._compiled = jit(along).lower(*self._args).compile()
-
-
-def _times(
-    programs: dict[str, _Program], plain: _Plain, rounds: int
-) -> tuple[dict[str, tuple[np.ndarray, float]], float]:
-    """Return each method's time over the plain step's of the same round, and FLOPs over its.
-
-    In a round all run once, the plain step before and after each, so that noise that lasts hits
-    both. Also returns the plain step's median time, in seconds.
-    """
-    if not rounds:
-        return {}, float("nan")
-    ratios: dict[str, list[float]] = {name: [] for name in programs}
-    bases: list[float] = []
-    for _ in range(rounds):
-        before = plain.seconds()
-        for name, program in programs.items():
-            here = program.seconds()
-            after = plain.seconds()
-            ratios[name].append(2 * here / (before + after))
-            bases.append(before)
-            before = after
-    base = plain.flops / plain.steps
-    times = {
-        name: (np.asarray(ratios[name]), program.flops / program.steps / base)
-        for name, program in programs.items()
-    }
-    return times, float(np.median(bases))
+    return jnp.stack([cosine, length / reference, share]), g

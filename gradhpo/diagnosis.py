@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 
+import gradhpo
+from gradhpo.regime import Regime
+
 __all__ = ["Diagnosis", "Row"]
 
 ALIGNED = 0.9
 """The mean cosine from which a method's direction counts as that of the exact hypergradient."""
 NEGLIGIBLE = 0.05
 """The second-order share below which the direct term alone is enough."""
-COLUMNS = ("method", "cosine", "norm ratio", "second-order", "time", "FLOPs")
+COLUMNS = ("method", "cosine", "norm ratio", "noise", "second-order", "time", "FLOPs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Row:
     """Of an inner step with the method, over one of training alone, `(rounds,)`."""
     flops: float
     """The same of FLOPs as XLA counts them; NaN without timing."""
+    noise: float = float("nan")
+    """The variance of the estimate over the samples, over its squared mean; NaN for one sample."""
 
     @property
     def aligned(self) -> bool:
@@ -54,7 +59,8 @@ class Row:
             time = f"{self.cost:.1f}x [{low:.1f}, {high:.1f}]"
         ratio, share = _spread(self.norm_ratio, 2), f"{100 * np.mean(self.second_order):.0f}%"
         flops = "-" if np.isnan(self.flops) else f"{self.flops:.1f}x"
-        return [self.name, cosine, ratio, share, time, flops]
+        noise = "-" if np.isnan(self.noise) else f"{self.noise:.2g}"
+        return [self.name, cosine, ratio, noise, share, time, flops]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +76,9 @@ class Diagnosis:
     seconds: float
     """Of an inner step of training alone, without a hypergradient."""
     notes: tuple[str, ...] = ()
-    """Methods that were left out, and why."""
+    """Methods that were left out, and why; and settings of others."""
+    regime: Regime | None = None
+    """Where the state stands: how rough, how noisy, and whether at a minimum."""
 
     def row(self, name: str) -> Row:
         """Return the row of this name.
@@ -92,14 +100,17 @@ class Diagnosis:
     def recommendation(self) -> str:
         """A method and the reason for it, in plain words.
 
-        Of the methods with a mean cosine of at least 0.9 the cheapest (of those within 10% of its
-        time, the most aligned); "first-order" already where the exact gradient's second-order share
-        is below 5%; and the exact method where no estimate is aligned. Without timing, the most
-        aligned is taken.
+        Where training is chaotic along the hypergradient before the horizon, the longest unroll
+        that is not. Otherwise, of the methods with a mean cosine of at least 0.9 the cheapest (of
+        those within 10% of its time, the most aligned); "first-order" already where the exact
+        gradient's second-order share is below 5%; and the exact method where no estimate is
+        aligned. Without timing, the most aligned is taken.
         """
         row, reason = self._choose()
         ratio = float(np.mean(row.norm_ratio))
         advice = f"{row.name}: {reason}."
+        if self._within_smooth() is not None:
+            return advice  # the exact gradient is no measure there
         if not 0.5 <= ratio <= 2:
             advice += (
                 f" Its norm is {ratio:.2g} times the exact one: move λ with an optimizer that "
@@ -107,7 +118,20 @@ class Diagnosis:
             )
         return advice + self._horizon_advice()
 
+    def _within_smooth(self) -> tuple[Row, str] | None:
+        """Return the longest unroll that is not chaotic, where T steps are."""
+        if self.regime is None or self.regime.smooth_until >= self.horizon:
+            return None
+        steps, named = self.regime.smooth_until, {row.name: row for row in self.rows}
+        short = [k for k in range(steps, 1, -1) if f"unrolled {k}" in named]
+        name = f"unrolled {short[0]}" if short else "one-step"
+        if name not in named:
+            return None
+        return named[name], f"training is chaotic along the hypergradient beyond {steps} steps"
+
     def _choose(self) -> tuple[Row, str]:
+        if truncated := self._within_smooth():
+            return truncated
         share = float(np.mean(self.exact.second_order))
         named = {row.name: row for row in self.rows}
         if share < NEGLIGIBLE and "first-order" in named:
@@ -148,8 +172,16 @@ class Diagnosis:
             f"Over {len(self.exact.cosine)} walks of T = {self.horizon} steps: mean and standard "
             f"deviation. Time and FLOPs: of an inner step, over training alone{base}; quartiles.",
             *self.notes,
+            *self._advice(),
             f"Recommended: {self.recommendation}",
         ]
+
+    def _advice(self) -> list[str]:
+        if self.regime is None:
+            return []
+        implicit = any(row.name.startswith("implicit") for row in self.rows)
+        known = [name for name in ("PESOptimizer",) if hasattr(gradhpo, name)]
+        return self.regime.advice(implicit, known)
 
     def __str__(self) -> str:
         cells = [list(COLUMNS), *(row.cells() for row in (*self.rows, self.exact))]

@@ -11,6 +11,9 @@ from gradhpo._version import __version__
 from gradhpo.errors import warn_user
 from gradhpo.optimizer import BilevelOptimizer
 
+ADDED = {"added": True}
+"""Metadata of a setting that a method got after runs with it were written to disk."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprint:
@@ -77,6 +80,17 @@ def settings(optimizer: BilevelOptimizer) -> str:
     inside = getattr(optimizer, "optimizer", None)
     if isinstance(inside, BilevelOptimizer):
         return settings(inside)
-    given = sorted(vars(optimizer).items())
+    unwritten = _at_default_since(optimizer)
+    given = sorted(item for item in vars(optimizer).items() if item[0] not in unwritten)
     parts = [f"{n}={x!r}" for n, x in given if isinstance(x, bool | int | float | str)]
     return f"{type(optimizer).__name__}({', '.join(parts)})"
+
+
+def _at_default_since(optimizer: BilevelOptimizer) -> set[str]:
+    """Return which settings are at their default and `ADDED`: those of older runs lack them."""
+    if not dataclasses.is_dataclass(optimizer):
+        return set()
+    added = [
+        field for field in dataclasses.fields(optimizer) if ADDED.items() <= field.metadata.items()
+    ]
+    return {field.name for field in added if getattr(optimizer, field.name) == field.default}

@@ -13,6 +13,7 @@ import gradhpo
 from gradhpo.diagnosis import Row
 from gradhpo.flops import flops
 from gradhpo.horizon import estimate_at, fresh_state
+from gradhpo.regime import Regime, noise
 from tests.small import BATCH, start, train_loss, val_loss
 
 KEY = jax.random.key(0)
@@ -56,6 +57,7 @@ def test_a_quadratic_in_closed_form():
         jax.random.split(jax.random.fold_in(gradhpo.problem.stream(KEY, "diagnosis"), i), 2 * T)
         for i in range(3)
     ]
+    exacts = []
     for i, keys in enumerate(data):
         w, lam = np.asarray([2.0, -1.0]), np.ones(2)
         for key in keys[:T]:
@@ -64,6 +66,7 @@ def test_a_quadratic_in_closed_form():
         for name, k in (("one-step", 1), ("t1t2", 1), ("unrolled 2", 2), ("unrolled 5", 5)):
             gradients[name] = lam + (1 - (1 - 0.1 * G) ** k) * 2 * w
         exact = gradients["exact"]
+        exacts.append(exact)
         for name, g in gradients.items():
             row = found.row(name)
             norms = np.linalg.norm(g), np.linalg.norm(exact)
@@ -75,6 +78,15 @@ def test_a_quadratic_in_closed_form():
     np.testing.assert_allclose(found.exact.cosine, 1, rtol=1e-12)
     np.testing.assert_allclose(found.exact.norm_ratio, 1, rtol=1e-12)
     assert found.row("first-order").second_order.tolist() == [0, 0, 0]
+    np.testing.assert_allclose(found.exact.noise, noise(exacts), rtol=1e-6)
+    # The weights are linear in λ, and the loss nearly so over a step of 0.01.
+    np.testing.assert_allclose(found.regime.smoothness, np.ones((3, 2 * T)), rtol=1e-6)
+    np.testing.assert_allclose(
+        found.regime.promised, [-0.01 * g @ g / np.abs(g).max() for g in exacts], rtol=1e-6
+    )
+    assert 0.9 < found.regime.kept < 1.1
+    # Its ridge is one over T rates of 0.1; the last two are the notes of the two solvers.
+    assert all(note.endswith("damping=1.43.") for note in found.notes[-2:])
     np.testing.assert_allclose(found.row("drmad").cosine, 1, rtol=1e-12)  # A does not depend on w
 
 
@@ -129,7 +141,9 @@ def test_a_method_that_cannot_see_lambda_is_left_out_with_its_reason():
         rounds=0,
     )
     assert [row.name for row in found.rows] == ["one-step"]
-    assert "log_rate" in found.notes[0]
+    for name, note in zip(("implicit cg", "implicit nystrom"), found.notes, strict=True):
+        assert note.startswith(f"{name} is left out:")
+        assert "log_rate" in note
 
 
 @pytest.mark.slow
@@ -175,11 +189,25 @@ def test_quick_compares_four_and_tells_how_long_it_takes(capsys):
     found = gradhpo.diagnose(SMALL, state_of(SMALL), KEY, methods="quick", **settings)
     names = ["first-order", "one-step", "t1t2", "hyperdistill γ=0.9"]
     assert [row.name for row in found.rows] == names
-    told = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(
-        r"diagnose: the exact .* took [\d.]+ s; 4 methods more, about \d+ s", told[0]
+    # On a slow machine there are signs of life between.
+    told = [line for line in capsys.readouterr().err.splitlines() if "by now" not in line]
+    alone = r"diagnose: training alone, [\d.]+ s; T = 2 steps, 4 methods .* may take \d+ s"
+    assert re.fullmatch(alone, told[0])
+    exact = r"diagnose: the exact .* took [\d.]+ s; 4 methods more, about \d+ s"
+    assert re.fullmatch(exact, told[1])
+    assert [re.fullmatch(r"diagnose: (.*), [\d.]+ s", line)[1] for line in told[2:]] == names
+
+
+@pytest.mark.slow
+def test_what_no_budget_is_left_for_is_said(capsys):
+    settings = {"inner_optimizer": INNER, "horizon": 2, "samples": 1, "rounds": 0}
+    names = ("one-step", "drmad")
+    found = gradhpo.diagnose(
+        SMALL, state_of(SMALL), KEY, methods=names, budget=0.0, progress=False, **settings
     )
-    assert [re.fullmatch(r"diagnose: (.*), [\d.]+ s", line)[1] for line in told[1:]] == names
+    assert found.recommended.name == "exact"
+    assert found.notes == tuple(f"{name} is left out: budget=0 s" for name in names)
+    assert not capsys.readouterr().err
 
 
 def row(name, cosine, cost, share=0.5, ratio=1.0):
@@ -200,6 +228,23 @@ def test_the_rule_of_the_recommendation(rows, expected):
     found = gradhpo.Diagnosis(rows, row("exact", 1.0, 9.0), 10, 1e-3)
     assert found.recommended.name == expected
     assert found.recommendation.startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("smooth", "expected"), [(12, "a"), (9, "unrolled 5"), (5, "unrolled 5"), (1, "one-step")]
+)
+def test_no_horizon_is_recommended_in_which_training_is_chaotic(smooth, expected):
+    names = ("a", "one-step", "unrolled 2", "unrolled 5")
+    rows = [row(name, 0.95 if name == "a" else 0.1, 2.0) for name in names]
+    steps = np.where(np.arange(20) < smooth, 1.0, 0.1) * np.ones((3, 1))
+    losses = np.ones((3, 20, 3))
+    regime = Regime(0.01, steps, losses, -np.ones(3), losses[..., 0], 0.0)
+    found = gradhpo.Diagnosis(rows, row("exact", 1.0, 9.0), 10, 1e-3, regime=regime)
+    assert found.recommended.name == expected
+    assert f"Chaotic beyond {smooth} steps" in str(found)
+    if expected != "a":
+        told = f"training is chaotic along the hypergradient beyond {smooth} steps"
+        assert found.recommendation == f"{expected}: {told}."
 
 
 def test_a_small_norm_is_said():
@@ -224,6 +269,8 @@ def test_host_batches():
         ({"horizon": 0}, ValueError, "horizon"),
         ({"samples": 1.5}, TypeError, "samples"),
         ({"rounds": -1}, ValueError, "rounds"),
+        ({"outer_step": 0}, ValueError, "outer_step"),
+        ({"budget": -1}, ValueError, "budget"),
         ({"gammas": (1.5,)}, ValueError, "gammas"),
         ({"methods": ("two-step",)}, ValueError, "two-step"),
         ({"methods": "greedy"}, TypeError, "methods"),

@@ -1,12 +1,12 @@
 """Implicit: the hypergradient at a minimum of the training loss, by the implicit function theorem.
 
-`g = g_FO - α·H⁻¹·∂²L_train/∂w∂λ`, `H = ∂²L_train/∂w²`.
+`g = g_FO - α·(H + ρI)⁻¹·∂²L_train/∂w∂λ`, `H = ∂²L_train/∂w²`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
@@ -15,14 +15,22 @@ import numpy as np
 import optax
 from jax.tree_util import keystr, tree_flatten_with_path
 
+from gradhpo.conjugate_residuals import Operator, conjugate_residuals
 from gradhpo.dependence import depends_by_coordinate
 from gradhpo.errors import check_count, check_number
+from gradhpo.fingerprint import ADDED
 from gradhpo.hypergradient import at_least_float32, norm, second_order, validation
 from gradhpo.inner import InnerStep
+from gradhpo.neumann_series import neumann_series
+from gradhpo.nystrom import nystrom
 from gradhpo.optimizer import Estimate
-from gradhpo.state import BilevelState, PyTree
-from gradhpo.task import Carried, Task
+from gradhpo.state import BilevelState, PyTree, remembered
+from gradhpo.task import Carried, Task, split_fixed
 from gradhpo.unrolling import UnrollingMethod
+
+SOLVERS = ("cg", "neumann", "nystrom")
+SOLUTION = "solution"
+"""What a warm start keeps in the state: `x`, shaped like the weights."""
 
 
 @dataclass(frozen=True)
@@ -38,53 +46,82 @@ class ImplicitOptimizer(UnrollingMethod):
       inner_optimizer: an `optax.GradientTransformation`, or a function of λ that returns one.
       outer_optimizer: an `optax.GradientTransformation` for λ, in place of `lr_hyper`.
       unroll_steps: T, the inner steps in one step.
-      solver: of `H x = α`. "cg": conjugate gradients that make the residual `H x - α` least, also
-        known as conjugate residuals, which a singular `H` (more weights than examples) does not
-        disturb; they stop at a direction in which `H` is not positive. "neumann": the
+      solver: of `(H + ρI) x = α`. "cg": conjugate gradients that make the residual `H x - α` least,
+        also known as conjugate residuals, which a singular `H` (more weights than examples) does
+        not disturb; they stop at a direction in which `H` is not positive. "neumann": the
         series `x = η Σ_{k<K} (I - ηH)^k α`, which converges for η below 2 over the largest
-        eigenvalue. At a minimum it equals K unrolled steps of SGD with rate η.
-      K: iterations of "cg" at most, or terms of "neumann".
+        eigenvalue. At a minimum it equals K unrolled steps of SGD with rate η. "nystrom": `H` is
+        replaced by one of rank K, from its products with K random directions (others at each
+        step), and the system solved exactly: as good as `H` has few large eigenvalues. It needs
+        memory for 2K copies of the weights.
+      K: iterations of "cg" at most, terms of "neumann", or the rank of "nystrom": as many products
+        with `H`, each of the cost of about two gradients.
       neumann_rate: η > 0, required by "neumann".
       update_fn: `(params, hyperparams, batch) -> params`, in place of `inner_optimizer`.
       batches: "repeat" takes `train_batch` at all T steps; "stack" takes a stack of batches with
         a leading axis of length T, one for each.
+      damping: ρ, a ridge on `H`; required by "nystrom". Directions whose curvature is far below ρ
+        count as if training had not yet moved along them: `1/ρ` is the length of training, its
+        learning rates added up, that the hypergradient looks back on.
+      warm_start: start from the solution of the step before, which the state then keeps, and solve
+        for what is missing, by one product more, or two with "nystrom". If λ and the weights move
+        little between steps, a small K is then enough.
 
     Raises:
       ValueError: if neither or both of `inner_optimizer` and `update_fn` are given, or
-        `neumann_rate` is missing or has no use; in `step`, if a hyperparameter acts on the weights
-        through the inner optimizer or the `update_fn` only.
+        `neumann_rate` or `damping` is missing, or the former has no use; in `step`, if a
+        hyperparameter acts on the weights through the inner optimizer or the `update_fn` only.
 
     References:
       Pedregosa, Hyperparameter Optimization with Approximate Gradient, ICML 2016 (conjugate
       gradients). Stiefel, Relaxationsmethoden bester Strategie zur Lösung linearer
       Gleichungssysteme, Comment. Math. Helv. 29, 1955 (their residual form). Lorraine
       et al., Optimizing Millions of Hyperparameters by Implicit Differentiation, AISTATS 2020,
-      Alg. 3 (Neumann).
+      Alg. 3 (Neumann). Hataya & Yamada, Nyström Method for Accurate and Scalable Implicit
+      Differentiation, AISTATS 2023 (with columns of H; here, as in Frangella et al., Randomized
+      Nyström Preconditioning, SIAM J. Matrix Anal. Appl. 44, 2023, with random directions).
     """
 
     inner_optimizer: Any = None
     outer_optimizer: Any = None
     unroll_steps: int = 1
-    solver: Literal["cg", "neumann"] = "cg"
+    solver: Literal["cg", "neumann", "nystrom"] = "cg"
     K: int = 10
     neumann_rate: float | None = None
     update_fn: Callable[..., Any] | None = None
     batches: Literal["repeat", "stack"] = "repeat"
+    damping: float = field(default=0.0, metadata=ADDED)
+    warm_start: bool = field(default=False, metadata=ADDED)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("K", self.K)
-        if self.solver not in ("cg", "neumann"):
-            raise ValueError(f'solver must be "cg" or "neumann", got {self.solver!r}')
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver must be one of {SOLVERS}, got {self.solver!r}")
         if (self.solver == "neumann") != (self.neumann_rate is not None):
             got = f"solver={self.solver!r} with neumann_rate={self.neumann_rate!r}"
             raise ValueError(f'neumann_rate goes with solver="neumann", which needs it; got {got}')
         if self.neumann_rate is not None:
             eta = check_number("neumann_rate", self.neumann_rate, 0, float("inf"), open_low=True)
             object.__setattr__(self, "neumann_rate", eta)
+        object.__setattr__(self, "damping", check_number("damping", self.damping, 0, float("inf")))
+        if self.solver == "nystrom" and not self.damping:
+            raise ValueError('solver="nystrom" needs a damping above 0, got 0')
+        if not isinstance(self.warm_start, bool):
+            raise TypeError(f"warm_start must be True or False, got {self.warm_start!r}")
+
+    def init(
+        self, params: PyTree, hyperparams: PyTree, *, model_state: PyTree = None
+    ) -> BilevelState:
+        """Return the state before the first step; see `BilevelOptimizer.init`."""
+        state = super().init(params, hyperparams, model_state=model_state)
+        if not self.warm_start:
+            return state
+        nothing = optax.tree.zeros_like(split_fixed(state.params)[0])
+        return state.update(metadata={SOLUTION: nothing})
 
     def estimate(self, state: BilevelState, task: Task) -> Estimate:
-        """Return `g_FO - xᵀ ∂²L_train/∂w∂λ` at `w_T`, `x` the solution of `H x = α`."""
+        """Return `g_FO - xᵀ ∂²L_train/∂w∂λ` at `w_T`, `x` the solution of `(H + ρI) x = α`."""
         lam, inner = state.hyperparams, self.inner_step(task.train_loss)
         batch = self.batch_at(task.train_batch)(self.unroll_steps - 1)
         _refuse_unseen(inner, *task.start(state), lam, batch)
@@ -97,75 +134,49 @@ class ImplicitOptimizer(UnrollingMethod):
             return jax.grad(objective)(w, lam)
 
         hessian = jax.linearize(gradient, moved.params)[1]
-        if self.neumann_rate is None:
-            # For α of length 1, since squares of small numbers are none in low precision.
-            length = norm(val.alpha)
-            unit = optax.tree.scale(
-                jnp.where(length > 0, 1 / jnp.where(length > 0, length, 1), 0), val.alpha
-            )
-            x = _conjugate_residuals(hessian, optax.tree.cast_like(unit, val.alpha), self.K)
-            x = optax.tree.cast_like(optax.tree.scale(length, x), val.alpha)
-        else:
-            x = _neumann(hessian, val.alpha, self.K, self.neumann_rate)
-
+        x = self._solution(hessian, val.alpha, state)
         point = (moved.params, lam, x, None)
         (mixed,) = second_order(objective, *point, "forward-over-reverse", (1,))
-        return Estimate.of(optax.tree.sub(val.direct, mixed), moved, val)
+        memory = {SOLUTION: x} if self.warm_start else None
+        return Estimate.of(optax.tree.sub(val.direct, mixed), moved, val, memory)
+
+    def _solution(self, hessian: Operator, alpha: PyTree, state: BilevelState) -> PyTree:
+        """Return `x`, from nothing or from where the step before left it."""
+        if not self.warm_start:
+            return self._solve(hessian, alpha, state)
+        before, damped = remembered(state, SOLUTION), self._damped(hessian)
+        missing = optax.tree.sub(alpha, damped(before))
+        # An old solution that is worse than none is dropped; so is one that is not finite.
+        better = norm(missing) < norm(alpha)
+        before = jax.tree.map(lambda x: jnp.where(better, x, 0), before)
+        missing = jax.tree.map(lambda r, a: jnp.where(better, r, a), missing, alpha)
+        more = self._solve(hessian, missing, state)
+        if self.solver == "nystrom":  # which is too long where H_k lacks a direction
+            more = _of_least_residual(damped, more, missing)
+        return optax.tree.add(before, more)
+
+    def _solve(self, hessian: Operator, target: PyTree, state: BilevelState) -> PyTree:
+        if self.solver == "nystrom":
+            key = jax.random.fold_in(jax.random.key(0), state.step)
+            return nystrom(hessian, target, self.K, self.damping, key)
+        damped = self._damped(hessian)
+        if self.neumann_rate is not None:
+            return neumann_series(damped, target, self.K, self.neumann_rate)
+        return conjugate_residuals(damped, target, self.K)
+
+    def _damped(self, hessian: Operator) -> Operator:
+        if not self.damping:
+            return hessian
+        return lambda v: optax.tree.cast_like(optax.tree.add_scale(hessian(v), self.damping, v), v)
 
 
-def _neumann(hessian: Callable[[PyTree], PyTree], alpha: PyTree, K: int, eta: float) -> PyTree:
-    """Return `η Σ_{k<K} (I - ηH)^k α`."""
-
-    def term(carry: tuple[PyTree, PyTree], _: None) -> tuple[tuple[PyTree, PyTree], None]:
-        power, total = carry
-        power = optax.tree.add_scale(power, -eta, hessian(power))  # (I - ηH)^k α
-        return (power, optax.tree.add(total, power)), None
-
-    (_, total), _ = jax.lax.scan(term, (alpha, alpha), length=K - 1)
-    return optax.tree.scale(eta, total)
-
-
-def _conjugate_residuals(hessian: Callable[[PyTree], PyTree], alpha: PyTree, K: int) -> PyTree:
-    """Return `x` with `‖H x - α‖` least over the Krylov space of K products, or fewer.
-
-    Unlike conjugate gradients, which follow the part of α outside of H's range down a slope without
-    end, these leave it alone: `xᵀ ∂²L/∂w∂λ` does not see it. They stop where nothing is left of the
-    residual but rounding, or that part, or a direction in which H is not positive.
-    """
-    rounding = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(alpha))
-    square = _inner(alpha, alpha)
-    negligible = rounding**0.75  # of H's norm: what a product leaves of a vector H maps to 0
-
-    def iteration(carry: Any, _: None) -> tuple[Any, None]:
-        x, residual, direction, image, rho, largest, done = carry
-        of_residual = hessian(residual)
-        rr = _inner(residual, residual)
-        stretch = _inner(of_residual, of_residual)
-        new_rho = _inner(residual, of_residual)
-        largest = jnp.maximum(largest, stretch / jnp.where(rr > 0, rr, 1))
-        done |= (rr <= rounding**2 * square) | (stretch <= negligible**2 * largest * rr)
-        done |= new_rho <= 0
-        turn = jnp.where(done, 0, new_rho / jnp.where(rho > 0, rho, 1))
-        direction = _add_scale(residual, turn, direction)
-        image = _add_scale(of_residual, turn, image)
-        length = _inner(image, image)
-        step = jnp.where(done, 0, new_rho / jnp.where(length > 0, length, 1))
-        x = _add_scale(x, step, direction)
-        residual = _add_scale(residual, -step, image)
-        return (x, residual, direction, image, new_rho, largest, done), None
-
-    nothing, zero = optax.tree.zeros_like(alpha), 0 * square
-    start = (nothing, alpha, nothing, nothing, zero, zero, square <= 0)
-    return jax.lax.scan(iteration, start, length=K)[0][0]
-
-
-def _inner(a: PyTree, b: PyTree) -> jax.Array:
-    """Return the inner product, in float32 or better."""
-    return jnp.asarray(optax.tree.vdot(at_least_float32(a), at_least_float32(b)))
-
-
-def _add_scale(a: PyTree, factor: Any, b: PyTree) -> PyTree:
-    return optax.tree.cast_like(optax.tree.add_scale(a, factor, b), a)
+def _of_least_residual(operator: Operator, x: PyTree, target: PyTree) -> PyTree:
+    """Return `sx` with `‖s A x - b‖` least; a guess that is bettered so comes closer every time."""
+    image = at_least_float32(operator(x))
+    square = norm(image) ** 2
+    along = optax.tree.vdot(image, at_least_float32(target))
+    scale = jnp.where(square > 0, along / jnp.where(square > 0, square, 1), 0)
+    return optax.tree.cast_like(optax.tree.scale(scale, x), x)
 
 
 def _refuse_unseen(inner: InnerStep, w: PyTree, s: Carried, lam: PyTree, batch: PyTree) -> None:
