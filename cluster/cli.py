@@ -244,6 +244,27 @@ def best(
 
 @app.command()
 @clear_errors
+def report(
+    storage: Where,
+    output: Annotated[Path, typer.Option(help="The file of HTML; replaced.")] = Path("report.html"),
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Serve it on this machine's loopback, live.")
+    ] = False,
+    port: Annotated[int, typer.Option(help="Of --watch; 0 for a free one.")] = 0,
+) -> None:
+    """Write a report of a sweep, or of a run of solve(checkpoint=…), as one file of HTML."""
+    from gradhpo.cluster import reporting
+
+    if watch:
+        with contextlib.suppress(KeyboardInterrupt):
+            reporting.serve_report(storage, port, lambda where: _say(f"{where} (Ctrl-C ends it)"))
+        return
+    made = reporting.write_report(storage, output)
+    _say(f"{made}: {made.stat().st_size / 1e6:.1f} MB")
+
+
+@app.command()
+@clear_errors
 def doctor() -> None:
     """Say what there is to use: devices, versions, extras; and what a sweep would take."""
     from gradhpo.cluster import doctor

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from gradhpo import notebook
 
 ALIGNED = 0.9
 """The mean cosine from which a method's direction counts as that of the exact hypergradient."""
@@ -160,6 +163,38 @@ class Diagnosis:
             for line in cells
         ]
         return "\n".join([*lines, *self._footer()])
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write it as `diagnosis.json` into a folder, of a sweep or a run: its report shows it.
+
+        Args:
+          folder: a path, made if it is not there, or the address of a store; one that was there
+            is replaced.
+
+        Raises:
+          OSError: if it cannot be written.
+        """
+        from gradhpo import saved_diagnosis
+
+        saved_diagnosis.write(folder, self)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Diagnosis:
+        """Return what `save` wrote.
+
+        Raises:
+          FileNotFoundError: if there is none.
+          ValueError: if it is damaged.
+        """
+        from gradhpo import saved_diagnosis
+
+        return saved_diagnosis.read(folder)
+
+    def _repr_html_(self) -> str:
+        """Show the table in a notebook."""
+        rows = [row.cells() for row in (*self.rows, self.exact)]
+        bold = [row.name == self.recommended.name for row in (*self.rows, self.exact)]
+        return notebook.table(COLUMNS, rows, bold=bold, below=self._footer())
 
     def show(self) -> None:
         """Print the table: with rich where it is installed, as plain text otherwise."""

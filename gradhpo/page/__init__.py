@@ -1,0 +1,8 @@
+"""The page that shows a sweep or a run: one file of HTML with its data, style and script."""
+
+from gradhpo.page.document import document
+from gradhpo.page.packed import packed, unpacked
+from gradhpo.page.plain import plain
+from gradhpo.page.server import PageServer
+
+__all__ = ["PageServer", "document", "packed", "plain", "unpacked"]
