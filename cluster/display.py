@@ -20,7 +20,8 @@ class Display:
 
     Args:
       show: None for what fits the output: a bar on a terminal or in a notebook (with tqdm
-        installed), a line every few seconds elsewhere; True for the same with tqdm required; False for nothing.
+        installed), a line every few seconds elsewhere; True for the same with tqdm required; False
+        for nothing.
       where: the storage, as the first lines name it.
       generations: of the whole sweep.
       steps: trial-steps in a generation.

@@ -65,10 +65,11 @@ def _numbers(row: Row) -> dict[str, Any]:
     }
 
 
+def _array(value: Any) -> Any:
+    return np.asarray(value, float) if isinstance(value, list) else value
+
+
 def _read(about: dict[str, Any]) -> Diagnosis:
-    rows = [
-        Row(**{n: np.asarray(x, float) if isinstance(x, list) else x for n, x in row.items()})
-        for row in about["rows"]
-    ]
+    rows = [Row(**{n: _array(x) for n, x in row.items()}) for row in about["rows"]]
     told = (about["horizon"], about["seconds"], tuple(about["notes"]))
     return Diagnosis(rows[:-1], rows[-1], *told)

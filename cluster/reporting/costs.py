@@ -26,7 +26,7 @@ class Costs:
 
     def __init__(self) -> None:
         self._counts, self._faults = Counter[str](), Counter[str]()
-        self._parts = Counter[str]()
+        self._parts: dict[str, float] = {}
         self._starting: float | None = None
         self._startup, self._starts = 0.0, 0
         self._last: list[dict[str, Any]] = []
@@ -74,6 +74,6 @@ class Costs:
         for part in facts.get("seconds") or ():
             match part:
                 case [str() as name, float() | int() as seconds] if not facts.get("loads"):
-                    self._parts[name] += seconds
+                    self._parts[name] = self._parts.get(name, 0.0) + seconds
                 case _:
                     pass

@@ -49,7 +49,7 @@ def rows_of(followed: Followed, first: int, most: int | None = None) -> dict[str
             "settings": {n: packed(thinned(x, each)) for n, x in ended.items()},
         }
         return kept
-    parents = _stacked(followed, [x.parent for x in about])
+    parents = _stacked(followed, [x.parent for x in about]).astype(int)
     return kept | {
         "trial": packed(_stacked(followed, [x.trial for x in about]), "<i4"),
         "parent": packed(parents, "<i4"),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.reporting.sweep_data import SweepData, is_sweep
 from gradhpo.cluster.settings import folder_of
 from gradhpo.commit import commit
 from gradhpo.files import Where
-from gradhpo.page import PageServer, document
+from gradhpo.page import document
 from gradhpo.run_page import RunData, is_run
 
 
@@ -49,7 +49,7 @@ def write_report(storage: Where, file: str | os.PathLike[str]) -> Path:
     page = document(data_of(storage).whole()).encode()
     path = Path(file)
 
-    def content(opened: Any) -> None:
+    def content(opened: BinaryIO) -> None:
         opened.write(page)
 
     return commit(path, content)
@@ -66,6 +66,8 @@ def serve_report(storage: Where, port: int = 0, tell: Callable[[str], Any] = pri
     Raises:
       As `write_report`; OSError also if the port cannot be had.
     """
+    from gradhpo.page.server import PageServer  # nothing else needs a server
+
     data = data_of(storage)
     server = PageServer(document(data.since(0, 0), live=True), data.since, port)
     tell(server.address)

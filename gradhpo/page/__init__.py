@@ -3,6 +3,5 @@
 from gradhpo.page.document import document
 from gradhpo.page.packed import packed, unpacked
 from gradhpo.page.plain import plain
-from gradhpo.page.server import PageServer
 
-__all__ = ["PageServer", "document", "packed", "plain", "unpacked"]
+__all__ = ["document", "packed", "plain", "unpacked"]

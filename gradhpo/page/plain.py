@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-IN_SCRIPT = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028"}
-IN_SCRIPT |= {"\u2029": "\\u2029"}
+IN_SCRIPT = {character: f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
 """What could end a script, begin a comment or a line there; JSON has it as an escape too."""
 
 

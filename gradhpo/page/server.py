@@ -43,7 +43,7 @@ class PageServer:
     @property
     def port(self) -> int:
         """Where it listens."""
-        return self._server.server_address[1]
+        return self._server.server_port
 
     @property
     def address(self) -> str:
@@ -73,7 +73,7 @@ def _handler(page: bytes, since: Since) -> type[BaseHTTPRequestHandler]:
         server_version, sys_version = "gradhpo", ""
 
         def do_GET(self) -> None:
-            host, port = self.headers.get("Host", ""), self.server.server_address[1]
+            host, port = self.headers.get("Host", ""), self.server.server_port  # pyright: ignore
             if host not in [f"{name}:{port}" for name in NAMES]:
                 self._answer(403, b"asked by another name\n", "text/plain")
                 return
