@@ -7,6 +7,7 @@ import functools
 import shlex
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -256,8 +257,10 @@ def report(
     from gradhpo.cluster import reporting
 
     if watch:
-        with contextlib.suppress(KeyboardInterrupt):
-            reporting.serve_report(storage, port, lambda where: _say(f"{where} (Ctrl-C ends it)"))
+        with reporting.report_server(storage, port) as server:
+            _say(f"{server.address} (Ctrl-C ends it)")
+            with contextlib.suppress(KeyboardInterrupt):
+                threading.Event().wait()
         return
     made = reporting.write_report(storage, output)
     _say(f"{made}: {made.stat().st_size / 1e6:.1f} MB")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.reporting.sweep_data import SweepData, is_sweep
@@ -14,6 +13,9 @@ from gradhpo.commit import commit
 from gradhpo.files import Where
 from gradhpo.page import document
 from gradhpo.run_page import RunData, is_run
+
+if TYPE_CHECKING:
+    from gradhpo.page.server import PageServer
 
 
 class Data(Protocol):
@@ -55,23 +57,20 @@ def write_report(storage: Where, file: str | os.PathLike[str]) -> Path:
     return commit(path, content)
 
 
-def serve_report(storage: Where, port: int = 0, tell: Callable[[str], Any] = print) -> None:
-    """Serve the report on this machine's loopback, and what is new as it comes; until Ctrl-C.
+def report_server(storage: Where, port: int = 0) -> PageServer:
+    """Return a server of the report, and of what is new as it comes; a context, in which it serves.
 
     Args:
       storage: as for `write_report`.
-      port: 0 for a free one.
-      tell: is told the address.
+      port: of this machine's loopback; 0 for a free one.
 
     Raises:
       As `write_report`; OSError also if the port cannot be had.
     """
-    from gradhpo.page.server import PageServer  # nothing else needs a server
+    from gradhpo.page.server import PageServer  # nothing else needs one
 
     data = data_of(storage)
-    server = PageServer(document(data.since(0, 0), live=True), data.since, port)
-    tell(server.address)
-    server.serve()
+    return PageServer(document(data.since(0, 0), live=True), data.since, port)
 
 
 def data_of(storage: Where) -> Data:

@@ -95,7 +95,8 @@ function parallel(place, asked) {
     pen.scale(ratio, ratio);
     pen.clearRect(0, 0, made.width, made.height);
     const left = range(made.n).filter((i) => inside(made.dims, asked.kept, i)), all = left.length === made.n;
-    if (!all) strokes(pen, range(made.n).filter((i) => !inside(made.dims, asked.kept, i)), () => color("grid"), 0.5, 0.7);
+    const grey = color("grid");
+    if (!all) strokes(pen, range(made.n).filter((i) => !inside(made.dims, asked.kept, i)), () => grey, 0.5, 0.7);
     strokes(pen, left.slice().reverse(), (i) => scale[Math.min(7, Math.floor((8 * i) / made.n))], Math.max(0.12, Math.min(0.9, 160 / left.length)), 1.1);
     if (page.chosen) {
       const trial = array(page.data.trials.trial), at = trial.indexOf(page.chosen.trial);

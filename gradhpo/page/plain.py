@@ -43,6 +43,8 @@ def in_script(value: Any) -> str:
 
 
 def _shown(text: str) -> str:
+    if text.isprintable():  # megabytes of base64 are
+        return text
     return "".join(
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii")
         for c in text

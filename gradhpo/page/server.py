@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 from collections.abc import Callable
@@ -50,12 +51,9 @@ class PageServer:
         """What a person opens."""
         return f"http://{LOOPBACK}:{self.port}/"
 
-    def serve(self) -> None:
-        """Answer until somebody calls `end`, or an error is raised here."""
-        self._server.serve_forever(poll_interval=0.1)
-
     def __enter__(self) -> PageServer:
-        self._thread = threading.Thread(target=self.serve, name="gradhpo-page", daemon=True)
+        serve = functools.partial(self._server.serve_forever, poll_interval=0.1)
+        self._thread = threading.Thread(target=serve, name="gradhpo-page", daemon=True)
         self._thread.start()
         return self
 
