@@ -8,6 +8,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 
@@ -15,6 +16,14 @@ BROWSERS = ("chromium", "chromium-headless-shell", "chromium-browser", "google-c
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 ALONE = ("gpu", "quic", "background-networking", "component-update", "sync", "extensions")
 SECONDS = 60
+START = """
+import fcntl, os, sys
+away = [fcntl.fcntl(int(one), fcntl.F_DUPFD, 10) for one in sys.argv[1:3]]
+for number, one in zip((3, 4), away):
+    os.dup2(one, number)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+"""Chromium reads commands from 3, and writes answers to 4."""
 
 
 class Page:
@@ -78,7 +87,7 @@ class Page:
     def until(self, expression):
         """Wait until it holds."""
         end = time.monotonic() + SECONDS
-        while not self.value(expression):
+        while not self.value(f"!!({expression})"):
             assert time.monotonic() < end, f"{expression} does not come true; {self.errors}"
             time.sleep(0.02)
 
@@ -108,13 +117,12 @@ def browser():
     """Start one with a new profile, and give its page."""
     (theirs, write), (read, back) = os.pipe(), os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        # Chromium reads commands from 3 and writes answers to 4.
         arguments = ["--headless", "--no-sandbox", "--no-first-run", "--remote-debugging-pipe"]
         arguments += [f"--user-data-dir={folder}", *(f"--disable-{what}" for what in ALONE)]
-        shell = f'exec "$@" 3<&{theirs} 4>&{back}'
+        start = [sys.executable, "-ISc", START, str(theirs), str(back), BROWSER]
         process = subprocess.Popen(
-            ["sh", "-c", shell, "sh", BROWSER, *arguments, "about:blank"],
-            pass_fds=(theirs, back), stderr=subprocess.DEVNULL, env={**os.environ, "HOME": folder},
+            [*start, *arguments, "about:blank"], pass_fds=(theirs, back),
+            stderr=subprocess.DEVNULL, env={**os.environ, "HOME": folder},
         )  # fmt: skip
         os.close(theirs)
         os.close(back)
