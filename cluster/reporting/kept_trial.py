@@ -18,6 +18,9 @@ from gradhpo.page.leaves import leaves_of
 UNSAID = ("programs", "streams")
 """Of a manifest: what says nothing to a person."""
 
+NAMED = ("how.env", "how.runtime_env")
+"""Of these a report has the names alone: it is sent around, and values may be secrets."""
+
 
 def described(followed: Followed, found: Found, tree: Tree) -> dict[str, Any]:
     """Return a kept trial as JSON has it."""
@@ -74,5 +77,6 @@ def shown_settings(known: Mapping[str, Any]) -> list[list[str]]:
     for name, value in known.items():
         inner: dict[str, Any] = dict(value) if isinstance(value, Mapping) else {"": value}  # pyright: ignore
         made |= {f"{name}.{n}" if n else name: x for n, x in inner.items()}
+    made |= {name: list(made[name]) for name in NAMED if made.get(name)}
     said = {n: x for n, x in made.items() if x is not None and n not in UNSAID}
     return [[n, x if isinstance(x, str) else json.dumps(x)] for n, x in said.items()]
