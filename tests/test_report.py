@@ -26,6 +26,7 @@ from gradhpo.cluster.reporting.tail import Tail
 from gradhpo.cluster.result import SweepResult
 from gradhpo.cluster.storage import Storage
 from gradhpo.page import document, packed, plain, unpacked
+from gradhpo.page.leaves import leaves_of
 from gradhpo.page.plain import in_script
 from gradhpo.page.server import PageServer
 from gradhpo.page.thinning import thinned, thinned_at
@@ -112,6 +113,15 @@ def test_a_file_that_would_be_too_large_keeps_the_extremes(result):
     np.testing.assert_array_equal(kept.max(axis=0), loss.max(axis=0))
     assert len(unpacked(given["at"])) == len(kept) < GENERATIONS
     assert unpacked(given["quantiles"]["val_loss"]).shape == (GENERATIONS, 5)
+
+
+def test_leaves_are_named_and_shown():
+    arrays = {".h['a'][0].b": np.arange(100.0), ".h": np.float32(2), ".params": np.ones(3)}
+    found = leaves_of(arrays, ".h")["leaves"]
+    assert list(found) == ["a.0.b", "λ"]
+    assert found["λ"]["values"] == [2]
+    assert (found["a.0.b"]["least"], found["a.0.b"]["greatest"]) == (0, 99)
+    assert sum(found["a.0.b"]["counts"]) == 100
 
 
 def test_thinning_takes_the_least_and_the_greatest_in_their_order():

@@ -14,7 +14,7 @@ function descentSection() {
       (event) => { const b = event.points[0].customdata; if (b !== undefined) choosing(tree.last[b], tree.slot[b]); });
     place.chart.dataset.branches = n;
     const roots = new Set(range(n).filter((b) => tree.last[b] === data.done - 1).map((b) => ancestors(b)[0]));
-    place.below.replaceChildren(keys([color("orange"), "the winner's line"], [color("trials"), tree.whole ? "all trials, those that ended too" : "trials of the last generation, and where they come from"]),
+    place.below.replaceChildren(keys([color("orange"), `the line of ${winner()}`], [color("trials"), tree.whole ? "all trials, those that ended too" : "trials of the last generation, and where they come from"]),
       el("p.note", {}, `The trials of the last generation go back to ${several(roots.size, "first trial")} of ${count(data.trials.of)} trials in all. Time goes to the right; where a line forks, a trial was copied.`));
   });
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,8 +24,14 @@ def leaves_of(arrays: Mapping[str, np.ndarray], begins: str) -> dict[str, Any]:
       begins: how the paths of its leaves begin.
     """
     named = {n.removeprefix(begins): x for n, x in arrays.items() if n.startswith(begins)}
-    shown = {n or "λ": leaf(x) for n, x in list(named.items())[:LEAVES]}
+    shown = {_dotted(n) or "λ": leaf(x) for n, x in list(named.items())[:LEAVES]}
     return {"leaves": shown, "more": max(0, len(named) - LEAVES)}
+
+
+def _dotted(path: str) -> str:
+    """Return a path as a person names it: "['decay']['w1']" is "decay.w1"."""
+    parts = re.findall(r"\['(.*?)'\]|\[(.*?)\]|\.([^.\[]+)", path)
+    return ".".join("".join(part) for part in parts)
 
 
 def leaf(array: np.ndarray) -> dict[str, Any]:

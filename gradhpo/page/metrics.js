@@ -15,7 +15,7 @@ function metricSection() {
     place.chart.dataset.metric = metric;
     zoomed(place.chart, traces, about, part, log, (row, slot) => choosing(row, slot));
     place.below.replaceChildren(keys(...[
-      [color("orange"), data.objectives.length > 1 ? "first of the front" : "the winner"],
+      [color("orange"), winner()],
       [color("blue"), "median of all trials"], [color("shade"), "10–90% and 25–75%", ".thick"],
       ...(compared && data.objectives.length === 1 ? [[color("green"), "best so far", ".dot"]] : []),
       ...(compared ? [[color("trials"), cloudWords(part), part.values.length > FEW_POINTS ? ".thick" : ""]] : []),
@@ -24,6 +24,8 @@ function metricSection() {
     ...(rows.thinned ? [el("p.note", {}, `Of each slot the least and the greatest of every ${rows.thinned} generations; quantiles are of all.`)] : []));
   });
 }
+
+const winner = () => (page.data.objectives.length > 1 ? "the first of the front" : "the winner");
 
 function cloudWords(part) {
   return part.values.length > FEW_POINTS ? "all trials: the darker, the more" : "all trials";

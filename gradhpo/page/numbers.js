@@ -10,7 +10,7 @@ function num(x) {
 
 const count = (n) => n.toLocaleString("en-US").replace(/,/g, "\u202f");
 
-const percent = (x) => (x < 0.0005 ? "0%" : `${(100 * x).toFixed(x < 0.1 ? 1 : 0)}%`);
+const percent = (x) => (x === 0 ? "0%" : x < 0.0005 ? "under 0.1%" : `${(100 * x).toFixed(x < 0.1 ? 1 : 0)}%`);
 
 function duration(seconds) {
   if (!Number.isFinite(seconds)) return "–";

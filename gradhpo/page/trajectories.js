@@ -27,10 +27,10 @@ function trajectorySection() {
     const told = paths.length ? counted(paths[0][2]) : null;
     if (told) place.chart.dataset.jumps = told.jumps;
     place.below.replaceChildren(keys(
-      [color("orange"), "moved by hypergradients, the winner"], [color("ink"), "changed by the scheduler", ".dot"],
+      [color("orange"), `moved by hypergradients, of ${winner()}`], [color("ink"), "changed by the scheduler", ".dot"],
       [color("blue"), "median of all trials"], [color("trials"), cloudWords(part), part.values.length > FEW_POINTS ? ".thick" : ""],
       ...(page.chosen ? [[color("purple"), `trial ${page.chosen.trial}`]] : [])),
-    el("p.note", {}, `Drawn from ${one.drawn.join(" or ")}. ${told ? `In the winner's life the scheduler changed it ${several(told.jumps, "time")}, and hypergradients moved it in ${several(told.moved, "generation")} of ${told.of}.` : ""}`));
+    el("p.note", {}, `Drawn from ${one.drawn.join(" or ")}. ${told ? `In the life of ${winner()} the scheduler changed it ${several(told.jumps, "time")}, and hypergradients moved it in ${several(told.moved, "generation")} of ${told.of}.` : ""}`));
   });
 }
 
