@@ -345,7 +345,7 @@ def counted(monkeypatch):
 
 
 @pytest.mark.parametrize("generations", [24, pytest.param(1000, marks=pytest.mark.slow)])
-def test_a_look_costs_the_same_however_long_the_sweep_is(
+def test_a_look_reads_the_same_however_long_the_sweep_is(
     result, tmp_path, monkeypatch, generations
 ):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # what is written, not how safely

@@ -42,6 +42,8 @@ class SweepData:
         self._followed = Followed(storage)
         self._leaves: tuple[Any, dict[str, Any]] = (None, {})
         """λ of the trial that was the best when somebody looked last."""
+        self._made: tuple[Any, dict[str, Any]] = (None, {})
+        """What follows from the generations of an epoch, which are the first part."""
 
     def whole(self) -> dict[str, Any]:
         """Return all of it, thinned where it is too much for a file."""
@@ -59,8 +61,6 @@ class SweepData:
         followed = self._followed
         known, done = followed.known, len(followed.generations)
         who = followed.storage.files.holder()
-        last, of = ends(followed), followed.generations
-        tree = descent.tree([x.trial for x in of], [x.parent for x in of])
         return {
             "kind": "sweep",
             "title": followed.storage.files.address.rstrip("/").rsplit("/", 1)[-1],
@@ -78,20 +78,33 @@ class SweepData:
             "metrics": followed.metrics,
             "space": [_setting(n, kinds) for n, kinds in followed.space.kinds().items()],
             "choices": followed.space.variants(),
-            "kept": [kept_trial.described(followed, one, tree) for one in followed.found],
-            "leaves": self._best_leaves(),
-            "path": self._path(),
-            "tree": tree.described(),
-            "trials": self._trials(last),
-            "importance": self._importance(last),
-            "diverged": self._diverged(last),
             "ended": [[e["generation"], one] for e in followed.told for one in e.get("ended", ())],
             "changes": [[e["generation"], w] for e in followed.told for w in e.get("changes", ())],
             "damaged": followed.damaged,
             "costs": followed.costs.described([x for x in followed.seconds if np.isfinite(x)]),
             "settings": kept_trial.shown_settings(known),
             "diagnosis": saved_diagnosis.shown(followed.storage.files),
+            **self._derived(),
         }
+
+    def _derived(self) -> dict[str, Any]:
+        """Return what follows from the generations; made when there are others than before."""
+        followed = self._followed
+        now = followed.epoch, len(followed.generations)
+        if self._made[0] != now:
+            last, of = ends(followed), followed.generations
+            tree = descent.tree([x.trial for x in of], [x.parent for x in of])
+            made = {
+                "kept": [kept_trial.described(followed, one, tree) for one in followed.found],
+                "leaves": self._best_leaves(),
+                "path": self._path(),
+                "tree": tree.described(),
+                "trials": self._trials(last),
+                "importance": self._importance(last),
+                "diverged": self._diverged(last),
+            }
+            self._made = now, made
+        return self._made[1]
 
     def _best_leaves(self) -> dict[str, Any]:
         if not self._followed.found:
