@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import gradhpo
 from gradhpo import diagnosis, folder, notebook, progress, saved_diagnosis
-from gradhpo.cluster import cli, event_log, shard
+from gradhpo.cluster import SearchSpace, cli, event_log, shard
 from gradhpo.cluster.columns import PARENT, TRIAL, decision_of
 from gradhpo.cluster.events import Note, WorkerLost
 from gradhpo.cluster.journal import Journal
@@ -128,6 +128,41 @@ def test_thinning_takes_the_least_and_the_greatest_in_their_order():
     line = np.array([[1.0], [5.0], [np.nan], [2.0], [0.0], [np.nan], [np.nan]])
     np.testing.assert_array_equal(thinned(line, 3)[:, 0], [1, 5, 2, 0, np.nan, np.nan])
     np.testing.assert_array_equal(thinned_at(7, 3), [0, 2, 3, 5, 6, 6])
+
+
+class Two(file_operations.Variant):
+    """Steps with a second metric, some of which diverge."""
+
+    def prepare(self, blobs):
+        made = super().prepare(blobs)
+        return made._replace(columns=[*made.columns, "size"])
+
+    def turn(self, state, order):
+        state, columns = super().turn(state, order)
+        gone = (order.trials % 5 == 4) & (order.generation == 2)
+        columns["val_loss"] = np.where(gone, np.nan, columns["val_loss"])
+        rate = columns["hyperparams.log_rate"]
+        return state, {**columns, "size": rate**2, "diverged_at": np.where(gone, 3, 0)}
+
+
+def test_several_objectives_choices_and_what_diverged(tmp_path, monkeypatch):
+    monkeypatch.setattr(shard, "Variant", Two)
+    space = SearchSpace(SPACE.hyperparams, choices={"method": ["one-step", "first-order"]})
+    compared = {"val_loss": "min", "size": "max"}
+    result = sweep(tmp_path, generations=4, space=space, metric=compared).run()
+    told = SweepData(tmp_path).whole()
+    assert told["objectives"] == [{"name": "val_loss", "sign": 1}, {"name": "size", "sign": -1}]
+    for kept, trial in zip(told["kept"], result.front, strict=True):
+        assert kept["scores"] == pytest.approx(trial.scores)
+        assert (kept["choices"], kept["lineage"]) == (trial.choices, trial.lineage)
+    gone = np.flatnonzero(result.table["diverged_at"] > 0)
+    assert unpacked(told["diverged"]["step"]).tolist() == [3] * told["diverged"]["of"]
+    assert set(unpacked(told["diverged"]["trial"])) == set(result.table["trial"][gone])
+    assert unpacked(told["rows"]["diverged"]).tolist() == [0, 0, len(gone), 0]
+    assert unpacked(told["rows"]["best"]).size == 0
+    assert set(told["importance"]) == {"val_loss", "size"}
+    variant = unpacked(told["trials"]["variant"])
+    assert set(variant.tolist()) == {0, 1}
 
 
 # --- safe texts ---------------------------------------------------------------------------------
