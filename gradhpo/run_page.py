@@ -97,7 +97,7 @@ def _shown(arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> dict[s
         "record": {n: _line(x, np.arange(len(x))) for n, x in record.items()},
         "best": _best(read.get("best")),
         "leaves": leaves_of(arrays, ".state.hyperparams"),
-        "settings": [[n, str(x)] for n, x in {**about["kind"], **_settings(read)}.items()],
+        "settings": [[n, str(x)] for n, x in _settings(about["kind"], read).items()],
     }
 
 
@@ -123,9 +123,10 @@ def _best(best: Any) -> dict[str, Any] | None:
     return {name: best[name] for name in ("score", "step", "metric", "mode")}
 
 
-def _settings(read: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(kind: Mapping[str, Any], read: Mapping[str, Any]) -> dict[str, Any]:
     known = read.get("fingerprint") or {}
-    return {name: known[name] for name in ("optimizer", "versions") if name in known}
+    said = {name: known[name] for name in ("optimizer", "versions") if name in known}
+    return {name: x for name, x in {**said, **kind}.items() if x is not None}
 
 
 def _flat(name: str, value: Any) -> dict[str, np.ndarray]:
