@@ -46,8 +46,8 @@ function numeric(id, label, values, log, sign = 0) {
   const at = (q) => finite_[Math.min(finite_.length - 1, Math.floor(q * finite_.length))];
   if (log === null) log = finite_[0] > 0 && at(0.9) / finite_[0] > 12;
   const positive = finite_[0] > 0, scale = log && positive ? Math.log : (v) => v;
-  // A score's worst tenth would hide the others: it is drawn at the edge.
-  const low = sign < 0 && finite_.length > 30 ? at(0.1) : finite_[0], high = sign > 0 && finite_.length > 30 ? at(0.9) : finite_.at(-1);
+  // A score's worst quarter would hide the others: it is drawn at the edge.
+  const low = sign < 0 && finite_.length > 30 ? at(0.25) : finite_[0], high = sign > 0 && finite_.length > 30 ? at(0.75) : finite_.at(-1);
   const [a, b] = [scale(low), scale(high)];
   const unit = (v) => { const u = b > a ? (scale(v) - a) / (b - a) : 0.5; return sign ? Math.max(-0.03, Math.min(1.03, u)) : u; };
   const back = (u) => (log && positive ? Math.exp(a + u * (b - a)) : a + u * (b - a));

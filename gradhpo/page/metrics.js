@@ -11,9 +11,10 @@ function metricSection() {
       ...(positive ? [check("log", log, (value) => { asked.log = value; place.draw(); })] : []));
     const x = range(rows.count).map((g) => g + 1), part = compared && rows.cloud(compared);
     const traces = (window_) => [...(part ? cloud(part, log, window_) : []), ...curves(metric, x, bands, part)];
-    const about = { xaxis: { title: { text: "generations done" } }, yaxis: { title: { text: safe(metric) }, type: log ? "log" : "linear" } };
+    const sign = (data.objectives.find((one) => one.name === metric) || { sign: 0 }).sign, seen = worthSeeing(bands, sign, log);
+    const about = { xaxis: { title: { text: "generations done" } }, yaxis: { title: { text: safe(metric) }, type: log ? "log" : "linear", ...(seen ? { range: seen } : {}) } };
     place.chart.dataset.metric = metric;
-    zoomed(place.chart, traces, about, part, log, (row, slot) => choosing(row, slot));
+    zoomed(place.chart, traces, about, part, log, (row, slot) => choosing(row, slot), seen);
     place.below.replaceChildren(keys(...[
       [color("orange"), winner()],
       [color("blue"), "median of all trials"], [color("shade"), "10–90% and 25–75%", ".thick"],
@@ -21,6 +22,7 @@ function metricSection() {
       ...(compared ? [[color("trials"), cloudWords(part), part.values.length > FEW_POINTS ? ".thick" : ""]] : []),
       ...(page.chosen ? [[color("purple"), `trial ${page.chosen.trial}`]] : [])]),
     ...(compared ? [] : [el("p.note", {}, "Of what is not compared, quantiles and the winner are in this file.")]),
+    ...(seen ? [el("p.note", {}, "Trials that are far worse than the middle lie outside; a double click shows all.")] : []),
     ...(rows.thinned ? [el("p.note", {}, `Of each slot the least and the greatest of every ${rows.thinned} generations; quantiles are of all.`)] : []));
   });
 }
@@ -29,6 +31,20 @@ const winner = () => (page.data.objectives.length > 1 ? "the first of the front"
 
 function cloudWords(part) {
   return part.values.length > FEW_POINTS ? "all trials: the darker, the more" : "all trials";
+}
+
+// The range of the medians and of how trials began, where some trials are so bad that they would hide
+// it; null where all can be seen.
+function worthSeeing(bands, sign, log) {
+  if (!sign) return null;
+  const scale = (values) => values.filter((v) => v !== null && !(log && v <= 0)).map(log ? Math.log10 : (v) => v);
+  const [worst, good] = sign > 0 ? [bands[4], bands[0]] : [bands[0], bands[4]];
+  const core = scale([...bands[2], ...good, worst[0]]), all = scale(worst);
+  if (!core.length || !all.length) return null;
+  const low = least(core), high = greatest(core), margin = 0.08 * (high - low || 1);
+  const beyond = sign > 0 ? greatest(all) - high : low - least(all);
+  if (beyond <= 1.5 * (high - low)) return null;
+  return sign > 0 ? [low - margin, high + 5 * margin] : [low - 5 * margin, high + margin];
 }
 
 // A logarithmic axis helps where the bulk of the numbers spans a decade.
@@ -60,20 +76,24 @@ function lived(x, y, name, text) {
     name: text, hovertemplate: `${text}, generation %{x}<br>%{y:.4g}<extra></extra>` };
 }
 
+function omitRange(about) { return { ...about, yaxis: { ...omit(about.yaxis, "range"), autorange: true } }; }
+
 // A chart whose cloud is counted anew where one looks closer; a click chooses the nearest trial.
-function zoomed(where, traces, about, part, log, chosen) {
+function zoomed(where, traces, about, part, log, chosen, seen = null) {
   const clicked = (event) => {
     if (!part || page.rows.thinned) return;
     const point = event.points[0], given = point.customdata;
     const at = Array.isArray(given) ? given : nearest(part, point.x, point.y, log);
     if (at) chosen(at[0], at[1]);
   };
-  chart(where, traces(null), about, clicked);
+  chart(where, traces(seen), about, clicked);
   where.again = (window_) => chart(where, traces(window_), { ...about, xaxis: { ...about.xaxis, range: where.layout.xaxis.range.slice(), autorange: false },
     yaxis: { ...about.yaxis, range: where.layout.yaxis.range.slice(), autorange: false } }, clicked);
+  Object.assign(where, { traces, about });
   if (where.zooming) return;
   where.zooming = true;
   where.on("plotly_relayout", (event) => {
-    if ("yaxis.range[0]" in event) where.again([event["yaxis.range[0]"], event["yaxis.range[1]"]]);
+    if (event["yaxis.autorange"]) chart(where, where.traces(null), omitRange(where.about), where.clicked);
+    else if ("yaxis.range[0]" in event) where.again([event["yaxis.range[0]"], event["yaxis.range[1]"]]);
   });
 }
