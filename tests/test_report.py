@@ -133,10 +133,6 @@ def test_thinning_takes_the_least_and_the_greatest_in_their_order():
 class Two(file_operations.Variant):
     """Steps with a second metric, some of which diverge."""
 
-    def prepare(self, blobs):
-        made = super().prepare(blobs)
-        return made._replace(columns=[*made.columns, "size"])
-
     def turn(self, state, order):
         state, columns = super().turn(state, order)
         gone = (order.trials % 5 == 4) & (order.generation == 2)
