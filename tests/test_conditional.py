@@ -1,9 +1,7 @@
 """Settings that exist only where a choice has a given value, and numbers of every kind."""
 
 import json
-import re
 import tomllib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +18,7 @@ from gradhpo.cluster import (
 from gradhpo.cluster.controller import Layout, Rules, first_plan
 from gradhpo.cluster.objectives import Objectives
 from gradhpo.cluster.optuna_study import _Setting
+from tests import pages
 from tests.sweeps import sweep
 
 METHODS = {"method": ["one-step", "greedy", "t1t2"], "width": [8, 16]}
@@ -77,9 +76,8 @@ def test_toml_and_a_manifest_say_the_same():
 
 
 def test_the_page_says_the_same_in_python_and_in_toml():
-    page = (Path(__file__).parent.parent / "docs/cluster.md").read_text()
-    (code,) = re.findall(r"```python\n([^`]*race=Race[^`]*)```", page)
-    (text,) = re.findall(r"```toml\n([^`]*\[space.race\][^`]*)```", page)
+    code = pages.block("cluster", "race=Race")
+    text = pages.block("cluster", "[space.race]", "toml")
     made = {}
     exec(code, made)
     assert SearchSpace.parse(tomllib.loads(text)["space"]) == made["space"]

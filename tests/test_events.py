@@ -1,8 +1,6 @@
 """What happens in a sweep is told to observers, in order, as typed events."""
 
 import json
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +8,8 @@ import pytest
 from gradhpo.cluster import event_log, events
 from gradhpo.cluster.display import Display
 from gradhpo.cluster.objectives import Objectives
+from tests import pages
 from tests.sweeps import sweep
-
-PAGE = Path(__file__).parent.parent / "docs" / "cluster.md"
 
 
 class Kept:
@@ -126,10 +123,8 @@ def test_the_display_shows_the_best_so_far_and_no_escapes(capfd):
 
 
 def test_the_observer_of_the_page(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    (block,) = [block for block in blocks if "def observe" in block]
     made = {}
-    exec(compile(block.split("sweep.run")[0], str(PAGE), "exec"), made)
+    exec(pages.block("cluster", "def observe").split("sweep.run")[0], made)
     path = tmp_path / "losses.jsonl"
     sweep(tmp_path / "run", generations=2).run(observers=[made["Tracker"](path)])
     rows = [json.loads(line) for line in path.read_text().splitlines()]

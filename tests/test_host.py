@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import gradhpo
 from gradhpo.cluster import PBT, SearchSpace, SuccessiveHalving, Sweep, trial_key, uniform
 from gradhpo.parallel import Population, data_parallel, make_mesh
 from gradhpo.timetable import Timetable
-from tests import host_problems
+from tests import host_problems, pages
 from tests.host_problems import ROWS, SOURCES, drawn, pair, problem, shuffled
 from tests.problems import assert_close, assert_same_bits
 from tests.quick import slow_but
@@ -388,7 +387,6 @@ def test_the_next_pairs_are_read_while_the_device_computes(door):
 
 # --- the page -------------------------------------------------------------------------------------
 
-PAGE = Path(__file__).parent.parent / "docs" / "host-data.md"
 RECIPES = ["shuffled", "seekable", "shared", "dataset", "own_dataset", "by_torch"]
 
 
@@ -397,9 +395,7 @@ RECIPES = ["shuffled", "seekable", "shared", "dataset", "own_dataset", "by_torch
 def test_the_recipes_of_the_page(name):
     if name == "by_torch":
         pytest.importorskip("torch")
-    made = {}
-    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
-        exec(compile(block, str(PAGE), "exec"), made)
+    made = pages.run("host-data")
     given = gradhpo.Problem(start, train_loss, val_loss, batches=made[name])
     whole = gradhpo.solve(given, ONE_STEP, 20, KEY)
     part = gradhpo.solve(given, ONE_STEP, 9, KEY)

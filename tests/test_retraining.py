@@ -1,7 +1,4 @@
-"""docs/long-runs.md and docs/retraining.md as they stand there, and `Solution.schedule`."""
-
-import re
-from pathlib import Path
+"""`Solution.schedule`: λ(t) of a run, for a training without gradhpo."""
 
 import jax
 import jax.numpy as jnp
@@ -13,42 +10,9 @@ import gradhpo
 from gradhpo import Problem, solve
 from tests.small import BATCH, build, start, train_loss, val_loss
 
-DOCS = Path(__file__).parent.parent / "docs"
 KEY = jax.random.key(7)
 OPTIMIZER = build("one-step", outer=True)[0]
 PROBLEM = Problem(start, train_loss, val_loss, lambda key: (BATCH, BATCH))
-
-
-def run(page):
-    """What the page's blocks define, run in order."""
-    made = {}
-    for block in re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL):
-        exec(compile(block, page, "exec"), made)
-    return made
-
-
-@pytest.mark.slow
-def test_a_plain_loop_takes_the_steps_of_the_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # the page writes a script
-    made = run("retraining.md")
-    again = made["train"](made["moving"], (made["x"][:30], made["y"][:30]))
-    np.testing.assert_allclose(again, made["solution"].state.params, rtol=1e-4, atol=1e-6)
-    rates = made["solution"].record["log_rate"]
-    assert rates[-1] - rates[0] > 0.5  # so a constant rate is something else
-    constant = made["train"](made["constant"], (made["x"][:30], made["y"][:30]))
-    assert np.abs(constant - again).max() > 1e-3
-    untrained = made["loss"](jnp.zeros(20), (made["x"], made["y"]))
-    for w in (made["from_best"], made["from_schedule"]):
-        assert made["loss"](w, (made["x"], made["y"])) < untrained / 2
-
-
-@pytest.mark.slow
-def test_the_page_on_long_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    made = run("long-runs.md")
-    assert made["whole"].steps == made["changed"].steps == 300
-    assert {path.suffix for path in (tmp_path / "runs/decay").iterdir()} == {".arrays", ".lock"}
-    assert 10 < made["solution"].steps < 300
 
 
 @pytest.mark.slow

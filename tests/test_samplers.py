@@ -1,8 +1,6 @@
 """Samplers draw new trials: Optuna's as Optuna itself would, and anybody's own."""
 
 import dataclasses
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +22,7 @@ from gradhpo.cluster import (
 )
 from gradhpo.cluster.drawing import Drawing
 from gradhpo.cluster.hypervolume import hypervolume
+from tests import pages
 from tests.decisions import Decided
 from tests.sweeps import sweep
 
@@ -147,10 +146,8 @@ def test_samplers_in_toml_and_what_is_none():
 
 
 def test_the_sampler_of_the_documentation_works():
-    page = (Path(__file__).parent.parent / "docs" / "cluster.md").read_text()
-    (code,) = re.findall(r"```python\n([^`]*\nclass AroundTheBest:.*?)```", page, re.S)
     there = {}
-    exec(code, there)
+    exec(pages.block("cluster", "class AroundTheBest"), there)
     space = SearchSpace(
         {
             "a": uniform(0.1, 3),
