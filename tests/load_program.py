@@ -14,8 +14,8 @@ from gradhpo.parallel import compiled
 from tests.test_population import KEY, KEYS, population
 
 
-def main(layout, folder):
-    trials, rate = population("hyperdistill", layout)
+def main(name, layout, folder):
+    trials, rate = population(name, layout)
     state = trials.init(KEY)
     before = compiled.counts()
     trials.load((folder / "program").read_bytes(), state, 4, *rate)
@@ -27,4 +27,4 @@ def main(layout, folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(*sys.argv[1:3], Path(sys.argv[3]))

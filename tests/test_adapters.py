@@ -1,5 +1,6 @@
 """Flax NNX and Equinox modules with BatchNorm and dropout, against loops in those libraries."""
 
+import functools
 import subprocess
 import sys
 
@@ -59,6 +60,7 @@ with jax.enable_x64(True):
     LOSSES = MODEL.train_loss(loss), MODEL.val_loss(loss)
 
 
+@functools.cache
 def by_nnx(unroll):
     """An ordinary NNX loop; only its dropout is seeded by the run's key at each step."""
     module = MODEL.module(*MODEL.init(KEY))

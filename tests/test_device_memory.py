@@ -39,8 +39,7 @@ def variant(batching, slots=SLOTS):
     return made, sum(x.nbytes for x in made.zeros().values())
 
 
-@pytest.mark.compiler
-@pytest.mark.parametrize("batching", slow_but(["map", 4, 5]))
+@pytest.mark.parametrize("batching", slow_but(["map", 4, 5], compiler=["map"]))
 def test_a_generation_needs_its_state_little_more_than_once(batching):
     """Arguments, results and temporaries by XLA's own account, less what results share.
 
@@ -53,7 +52,6 @@ def test_a_generation_needs_its_state_little_more_than_once(batching):
     assert needs["put"] < 1.1, needs
 
 
-@pytest.mark.compiler
 @pytest.mark.slow
 def test_all_slots_at_once_need_what_a_loop_by_hand_needs():
     """4.6 states: the step's own temporaries, of every slot at the same time."""

@@ -92,7 +92,6 @@ def test_slots_batches_and_arrays_are_divided_together(x64):
 
 
 @pytest.mark.slow
-@pytest.mark.compiler
 def test_a_transformer_of_eight_devices_shares_fits_in_eight():
     """State, gradients and moments: by the arrays themselves, and by XLA's own account."""
     mesh, problem = make_mesh(), problems.problem(width=64)

@@ -4,7 +4,6 @@ import dataclasses
 import inspect
 import json
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -369,23 +368,27 @@ def test_the_sweep_and_its_settings_have_the_same_arguments_and_defaults():
                 assert parameters[field.name].default == field.default, field.name
 
 
+# One process imports, and a fork of it, before JAX has started, is killed at each instant.
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 from tests.sweeps import sweep
-left = [int(sys.argv[2])]
-def counted(function):
+def counted(function, storage, left):
     def wrapped(*args, **kwargs):
-        if str({storage!r}) in str(args[0]):
+        if storage in str(args[0]):
             left[0] -= 1
             if left[0] == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
         return function(*args, **kwargs)
     return wrapped
-os.replace = counted(os.replace)
-os.mkdir = counted(os.mkdir)
-sweep({storage!r}, generations=2).run()
-print("whole", left[0])
+for storage, instant in {lives!r}:
+    if (child := os.fork()) == 0:
+        left = [instant]
+        os.replace = counted(os.replace, storage, left)
+        os.mkdir = counted(os.mkdir, storage, left)
+        sweep(storage, generations=2).run()
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL, instant
 """
 
 
@@ -393,14 +396,13 @@ print("whole", left[0])
 def test_a_kill_at_any_of_the_first_file_operations_costs_nothing(tmp_path):
     """At renames and new folders: a storage that a driver leaves is never refused."""
     expected = sweep(tmp_path / "whole", generations=2).run()
-    for instant in (1, 3, 6):
-        storage = tmp_path / f"at-{instant}"
-        code = KILLED.format(root=str(ROOT), storage=str(storage))
-        killed = subprocess.run(
-            [sys.executable, "-c", code, "-", str(instant)], capture_output=True, text=True,
-            check=False,
-        )  # fmt: skip
-        assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
+    lives = [(str(tmp_path / f"at-{instant}"), instant) for instant in (1, 3, 6)]
+    code = KILLED.format(root=str(ROOT), lives=lives)
+    killed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert killed.returncode == 0, killed.stdout + killed.stderr
+    for storage, _ in lives:
         assert_same_tables(sweep(storage, generations=2).run(), expected)
 
 

@@ -121,7 +121,7 @@ def test_a_nan_in_a_slot_is_an_error_with_the_checks_on():
 @pytest.mark.parametrize("switch", [jax.disable_jit, jax.debug_nans])
 @pytest.mark.slow
 def test_a_sweep_does_not_change(switch, tmp_path):
-    changes = {"population": 4, "shards": 2, "generations": 2, "steps_per_generation": 2}
+    changes = {"population": 4, "shards": 2, "generations": 2, "steps_per_generation": 1}
     expected = sweep(tmp_path / "plain", **changes).run()
     with switch(True):
         found = sweep(tmp_path / "switched", **changes).run()
@@ -131,7 +131,7 @@ def test_a_sweep_does_not_change(switch, tmp_path):
 
 @pytest.mark.slow
 def test_a_divided_population_runs_in_python():
-    trials = Population(PROBLEM, built("one-step")[0], 2, make_mesh(trial=2), "shard/map")
+    trials = Population(PROBLEM, built("first-order")[0], 2, make_mesh(trial=2), "shard/map")
     expected = trials.run(trials.init(KEY), 1, KEYS, 0.05)
     with jax.disable_jit():
         found = trials.run(trials.init(KEY), 1, KEYS, 0.05)
