@@ -13,6 +13,7 @@ from gradhpo.cluster.events import Observer
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.local_ray import local_ray
 from gradhpo.cluster.race import Race
+from gradhpo.cluster.reporting import write_report
 from gradhpo.cluster.result import SweepResult, Trial
 from gradhpo.cluster.samplers import Drawn, OptunaSampler, Sampler
 from gradhpo.cluster.schedulers import (
@@ -67,4 +68,5 @@ __all__ = [
     "trial_key",
     "uniform",
     "when",
+    "write_report",
 ]

@@ -7,6 +7,7 @@ import functools
 import shlex
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -243,6 +244,29 @@ def best(
         np.savez(output, allow_pickle=False, **arrays)
         _say(f"Arrays: {output}")
     _draw(result, plot)
+
+
+@app.command()
+@clear_errors
+def report(
+    storage: Where,
+    output: Annotated[Path, typer.Option(help="The file of HTML; replaced.")] = Path("report.html"),
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Serve it on this machine's loopback, live.")
+    ] = False,
+    port: Annotated[int, typer.Option(help="Of --watch; 0 for a free one.")] = 0,
+) -> None:
+    """Write a report of a sweep, or of a run of solve(checkpoint=…), as one file of HTML."""
+    from gradhpo.cluster import reporting
+
+    if watch:
+        with reporting.report_server(storage, port) as server:
+            _say(f"{server.address} (Ctrl-C ends it)")
+            with contextlib.suppress(KeyboardInterrupt):
+                threading.Event().wait()
+        return
+    made = reporting.write_report(storage, output)
+    _say(f"{made}: {made.stat().st_size / 1e6:.1f} MB")
 
 
 @app.command()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 import time
 
 import numpy as np
@@ -11,7 +10,7 @@ import numpy as np
 from gradhpo.cluster.events import Event, GenerationDone, Resumed, Running, Starting
 from gradhpo.cluster.objectives import Objectives
 from gradhpo.cluster.printable import printable
-from gradhpo.progress import Bar
+from gradhpo.progress import Bar, watched
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -20,8 +19,9 @@ class Display:
     """An observer that shows events, and generations as they are done.
 
     Args:
-      show: None for what fits the output: a bar on a terminal (with tqdm installed), a line every
-        few seconds elsewhere; True for the same with tqdm required; False for nothing.
+      show: None for what fits the output: a bar on a terminal or in a notebook (with tqdm
+        installed), a line every few seconds elsewhere; True for the same with tqdm required; False
+        for nothing.
       where: the storage, as the first lines name it.
       generations: of the whole sweep.
       steps: trial-steps in a generation.
@@ -37,7 +37,7 @@ class Display:
         objectives: Objectives,
     ) -> None:
         self._silent = show is False
-        drawn = sys.stderr.isatty() and (show or importlib.util.find_spec("tqdm") is not None)
+        drawn = watched() and (show or importlib.util.find_spec("tqdm") is not None)
         self._lines = not self._silent and not drawn
         self._where, self._total, self._steps, self._objectives = (
             where,

@@ -29,13 +29,16 @@ class EventLog:
 
 def read(storage: Where) -> list[dict[str, Any]]:
     """Return the logged events, each a table with "time" and "event"; damaged lines left out."""
-    made = list[dict[str, Any]]()
     try:
         lines = Storage(storage).events.read_text(errors="replace").splitlines()
     except FileNotFoundError:
-        return made
-    for line in lines:
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # its writer was killed
-            facts = json.loads(line)
-            made.append({**facts, "time": float(facts["time"]), "event": str(facts["event"])})
-    return made
+        return []
+    return [facts for facts in map(decoded, lines) if facts is not None]
+
+
+def decoded(line: str | bytes) -> dict[str, Any] | None:
+    """Return the event of a line; None where its writer was killed."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        facts = json.loads(line)
+        return {**facts, "time": float(facts["time"]), "event": str(facts["event"])}
+    return None

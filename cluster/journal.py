@@ -130,14 +130,15 @@ def _read(text: Text) -> Iterator[tuple[Entry | None, bytes]]:
         lines = [line for line in text.read_bytes().split(b"\n") if line]
     except FileNotFoundError:
         return
-    entries = [_decode(line) for line in lines]
+    entries = [decode(line) for line in lines]
     last = {entry["generation"]: index for index, entry in enumerate(entries) if entry}
     for index, (entry, line) in enumerate(zip(entries, lines, strict=True)):
         if entry is None or last[entry["generation"]] == index:
             yield entry, line
 
 
-def _decode(line: bytes) -> Entry | None:
+def decode(line: bytes) -> Entry | None:
+    """Return the entry of a line, without its end; None if it is damaged."""
     digest, _, text = line.partition(b" ")
     if hashlib.sha256(text).hexdigest()[:16].encode() != digest:
         return None

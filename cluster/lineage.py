@@ -12,7 +12,7 @@ from gradhpo.cluster.columns import PARENT, TRIAL, decision_of, first_of
 from gradhpo.cluster.controller import Layout, Plan, Rules, after, first_plan, plan_of
 from gradhpo.cluster.orders import Order
 from gradhpo.cluster.schedulers import NEW
-from gradhpo.cluster.space import LR_HYPER, Change
+from gradhpo.cluster.space import LR_HYPER, Change, Changes
 from gradhpo.cluster.tables import Tables
 
 
@@ -149,9 +149,20 @@ class Lineage:
         return turns[::-1]
 
     def _first_changes(self) -> Mapping[str, Change]:
-        if self._told:
-            first = first_of(self._tables.at(0))
-            return {n: Change(np.isfinite(x), np.zeros(len(x)), x) for n, x in first.items()}
-        rules = self._rules
-        about = (rules.space, rules.objectives, rules.seed, self._layout.beginning())
-        return rules.drawing.first(*about)
+        first = self._tables.at(0) if self._told else None
+        return first_changes(first, self._layout, self._rules)
+
+
+def first_changes(table: Mapping[str, np.ndarray] | None, layout: Layout, rules: Rules) -> Changes:
+    """Return what the trials of the first generation began with.
+
+    Args:
+      table: the first one, where it says what was drawn; None where the seed does.
+      layout: of the sweep.
+      rules: of the sweep.
+    """
+    if table is not None:
+        first = first_of(table)
+        return {n: Change(np.isfinite(x), np.zeros(len(x)), x) for n, x in first.items()}
+    about = (rules.space, rules.objectives, rules.seed, layout.beginning())
+    return rules.drawing.first(*about)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gradhpo import notebook
 from gradhpo.checkpoints import DamagedFile
 from gradhpo.cluster import columns as names
 from gradhpo.cluster import front, importing, manifest, plots, programs, settings
@@ -55,6 +56,8 @@ class EndedCombination(NamedTuple):
     """How many were left."""
 
 
+SHOWN = 10
+"""Trials of a front that a notebook shows."""
 SEARCHERS = ("scheduler", "sampler")
 """What a storage names even where a program gave an object; a result does not ask them."""
 
@@ -382,6 +385,30 @@ class SweepResult:
         """
         _check_trial(trial)
         return self._lines.turns(trial.slot, trial.generation)
+
+    def _repr_html_(self) -> str:
+        """Show the best trial, or the front, in a notebook."""
+        try:
+            kept = self.front
+        except SweepError as error:
+            return notebook.table((), (), title=self.where, below=[error])
+        scores, named = self.objectives.names, {n for trial in kept for n in trial.settings}
+        settings, choices = [n for n in self.space.names() if n in named], list(self.space.choices)
+        head = ["trial", *scores, "generation", *(n or "λ" for n in settings), *choices]
+        rows = [
+            [
+                trial.number,
+                *(f"{trial.scores[name]:.6g}" for name in scores),
+                trial.generation + 1,
+                *(f"{trial.settings.get(name, float('nan')):.6g}" for name in settings),
+                *(trial.choices[name] for name in choices),
+            ]
+            for trial in kept[:SHOWN]
+        ]
+        state = "complete" if self.complete else self.stopped or "not complete"
+        title = f"{self.where}: {self.generations} generations, {state}"
+        more = [f"and {len(kept) - SHOWN} trials more"] if len(kept) > SHOWN else []
+        return notebook.table(head, rows, title=title, below=more)
 
     def replay(self, trial: Trial | None = None) -> BilevelState:
         """Compute a trial again from scratch, alone, and return its state.

@@ -24,6 +24,7 @@ from gradhpo.files import Files, Held, Where, files_of, is_address
 from gradhpo.lock import ALIVE, LOCK, StorageInUse
 from gradhpo.parallel import layout_cache
 from gradhpo.parts import Divided
+from gradhpo.saved_diagnosis import DIAGNOSIS
 from gradhpo.stop_request import STOP
 
 CHECKPOINTS, TABLES = "checkpoints", "tables"
@@ -49,6 +50,10 @@ class Text(NamedTuple):
     def read_bytes(self) -> bytes:
         """Return it; `FileNotFoundError` if there is none."""
         return self.files.read(self.name)
+
+    def since(self, start: int) -> bytes:
+        """Return it from this byte on; `FileNotFoundError` if there is none."""
+        return self.files.since(self.name, start)
 
     def read_text(self, errors: str = "strict") -> str:
         """Return it; `FileNotFoundError` if there is none."""
@@ -295,6 +300,6 @@ class Storage:
 
     def _is_ours(self, name: str) -> bool:
         """Whether a file can be there before the manifest is."""
-        texts = (*self._texts, STOP)
+        texts = (*self._texts, STOP, DIAGNOSIS)
         begun = name.endswith(UNFINISHED) and any(name.startswith(f"{n}.") for n in texts)
-        return begun or name.startswith(".") or name in (*self._texts, LOCK, ALIVE, LOGS)
+        return begun or name.startswith(".") or name in (*self._texts, LOCK, ALIVE, LOGS, DIAGNOSIS)

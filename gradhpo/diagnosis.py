@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import gradhpo
+from gradhpo import notebook
 from gradhpo.regime import Regime
 
 __all__ = ["Diagnosis", "Row"]
@@ -172,11 +174,12 @@ class Diagnosis:
             f"Over {len(self.exact.cosine)} walks of T = {self.horizon} steps: mean and standard "
             f"deviation. Time and FLOPs: of an inner step, over training alone{base}; quartiles.",
             *self.notes,
-            *self._advice(),
+            *self.advice(),
             f"Recommended: {self.recommendation}",
         ]
 
-    def _advice(self) -> list[str]:
+    def advice(self) -> list[str]:
+        """Return what was found of the state, and what follows, a line each."""
         if self.regime is None:
             return []
         implicit = any(row.name.startswith("implicit") for row in self.rows)
@@ -194,6 +197,38 @@ class Diagnosis:
             for line in cells
         ]
         return "\n".join([*lines, *self._footer()])
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write it as `diagnosis.json` into a folder, of a sweep or a run: its report shows it.
+
+        Args:
+          folder: a path, made if it is not there, or the address of a store; one that was there
+            is replaced.
+
+        Raises:
+          OSError: if it cannot be written.
+        """
+        from gradhpo import saved_diagnosis
+
+        saved_diagnosis.write(folder, self)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Diagnosis:
+        """Return what `save` wrote.
+
+        Raises:
+          FileNotFoundError: if there is none.
+          ValueError: if it is damaged.
+        """
+        from gradhpo import saved_diagnosis
+
+        return saved_diagnosis.read(folder)
+
+    def _repr_html_(self) -> str:
+        """Show the table in a notebook."""
+        rows = [row.cells() for row in (*self.rows, self.exact)]
+        bold = [row.name == self.recommended.name for row in (*self.rows, self.exact)]
+        return notebook.table(COLUMNS, rows, bold=bold, below=self._footer())
 
     def show(self) -> None:
         """Print the table: with rich where it is installed, as plain text otherwise."""

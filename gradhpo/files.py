@@ -103,6 +103,14 @@ class Files(abc.ABC):
           FileNotFoundError: if there is none.
         """
 
+    def since(self, name: str, start: int) -> bytes:
+        """Return such a text from its byte `start` on; nothing where it is no longer than that.
+
+        Raises:
+          FileNotFoundError: if there is none.
+        """
+        return self.read(name)[start:]
+
     @abc.abstractmethod
     def has(self, name: str) -> bool:
         """Whether such a text is there."""

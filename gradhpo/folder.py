@@ -60,6 +60,12 @@ class Folder(Files):
         """Read it."""
         return (self.path / name).read_bytes()
 
+    def since(self, name: str, start: int) -> bytes:
+        """Read what is behind, and nothing before it."""
+        with open(self.path / name, "rb") as file:
+            file.seek(start)
+            return file.read()
+
     def has(self, name: str) -> bool:
         """Look."""
         return (self.path / name).exists()

@@ -6,12 +6,19 @@ import importlib.util
 import sys
 from typing import Any
 
+from gradhpo.notebook import has_widgets, in_notebook
+
+
+def watched() -> bool:
+    """Whether stderr is a terminal, or a notebook, which shows what is drawn there."""
+    return sys.stderr.isatty() or in_notebook()
+
 
 class Bar:
     """A context that draws a tqdm bar, or does nothing.
 
-    `show` True needs tqdm, False never draws, None draws where tqdm is installed and stderr is a
-    terminal.
+    `show` True needs tqdm, False never draws, None draws where tqdm is installed and somebody is
+    looking, see `watched`.
 
     Raises:
       ImportError: if `show` is True and tqdm is missing.
@@ -22,8 +29,11 @@ class Bar:
         if show and not installed:
             raise ImportError("progress=True needs tqdm: pip install tqdm, or pass progress=None")
         self._bar: Any = None
-        if show or (show is None and installed and sys.stderr.isatty()):
-            from tqdm.auto import tqdm
+        if show or (show is None and installed and watched()):
+            if in_notebook() and has_widgets():
+                from tqdm.notebook import tqdm
+            else:
+                from tqdm.std import tqdm
 
             self._bar = tqdm(total=total, initial=done, unit=unit, smoothing=0.1)
 

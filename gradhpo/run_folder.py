@@ -17,7 +17,7 @@ from gradhpo.checkpoints import DamagedFile
 from gradhpo.checksums import checksum
 from gradhpo.commit import UNFINISHED
 from gradhpo.errors import check_count, tracing, warn_user
-from gradhpo.files import files_of, where_of
+from gradhpo.files import Files, files_of, where_of
 from gradhpo.problem import READ_AGAIN, Problem
 from gradhpo.program import Program
 from gradhpo.solution import Solution, packed, templates, unpacked
@@ -185,7 +185,7 @@ class RunFolder:
 
     def _names(self) -> list[str]:
         """Return the checkpoints, the newest first."""
-        return [name for name in sorted(self._files.names(), reverse=True) if SAVED.match(name)]
+        return saved_in(self._files)
 
     def _newest(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         damaged: dict[str, str] = {}
@@ -207,6 +207,11 @@ class RunFolder:
             told = "; ".join(damaged.values())
             raise DamagedFile(self.address, f"has no whole checkpoint ({told})")
         return None
+
+
+def saved_in(files: Files) -> list[str]:
+    """Return the names of the checkpoints of a run's folder, the newest first."""
+    return [name for name in sorted(files.names(), reverse=True) if SAVED.match(name)]
 
 
 def _say(text: str) -> None:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradhpo import checkpoints
+from gradhpo import checkpoints, notebook
 from gradhpo.errors import check_instance
 from gradhpo.fingerprint import Fingerprint, settings
 from gradhpo.optimizer import BilevelOptimizer
@@ -22,6 +22,9 @@ from gradhpo.saved import Packer, Unpacker
 from gradhpo.state import BilevelState, PyTree
 from gradhpo.timetable import Timetable
 from gradhpo.trial import PHI, Trial
+
+SHOWN = 10
+"""Runs that a notebook shows."""
 
 
 @jax.tree_util.register_dataclass
@@ -145,6 +148,22 @@ class Solution:
         if found.fingerprint is not None:
             found.fingerprint.check_optimizer(str(path), settings(optimizer))
         return found
+
+    def _repr_html_(self) -> str:
+        """Show where the run ended, in a notebook; of several runs the first ones."""
+        scores = {} if self.best is None else {f"best {self.best.metric}": self.best.score}
+        scores |= {} if self.best is None else {"at step": self.best.step}
+        ends = {name: row[-1] for name, row in self.metrics.items() if len(row)}
+        columns = {**scores, **ends, "diverged at": self.diverged_at}
+        runs = np.shape(self.diverged_at)
+        head = ["run", *columns] if runs else list(columns)
+        rows = [
+            [*([run] if runs else []), *(f"{np.ravel(x)[run]:.6g}" for x in columns.values())]
+            for run in range(min(runs[0], SHOWN) if runs else 1)
+        ]
+        why = "" if self.stopped is None else f", stopped: {self.stopped}"
+        more = [f"and {runs[0] - SHOWN} runs more"] if runs and runs[0] > SHOWN else []
+        return notebook.table(head, rows, title=f"{self.steps} steps{why}", below=more)
 
     def schedule(
         self, name: str, function: Callable[[Any], Any] | None = None, *, run: int | None = None

@@ -44,7 +44,9 @@ def test_wheel_and_sdist_in_a_bare_environment(tmp_path):
     assert [link for link in pages.files("README") if f"gradhpo-0.3.0/{link}" not in held] == []
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"gradhpo", "gradhpo-0.3.0.dist-info"}
-    assert {"gradhpo/py.typed", "gradhpo/parallel/__init__.py"} <= set(names)
+    assert {"gradhpo/py.typed", "gradhpo/parallel/__init__.py", "gradhpo/page/page.html"} <= set(
+        names
+    )
     python(sys.executable, "-m", "venv", "bare", cwd=tmp_path)
     bare = str(tmp_path / "bare/bin/python")
     # Bytecode of all of JAX and SciPy is most of the time, and the least of it is imported.
