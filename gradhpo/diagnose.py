@@ -15,11 +15,15 @@ import optax
 
 from gradhpo.algorithms import (
     DrMADOptimizer,
+    ESOptimizer,
     FOOptimizer,
+    ForwardGradientOptimizer,
     GreedyOptimizer,
     ImplicitOptimizer,
+    NRESOptimizer,
     OneStepOptimizer,
     OnlineHypergradientOptimizer,
+    PESOptimizer,
     T1T2Optimizer,
     UnrolledOptimizer,
 )
@@ -49,6 +53,13 @@ METHODS = (
     "unrolled",
 )
 """What `diagnose` compares by default."""
+DRAWN = ("es", "pes", "nres", "forward-gradient")
+"""What it compares where it is asked to: estimates that draw at random."""
+NAMED = (*METHODS, *DRAWN)
+WINDOWS = 5
+"""In how many the horizon is divided for "pes" and "nres"."""
+DIRECTIONS = 16
+"""How many "forward-gradient" takes."""
 QUICK = ("first-order", "one-step", "t1t2", "hyperdistill")
 """What `methods="quick"` compares: what compiles soonest, with the first γ."""
 TRUNCATIONS = (2, 5, 10, 20, 50, 100)
@@ -79,8 +90,10 @@ def diagnose(
     λ held, so that all see the same `w_T`; its estimate at the end is compared. An online method
     starts an episode there (w*_1 = w_0), and HyperDistill estimates θ first, by Algorithm 4 on T
     other batches, as it does in a run; Greedy and DrMAD unroll all T steps; "unrolled k" is exact
-    through the last k of them only. A step counts at the pace of one estimate an inner step for
-    the online methods, and one estimate in k steps for those that unroll k.
+    through the last k of them only. "es" (100 particles, σ = 0.1) and "forward-gradient" (16
+    directions) unroll all T, and "pes" and "nres" go there in windows of T / 5. A step counts at
+    the pace of one estimate an inner step for the online methods, and one estimate in k steps for
+    those that unroll k.
 
     Args:
       problem: the problem; its `metrics` are not used.
@@ -90,10 +103,10 @@ def diagnose(
         others than the run's.
       inner_optimizer: an `optax.GradientTransformation`, or a function of λ that returns one.
       update_fn: `(params, hyperparams, batch) -> params`, in place of `inner_optimizer`.
-      methods: names out of `METHODS`; "quick" for First-Order, One-Step, T1-T2 and HyperDistill at
-        the first γ, which takes about half of the time of all; or optimizers by a name of your
-        own, which then bring the inner optimizer (the same for all), and unroll `horizon` steps at
-        most.
+      methods: names out of `METHODS`, or "es", "pes", "nres", "forward-gradient"; "quick" for
+        First-Order, One-Step, T1-T2 and HyperDistill at the first γ, which takes about half of the
+        time of all; or optimizers by a name of your own, which then bring the inner optimizer (the
+        same for all), and unroll `horizon` steps at most.
       gammas: γ to try with "greedy" and "hyperdistill".
       horizon: T.
       samples: how many times to walk, on batches of their own; at least 2 give intervals.
@@ -150,8 +163,9 @@ def diagnose(
         for name, optimizer in optimizers.items():
             try:
                 made: list[Any] = []
-                for (task, others), truth in zip(walks, truths, strict=True):
-                    made.append(_compare(optimizer, state, task, others, truth))
+                for index, (given, truth) in enumerate(zip(walks, truths, strict=True)):
+                    own = jax.random.fold_in(stream(key, "optimizer"), index)
+                    made.append(_compare(optimizer, state, *given, truth, own))
                     bar.advance(1)
             except ValueError as error:
                 if name == EXACT or isinstance(methods, Mapping):
@@ -204,10 +218,10 @@ def _named(
     T: int,
 ) -> dict[str, BilevelOptimizer]:
     if isinstance(methods, str) or not all(isinstance(name, str) for name in methods):
-        accepted = f'names out of {METHODS}, "quick", or a dict'
+        accepted = f'names out of {NAMED}, "quick", or a dict'
         raise TypeError(f"methods must be {accepted}; got {methods!r}")
-    if unknown := [name for name in methods if name not in METHODS]:
-        raise ValueError(f"methods must be out of {METHODS}, got {unknown[0]!r}")
+    if unknown := [name for name in methods if name not in NAMED]:
+        raise ValueError(f"methods must be out of {NAMED}, got {unknown[0]!r}")
     inner: Any = {"inner_optimizer": inner_optimizer, "update_fn": update_fn}
     still = optax.set_to_zero()
     simple: dict[str, Any] = {
@@ -216,6 +230,12 @@ def _named(
         "t1t2": T1T2Optimizer(**inner),
         "drmad": DrMADOptimizer(**inner, unroll_steps=T),
         "implicit": ImplicitOptimizer(**inner),
+        "es": ESOptimizer(**inner, unroll_steps=T),
+        "pes": PESOptimizer(**inner, unroll_steps=max(1, T // WINDOWS)),
+        "nres": NRESOptimizer(**inner, unroll_steps=max(1, T // WINDOWS)),
+        "forward-gradient": ForwardGradientOptimizer(
+            **inner, unroll_steps=T, directions=DIRECTIONS
+        ),
     }
     made: dict[str, BilevelOptimizer] = {}
     for name in methods:
@@ -304,9 +324,13 @@ def _compare(
     task: Task,
     others: PyTree,
     truth: tuple[PyTree, PyTree],
+    key: jax.Array,
 ) -> jax.Array:
-    """Return cosine, norm ratio and second-order share of a method's estimate, `(3,)`."""
-    own = _own_state(optimizer, state, task)
+    """Return cosine, norm ratio and second-order share of a method's estimate, `(3,)`.
+
+    `key` is where a method that draws draws from.
+    """
+    own = _own_state(optimizer, state, task, key)
     if optimizer.calibration_period:
         own = optimizer.calibrate(own, dataclasses.replace(task, train_batch=others))
     g = at_least_float32(estimate_at(optimizer, own, task).hypergradient)
@@ -318,8 +342,10 @@ def _compare(
     return jnp.stack([cosine, length / reference, share])
 
 
-def _own_state(optimizer: BilevelOptimizer, state: BilevelState, task: Task) -> BilevelState:
-    memory: dict[str, Any] = {}
+def _own_state(
+    optimizer: BilevelOptimizer, state: BilevelState, task: Task, key: Any = None
+) -> BilevelState:
+    memory: dict[str, Any] = {"key": key} if optimizer.draws else {}
     if optimizer.remembers_batch:
         first = jax.tree.map(lambda x: x[0], task.train_batch)
         memory = {"train_batch": first, "key": jax.random.key(0)}
