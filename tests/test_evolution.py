@@ -1,6 +1,5 @@
 """Evolution strategies and forward gradients: their means, and what needs no derivative."""
 
-import dataclasses
 import functools
 
 import jax
@@ -61,6 +60,29 @@ def expected(name):
     total, squares = np.array([x.sum() for x in c]), np.array([x @ x for x in c])
     spread = total**2 if name == "nres" else squares
     return -np.sin(weights) * total * np.exp(-(SIGMA**2) * spread / 2)
+
+
+@pytest.mark.parametrize("name", slow_but(["pes", "nres"], "nres"))
+def test_a_window_is_the_sum_over_pairs_that_the_paper_writes(name):
+    optimizer = KINDS[name](update_fn=linear, particles=6, sigma=SIGMA, unroll_steps=2)
+    task = Task(jnp.zeros(()), jnp.zeros(()), cosine, cosine)
+
+    def window(state, _):
+        done = optimizer.estimate(state, task)
+        state = moved(state, done)
+        return state, (done.hypergradient, state.metadata["perturbations"])
+
+    state = optimizer.init(jnp.asarray(W_0), jnp.asarray(LAM))
+    found, weights = jax.jit(lambda s: jax.lax.scan(window, s, length=3)[1])(state)
+    weights = np.asarray(weights, float)
+    shifts = weights if name == "nres" else np.diff(weights, axis=0, prepend=0)
+    assert (weights[1:] == weights[:-1]).all() == (name == "nres")
+    walkers = np.full((2, 3), W_0)
+    for g, weight, shift in zip(found, weights, shifts, strict=True):
+        for _ in range(2):
+            walkers = DECAY * walkers + GAIN * (LAM + np.stack([shift, -shift]))
+        plus, minus = np.cos(walkers)
+        np.testing.assert_allclose(g, ((plus - minus) * weight).mean() / (2 * SIGMA**2), rtol=1e-4)
 
 
 @functools.cache
@@ -131,9 +153,11 @@ def test_memory_of_forward_gradients_does_not_grow_with_the_horizon():
         lowered = optimizer.lower_step(state, small.BATCH, small.BATCH, *losses)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
-    kind = ForwardGradientOptimizer
-    assert bytes_of(kind, 400) == bytes_of(kind, 50)
-    assert bytes_of(gradhpo.UnrolledOptimizer, 400) > 4 * bytes_of(gradhpo.UnrolledOptimizer, 50)
+    def growth(kind):
+        return (bytes_of(kind, 400) - bytes_of(kind, 50)) / 350
+
+    assert growth(ForwardGradientOptimizer) <= 8  # the step's number, and its training loss
+    assert growth(gradhpo.UnrolledOptimizer) > 36  # weights, momentum and gradient
 
 
 # --- Without a derivative -----------------------------------------------------------------------
@@ -180,6 +204,7 @@ def test_masks_loops_and_accuracies_are_tuned(name):
         exact.step(state, small.BATCH, small.BATCH, accuracy, accuracy)
 
 
+@pytest.mark.slow
 def test_an_unused_leaf_is_told_and_one_that_is_held_is_not_perturbed():
     def val(w, lam, batch):
         return accuracy(w, lam, batch) + (lam["held"] > 0)
@@ -252,11 +277,8 @@ def test_particles_start_anew_with_an_episode_and_walk_as_the_weights_do():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*KINDS, "forward"])
-def test_one_slot_of_a_population_is_a_solve_and_batches_may_be_divided(name):
-    kinds = KINDS | {"forward": ForwardGradientOptimizer}
-    given = SMALL if name in KINDS else {"unroll_steps": 2, "directions": 3}
-    optimizer, key = kinds[name](INNER, OUTER, **given), jax.random.key(3)
+def test_one_slot_of_a_population_is_a_solve():
+    optimizer, key = PESOptimizer(INNER, OUTER, **SMALL), jax.random.key(3)
     alone = gradhpo.solve(small_problem(), optimizer, 4, key, episode_length=2, progress=False)
     trials = Population(small_problem(), optimizer, 2, batching="map", episode_length=2)
     keys = jnp.stack([key, jax.random.key(4)])
@@ -264,9 +286,19 @@ def test_one_slot_of_a_population_is_a_solve_and_batches_may_be_divided(name):
     close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
     jax.tree.map(lambda a, b: close(a[0], b), state.hyperparams, alone.state.hyperparams)
     assert not np.allclose(state.hyperparams["l"][0], state.hyperparams["l"][1], atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [PESOptimizer, ForwardGradientOptimizer])
+def test_divided_batches_give_the_estimate_of_whole_ones(kind):
+    given = SMALL if kind is PESOptimizer else {"unroll_steps": 2, "directions": 3}
+    optimizer = kind(INNER, OUTER, **given)
     divided = data_parallel(optimizer, make_mesh(data=4))
-    other = gradhpo.solve(small_problem(), divided, 4, key, episode_length=2, progress=False)
-    jax.tree.map(close, other.state.hyperparams, alone.state.hyperparams)
+    losses = (small.BATCH, small.BATCH, small.train_loss, small.val_loss)
+    found = [
+        one.compute_hypergradient(one.init(*small.start()), *losses) for one in (divided, optimizer)
+    ]
+    assert_close(*found, rtol=1e-3, atol=1e-5)
 
 
 def method(method):
@@ -277,9 +309,9 @@ def method(method):
 @pytest.mark.slow
 def test_methods_of_a_sweep_by_name_go_on_after_a_generation(tmp_path):
     def sweep(folder, generations):
-        space = SearchSpace({"decay": uniform(-4.0, -2.0)}, choices={"method": ["pes", "es"]})
+        space = SearchSpace({"decay": uniform(-4.0, -2.0)}, choices={"method": ["pes"]})
         return Sweep(
-            problem=small_problem(), optimizer=method, space=space, population=4,
+            problem=small_problem(), optimizer=method, space=space, population=2,
             generations=generations, steps_per_generation=2, episode_length=3,
             scheduler=PBT(), storage=tmp_path / folder, executor="local", batching="map",
             progress=False,
@@ -291,7 +323,7 @@ def test_methods_of_a_sweep_by_name_go_on_after_a_generation(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_episode_of_run_and_losses_that_remember_and_draw():
+def test_losses_may_remember_and_draw():
     def train(w, lam, batch, model_state, key):
         x, y = batch
         noisy = x + 0.1 * jax.random.normal(key, x.shape)
@@ -315,11 +347,6 @@ def test_an_episode_of_run_and_losses_that_remember_and_draw():
     assert len(np.unique(walkers.model_state[:, :, 0])) == 1  # all see the same data and keys
     assert len(np.unique(walkers.params[:, :, 0])) == 16
     assert np.isfinite(found.metrics["train_largest"]).all()
-    state = optimizer.init(jnp.ones(3), {"decay": jnp.asarray(-3.0)}, model_state=jnp.zeros(3))
-    data = (lambda: small.BATCH, lambda: small.BATCH, train, val)
-    optimizer = dataclasses.replace(optimizer, T=3)
-    state = optimizer.run(state, 2, *data, key=jax.random.key(0), progress=False)
-    assert int(state.step) == 3
 
 
 @pytest.mark.slow
@@ -327,13 +354,11 @@ def test_diagnose_measures_them():
     state = gradhpo.UnrolledOptimizer(INNER).init(*small.start())
     found = gradhpo.diagnose(
         small_problem(), state, jax.random.key(0), inner_optimizer=INNER, horizon=5, samples=2,
-        methods=["es", "pes", "nres", "forward-gradient"], rounds=0, progress=False,
+        methods=["pes", "forward-gradient"], rounds=0, progress=False,
     )  # fmt: skip
     assert not found.notes
-    assert {row.name: row.aligned for row in found.rows} == {
-        "es": True, "pes": True, "nres": True, "forward-gradient": True,
-    }  # fmt: skip
-    assert len({*found.row("es").cosine}) == 2  # each walk draws anew
+    assert [row.aligned for row in found.rows] == [True, True]
+    assert len({*found.row("pes").cosine}) == 2  # each walk draws anew
 
 
 # --- Layouts ------------------------------------------------------------------------------------
@@ -354,9 +379,8 @@ def stepped(devices=None, chunk=None, kind=PESOptimizer):
     return state, optimizer.lower_step(state, *losses).compile().as_text()
 
 
-@pytest.mark.parametrize(
-    "kind", slow_but([PESOptimizer, ESOptimizer, ForwardGradientOptimizer], PESOptimizer)
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [PESOptimizer, ForwardGradientOptimizer])
 def test_eight_devices_give_the_numbers_of_one_with_one_reduction(kind):
     (one, _), (eight, program) = stepped(kind=kind), stepped(8, kind=kind)
     assert program.count(" all-reduce(") + program.count(" all-reduce-start(") == 1
