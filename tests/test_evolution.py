@@ -157,7 +157,7 @@ def test_memory_of_forward_gradients_does_not_grow_with_the_horizon():
         return (bytes_of(kind, 400) - bytes_of(kind, 50)) / 350
 
     assert growth(ForwardGradientOptimizer) <= 8  # the step's number, and its training loss
-    assert growth(gradhpo.UnrolledOptimizer) > 36  # weights, momentum and gradient
+    assert growth(gradhpo.UnrolledOptimizer) >= 12  # the weights of each
 
 
 # --- Without a derivative -----------------------------------------------------------------------

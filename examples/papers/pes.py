@@ -246,7 +246,7 @@ def row(name: str, made: np.ndarray, trajectory: np.ndarray) -> list[str]:
 
 def main(
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of the draws.")] = 5,
-    steps: Annotated[int, typer.Option(min=10, help="Outer steps of the toy.")] = 10_000,
+    steps: Annotated[int, typer.Option(min=10, help="Outer steps of the toy.")] = 5000,
     balancing: Annotated[int, typer.Option(min=10, help="Of influence balancing.")] = 3000,
     points: Annotated[int, typer.Option(min=2, help="Of the grid, along an axis.")] = 300,
     output: Annotated[Path, typer.Option(help="The figure.")] = Path("out/pes.png"),
