@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -102,6 +103,6 @@ def placed(tree: PyTree, mesh: Mesh | None, axis: str | None = None) -> PyTree:
     if mesh is None:
         return tree
     sharding = NamedSharding(mesh, P() if axis is None else P(axis))
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree)):
         return jax.lax.with_sharding_constraint(tree, sharding)
     return jax.device_put(tree, sharding)
