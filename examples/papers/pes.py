@@ -233,7 +233,7 @@ def draw(
         panel.set(xlabel="outer step", yscale="log")
         panel.legend(fontsize=8)
     panels[1].set(title=f"Toy regression, T = {T}", ylabel="summed loss")
-    panels[2].set(title="Influence balancing", ylabel="loss after 500 steps")
+    panels[2].set(title="Influence balancing", ylabel="loss after 500 steps", ylim=(1e-16, 1e4))
     report.save(figure, output)
 
 
