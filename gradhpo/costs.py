@@ -26,9 +26,14 @@ MEASURE_SECONDS = 0.02
 """How long a program runs in a round of timing, if one call is shorter."""
 
 
-def own_state(optimizer: BilevelOptimizer, state: BilevelState, task: Task) -> BilevelState:
-    """Return the method's own state where `state` stands, with a batch where it remembers one."""
-    memory: dict[str, Any] = {}
+def own_state(
+    optimizer: BilevelOptimizer, state: BilevelState, task: Task, key: jax.Array
+) -> BilevelState:
+    """Return the method's own state where `state` stands, with a batch where it remembers one.
+
+    `key` is where a method that draws draws from.
+    """
+    memory: dict[str, Any] = {"key": key} if optimizer.draws else {}
     if optimizer.remembers_batch:
         first = jax.tree.map(lambda x: x[0], task.train_batch)
         memory = {"train_batch": first, "key": jax.random.key(0)}
@@ -48,7 +53,7 @@ class Program:
         k = optimizer.unroll_steps if isinstance(optimizer, UnrollingMethod) else 1
         blocks = T // k
         self.steps = blocks * k
-        own, trains = own_state(optimizer, state, task), task.train_batch
+        own, trains = own_state(optimizer, state, task, jax.random.key(0)), task.train_batch
         if isinstance(optimizer, UnrollingMethod):
             optimizer = dataclasses.replace(optimizer, batches="stack")  # pyright: ignore[reportArgumentType]
             trains = jax.tree.map(

@@ -15,11 +15,15 @@ import optax
 
 from gradhpo.algorithms import (
     DrMADOptimizer,
+    ESOptimizer,
     FOOptimizer,
+    ForwardGradientOptimizer,
     GreedyOptimizer,
     ImplicitOptimizer,
+    NRESOptimizer,
     OneStepOptimizer,
     OnlineHypergradientOptimizer,
+    PESOptimizer,
     T1T2Optimizer,
     UnrolledOptimizer,
 )
@@ -52,6 +56,13 @@ METHODS = (
     "unrolled",
 )
 """What `diagnose` compares by default."""
+DRAWN = ("es", "pes", "nres", "forward-gradient")
+"""What it compares where it is asked to: estimates that draw at random."""
+NAMED = (*METHODS, *DRAWN)
+WINDOWS = 5
+"""In how many the horizon is divided for "pes" and "nres"."""
+DIRECTIONS = 16
+"""How many "forward-gradient" takes."""
 QUICK = ("first-order", "one-step", "t1t2", "hyperdistill")
 """What `methods="quick"` compares: what compiles soonest, with the first γ."""
 TRUNCATIONS = (2, 5, 10, 20, 50, 100)
@@ -89,9 +100,10 @@ def diagnose(
     other batches, as it does in a run; Greedy and DrMAD unroll all T steps; "unrolled k" is exact
     through the last k of them only. "implicit cg" and "implicit nystrom" estimate once in T steps
     with at most 10 products with the Hessian (fewer for T below 20), and with one over the length
-    of the T steps for a ridge (`ImplicitOptimizer.damping`; a note says the settings). A step
-    counts at the pace of one estimate an inner step for the online methods, and one estimate in k
-    steps for those that unroll k.
+    of the T steps for a ridge (`ImplicitOptimizer.damping`; a note says the settings). "es" (100
+    particles, σ = 0.1) and "forward-gradient" (16 directions) unroll all T, and "pes" and "nres"
+    go there in windows of T / 5. A step counts at the pace of one estimate an inner step for the
+    online methods, and one estimate in k steps for those that unroll k.
 
     Args:
       problem: the problem; its `metrics` are not used.
@@ -101,10 +113,10 @@ def diagnose(
         others than the run's.
       inner_optimizer: an `optax.GradientTransformation`, or a function of λ that returns one.
       update_fn: `(params, hyperparams, batch) -> params`, in place of `inner_optimizer`.
-      methods: names out of `METHODS`; "quick" for First-Order, One-Step, T1-T2 and HyperDistill at
-        the first γ, which takes about half of the time of all; or optimizers by a name of your
-        own, which then bring the inner optimizer (the same for all), and unroll `horizon` steps at
-        most.
+      methods: names out of `METHODS`, or "es", "pes", "nres", "forward-gradient"; "quick" for
+        First-Order, One-Step, T1-T2 and HyperDistill at the first γ, which takes about half of the
+        time of all; or optimizers by a name of your own, which then bring the inner optimizer (the
+        same for all), and unroll `horizon` steps at most.
       gammas: γ to try with "greedy" and "hyperdistill".
       horizon: T.
       samples: how many times to walk, on batches of their own; at least 2 give intervals.
@@ -166,7 +178,7 @@ def diagnose(
         Bar(progress, total=total, unit="estimate") as bar,
         Spoken(bar, silent=progress is False) as spoken,
     ):
-        work = _Work(state, walks, rounds, spoken, bar, budget)
+        work = _Work(state, walks, stream(key, "optimizer"), rounds, spoken, bar, budget)
         work.begin(plain, len(optimizers), T)
         work.look(exact, plain, outer_step)
         optimizers = optimizers if own else work.tuned(optimizers, plain)
@@ -182,12 +194,13 @@ class _Work:
         self,
         state: BilevelState,
         walks: list[tuple[Task, PyTree]],
+        key: jax.Array,
         rounds: int,
         spoken: Spoken,
         bar: Bar,
         budget: float | None,
     ) -> None:
-        self._state, self._walks, self._rounds = state, walks, rounds
+        self._state, self._walks, self._key, self._rounds = state, walks, key, rounds
         self._spoken, self._bar, self._budget = spoken, bar, budget
         self._started = self._last = clock.perf_counter()
         self._notes: list[str] = []
@@ -247,8 +260,9 @@ class _Work:
             return
         try:
             made: list[Any] = []
-            for (task, others), truth in zip(self._walks, self._truths, strict=True):
-                made.append(_compare(optimizer, self._state, task, others, truth))
+            for index, (given, truth) in enumerate(zip(self._walks, self._truths, strict=True)):
+                own = jax.random.fold_in(self._key, index)
+                made.append(_compare(optimizer, self._state, *given, truth, own))
                 self._bar.advance(1)
         except ValueError as error:
             if name == EXACT or strict:
@@ -316,10 +330,10 @@ def _named(
     T: int,
 ) -> dict[str, BilevelOptimizer]:
     if isinstance(methods, str) or not all(isinstance(name, str) for name in methods):
-        accepted = f'names out of {METHODS}, "quick", or a dict'
+        accepted = f'names out of {NAMED}, "quick", or a dict'
         raise TypeError(f"methods must be {accepted}; got {methods!r}")
-    if unknown := [name for name in methods if name not in METHODS]:
-        raise ValueError(f"methods must be out of {METHODS}, got {unknown[0]!r}")
+    if unknown := [name for name in methods if name not in NAMED]:
+        raise ValueError(f"methods must be out of {NAMED}, got {unknown[0]!r}")
     inner: Any = {"inner_optimizer": inner_optimizer, "update_fn": update_fn}
     still = optax.set_to_zero()
     simple: dict[str, Any] = {
@@ -327,6 +341,12 @@ def _named(
         "one-step": OneStepOptimizer(**inner),
         "t1t2": T1T2Optimizer(**inner),
         "drmad": DrMADOptimizer(**inner, unroll_steps=T),
+        "es": ESOptimizer(**inner, unroll_steps=T),
+        "pes": PESOptimizer(**inner, unroll_steps=max(1, T // WINDOWS)),
+        "nres": NRESOptimizer(**inner, unroll_steps=max(1, T // WINDOWS)),
+        "forward-gradient": ForwardGradientOptimizer(
+            **inner, unroll_steps=T, directions=DIRECTIONS
+        ),
     }
     made: dict[str, BilevelOptimizer] = {}
     for name in methods:
@@ -441,9 +461,13 @@ def _compare(
     task: Task,
     others: PyTree,
     truth: tuple[PyTree, PyTree],
+    key: jax.Array,
 ) -> tuple[jax.Array, PyTree]:
-    """Return cosine, norm ratio and second-order share of a method's estimate, and itself."""
-    own = own_state(optimizer, state, task)
+    """Return cosine, norm ratio and second-order share of a method's estimate, and itself.
+
+    `key` is where a method that draws draws from.
+    """
+    own = own_state(optimizer, state, task, key)
     if optimizer.calibration_period:
         own = optimizer.calibrate(own, dataclasses.replace(task, train_batch=others))
     g = at_least_float32(estimate_at(optimizer, own, task).hypergradient)

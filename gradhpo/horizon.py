@@ -26,8 +26,10 @@ def fresh_state(optimizer: BilevelOptimizer, like: BilevelState, **memory: Any) 
     Args:
       optimizer: any `BilevelOptimizer`.
       like: where to start.
-      memory: what `init` also takes, where `optimizer.remembers_batch`.
+      memory: what `init` also takes, where `optimizer.remembers_batch` or `optimizer.draws`.
     """
+    if optimizer.draws:
+        memory["model_state"] = like.model_state
     state = optimizer.init(like.params, like.hyperparams, **memory)
     same = {"inner_opt_state": like.inner_opt_state, "model_state": like.model_state}
     return prepare(state.update(**same))
@@ -37,8 +39,9 @@ def estimate_at(optimizer: BilevelOptimizer, state: BilevelState, task: Task) ->
     """Return the estimate that a method gives after T inner steps from `state`, with λ held.
 
     An online method takes a step at every batch, and its last estimate counts. A method that
-    unrolls k steps does so over the last k, and plain inner steps come before. All methods so see
-    the same weights, and approximate the same gradient, `dL_val(w_T(λ), λ)/dλ`, which
+    unrolls k steps does so over the last k, and plain inner steps come before; one that persists
+    over windows of k takes as many as there are, and the last counts. All methods so see the same
+    weights, and approximate the same gradient, `dL_val(w_T(λ), λ)/dλ`, which
     `UnrolledOptimizer(unroll_steps=T)` gives exactly. Pure and traceable.
 
     Args:
@@ -54,10 +57,11 @@ def estimate_at(optimizer: BilevelOptimizer, state: BilevelState, task: Task) ->
         k = optimizer.unroll_steps
         if k > T:
             raise ValueError(f"unroll_steps must be at most the horizon, {T} steps; got {k}")
-        inner, before = optimizer.inner_step(task.train_loss), _part(task, slice(T - k))
-        state = walk(inner, state, before)
+        windows = T // k if optimizer.persists else 1
+        first = T - windows * k
+        state = walk(optimizer.inner_step(task.train_loss), state, _part(task, slice(first)))
         stacked: Any = dataclasses.replace(optimizer, batches="stack")  # pyright: ignore[reportArgumentType]
-        return stacked.estimate(state, _part(task, slice(T - k, T)).after(T - k))
+        return _last_window(stacked, state, _part(task, slice(first, T)).after(first), windows)
 
     def step(carry: tuple[BilevelState, Any], batch: PyTree) -> tuple[Any, None]:
         state, key = carry
@@ -67,6 +71,26 @@ def estimate_at(optimizer: BilevelOptimizer, state: BilevelState, task: Task) ->
     before = _part(task, slice(T - 1))
     state, key = jax.lax.scan(step, (state, task.key), before.train_batch)[0]
     return optimizer.estimate(state, dataclasses.replace(_part(task, T - 1), key=key))
+
+
+def _last_window(
+    optimizer: UnrollingMethod, state: BilevelState, task: Task, windows: int
+) -> Estimate:
+    """Return the estimate of the last window, of so many in a row."""
+    if windows == 1:
+        return optimizer.estimate(state, task)
+    k = optimizer.unroll_steps
+    parts = jax.tree.map(lambda x: x.reshape(windows, k, *x.shape[1:]), task.train_batch)
+
+    def step(carry: tuple[BilevelState, Any], batch: PyTree) -> tuple[Any, None]:
+        state, key = carry
+        here = dataclasses.replace(task, train_batch=batch, key=key)
+        return (moved(state, optimizer.estimate(state, here)), here.after(k).key), None
+
+    before = jax.tree.map(lambda x: x[:-1], parts)
+    state, key = jax.lax.scan(step, (state, task.key), before)[0]
+    last = jax.tree.map(lambda x: x[-1], parts)
+    return optimizer.estimate(state, dataclasses.replace(task, train_batch=last, key=key))
 
 
 def walk(inner: InnerStep, state: BilevelState, task: Task) -> BilevelState:

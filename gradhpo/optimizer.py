@@ -104,6 +104,8 @@ class BilevelOptimizer(abc.ABC):
     """The axis of `train_batch` that counts examples."""
     remembers_batch: bool = False
     """Whether `init` also takes `train_batch` and `key`."""
+    draws: bool = False
+    """Whether `init` also takes `key`, and the state holds one."""
 
     def __init__(self, inner_optimizer: Any = None, outer_optimizer: Any = None) -> None:
         self.inner_optimizer = inner_optimizer
@@ -414,6 +416,8 @@ class HypergradientMethod(BilevelOptimizer):
     """Whether the hypergradient goes through the inner step."""
     by_values: bool = False
     """Whether it is taken by differences in λ, for which no derivative is needed."""
+    zero_order: bool = False
+    """Whether it is taken from values of the validation loss alone."""
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -473,6 +477,7 @@ class HypergradientMethod(BilevelOptimizer):
             self.inner_step(task.train_loss) if self.differentiates_inner else None,
             self.by_values,
             lambda: self._tuned(state.hyperparams),
+            self.zero_order,
         )
         check_reach(ways, state, self._with_one_batch(task))
 

@@ -48,7 +48,8 @@ class Problem:
         run, and on every device that a batch is divided over. What a loss remembers is a constant
         of each step, and averaged over such devices.
       val_loss: `(params, hyperparams, batch) -> scalar`: what the hyperparameters are tuned for;
-        it needs a gradient in the weights. It may take `model_state`, as the training loss left
+        it needs a gradient in the weights, but for evolution strategies, which tune for an accuracy
+        too. It may take `model_state`, as the training loss left
         it, and `key`, and return `(scalar, Aux(metrics=…))`.
       batch: `key -> (train_batch, val_batch)`, two pytrees of arrays for the two losses: drawn on
         the device, inside the compiled run, with a key of their own at every step; with `data`,

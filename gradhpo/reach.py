@@ -1,7 +1,8 @@
 """Hyperparameters that nothing leads from to the validation loss: told before anything compiles.
 
 A leaf of λ gets a hypergradient if a derivative leads from it to the validation loss, directly or
-by way of the weights. Otherwise its hypergradient is 0 whatever the numbers, and it never moves.
+by way of the weights; to a method of zeroth order, if a value does. Otherwise its hypergradient is
+0 whatever the numbers, and it never moves.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ class Ways(NamedTuple):
     """Whether it takes differences through the step, and so sees what has no derivative too."""
     tuned: Callable[[], list[bool]]
     """Returns for each leaf of λ whether it moves by its hypergradient."""
+    zero_order: bool = False
+    """Whether it looks at values of the validation loss alone, and takes no derivative at all."""
 
 
 def check_reach(ways: Ways, state: BilevelState, task: Task) -> None:
@@ -82,24 +85,25 @@ def _reasons(ways: Ways, state: BilevelState, task: Task) -> list[str]:
     def move_by(lam: PyTree) -> PyTree:
         return move(w, s, lam)
 
-    def val(both: tuple[PyTree, PyTree]) -> jax.Array:
-        return task.validate(both[0], s, both[1])[0]
+    def val(w: PyTree, s: Carried, lam: PyTree) -> jax.Array:
+        return task.validate(w, s, lam)[0]
 
-    derivative = not ways.by_values
+    derivative = not (ways.by_values or ways.zero_order)
     behind = [] if inner is None else influences(move, (w, s, lam), derivative=derivative)
-    n = len(jax.tree.leaves(w))
-    in_val = depends(val, (w, lam))
-    seen = _leading_to({i for i in range(n) if in_val[i]}, behind)
-    before, direct = len(behind), in_val[n:]
-    to_weights = [x for x in _leading_to(set(range(n)), behind) if x < before]
+    n, before = len(jax.tree.leaves(w)), len(jax.tree.leaves((w, s)))
+    (in_val,) = influences(val, (w, s, lam), derivative=not ways.zero_order)
+    # What the losses remember is a constant to a derivative.
+    seen = _leading_to({i for i in in_val if i < (before if ways.zero_order else n)}, behind)
+    direct = [before + i in in_val for i in range(len(leaves))]
+    to_weights = [x for x in _leading_to(set(range(n)), behind) if x < len(behind)]
     moves = [any(before + i in behind[x] for x in to_weights) for i in range(len(leaves))]
     reached = [
-        d or leaf.size == 0 or any(before + i in behind[x] for x in seen if x < before)
+        d or leaf.size == 0 or any(before + i in behind[x] for x in seen if x < len(behind))
         for i, (d, leaf) in enumerate(zip(direct, leaves, strict=True))
     ]
     if all(reached):
         return [""] * len(reached)
-    shown = depends(val, (w, lam), derivative=False)[n:]
+    shown = depends(lambda lam: val(w, s, lam), lam, derivative=False)
     used = none if inner is None else depends(move_by, lam, derivative=False)
 
     def reason(i: int) -> str:
@@ -107,7 +111,8 @@ def _reasons(ways: Ways, state: BilevelState, task: Task) -> list[str]:
             return ""
         if inner is None:
             return "this method differentiates val_loss_fn alone, which does not use it"
-        if moves[i] and any(in_val[:n]):
+        read = any(leaf < n for leaf in in_val)
+        if (moves[i] and read) or (used[i] and ways.zero_order):
             return "it moves only weights that val_loss_fn does not read"
         if moves[i]:
             return "val_loss_fn has no gradient in the weights, which it moves: is it an accuracy?"

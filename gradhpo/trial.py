@@ -34,6 +34,11 @@ class Method(Calibrated, Protocol):
         """Whether `init` also takes `train_batch` and `key`."""
         ...
 
+    @property
+    def draws(self) -> bool:
+        """Whether `init` also takes `key` and `model_state`."""
+        ...
+
     def init(self, params: PyTree, hyperparams: PyTree) -> BilevelState:
         """Return the state before the first step."""
         ...
@@ -94,6 +99,8 @@ class Trial:
         if self.optimizer.remembers_batch:
             train_batch = self.task(key, data, 0, host).train_batch
             extra = {"train_batch": train_batch, "key": stream(key, "optimizer")}
+        if self.optimizer.draws:
+            extra = {"model_state": first.model_state, "key": stream(key, "optimizer")}
         state = self.optimizer.init(first.params, first.hyperparams, **extra)
         model_state = jax.tree.map(as_array, first.model_state)
         state = prepare(state.update(model_state=model_state))

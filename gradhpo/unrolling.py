@@ -30,6 +30,8 @@ class UnrollingMethod(HypergradientMethod):
 
     unroll_steps: int = 1
     batches: Literal["repeat", "stack"] = "repeat"
+    persists: bool = False
+    """Whether steps of an episode build on one another: what is unrolled are windows of it."""
 
     T = 1  # one step an episode: it unrolls the inner steps itself
 

@@ -35,7 +35,8 @@ Backend = Literal["shard_map", "auto", "pmap"]
 # What the wrapped optimizer is, the data-parallel one is too.
 _SHARED = (
     *("inner_optimizer", "outer_optimizer", "update_fn"),
-    *("T", "calibration_period", "remembers_batch", "batch_axis", "through_model_state"),
+    *("T", "calibration_period", "remembers_batch", "draws", "batch_axis"),
+    "through_model_state",
 )
 
 
@@ -106,6 +107,11 @@ class DataParallel(BilevelOptimizer):
             raise ValueError(f'rules need backend="auto", got {self.backend!r}')
         if self.optimizer.remembers_batch and self.backend != "auto":
             raise ValueError('distill_data mixes rows of whole batches: use backend="auto"')
+        if getattr(self.optimizer, "mesh", None) is not None:
+            raise ValueError(
+                "data_parallel divides batches, and this optimizer its particles over a mesh: give "
+                "one of the two"
+            )
         if self.backend == "pmap" and self.mesh.size != axis_size(self.mesh, self.axis):
             raise ValueError(f'backend="pmap" needs a mesh with no axis but {self.axis!r}')
         for name in _SHARED:
@@ -175,7 +181,7 @@ class DataParallel(BilevelOptimizer):
     @property
     def within(self) -> Within:
         """What a program takes that is inside a `shard_map` over this mesh already."""
-        return Within(self, self.T, self.calibration_period, self.remembers_batch)
+        return Within(self, self.T, self.calibration_period, self.remembers_batch, self.draws)
 
     def on_part(
         self, method: str, state: BilevelState, task: Task, rate: tuple[Any, ...] = ()
@@ -353,6 +359,7 @@ class Within:
     T: int
     calibration_period: int
     remembers_batch: bool
+    draws: bool
 
     def init(self, params: PyTree, hyperparams: PyTree, **extra: Any) -> BilevelState:
         """Return the state before the first step."""

@@ -98,6 +98,11 @@ class Population:
             if mesh is not None and mesh != optimizer.mesh:
                 raise ValueError("mesh must be the one of data_parallel, or left out")
             mesh = optimizer.mesh
+        elif mesh is not None and getattr(optimizer, "mesh", None) is not None:
+            raise ValueError(
+                "mesh divides slots, and this optimizer its particles over a mesh of its own: give "
+                "one of the two"
+            )
         self.problem, self.optimizer, self.mesh = problem, optimizer, mesh
         within: Any = optimizer
         if isinstance(optimizer, DataParallel) and not self._by_compiler:
