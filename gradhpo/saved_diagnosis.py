@@ -22,7 +22,11 @@ def write(folder: Any, diagnosis: Diagnosis) -> None:
     files = files_of(where_of("folder", folder))
     files.probe(PROBE)
     rows = [_numbers(row) for row in (*diagnosis.rows, diagnosis.exact)]
-    about = {"horizon": diagnosis.horizon, "seconds": diagnosis.seconds, "rows": rows}
+    about: dict[str, Any] = {
+        "horizon": diagnosis.horizon,
+        "seconds": diagnosis.seconds,
+        "rows": rows,
+    }
     about |= {"notes": list(diagnosis.notes)}
     if diagnosis.regime is not None:
         about["regime"] = _numbers(diagnosis.regime)
@@ -76,7 +80,6 @@ def _array(value: Any) -> Any:
 def _read(about: dict[str, Any]) -> Diagnosis:
     rows = [Row(**{n: _array(x) for n, x in row.items()}) for row in about["rows"]]
     told = (about["horizon"], about["seconds"], tuple(about["notes"]))
-    regime = about.get("regime")
-    if regime is not None:
-        regime = Regime(**{name: _array(x) for name, x in regime.items()})
+    kept: dict[str, Any] | None = about.get("regime")
+    regime = Regime(**{name: _array(x) for name, x in kept.items()}) if kept else None
     return Diagnosis(rows[:-1], rows[-1], *told, regime)
