@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST = XLA_FLAGS=--xla_force_host_platform_device_count=8 $(BIN)/python -m pytest
 JOBS := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: demo test quick lint bench docs clean
+.PHONY: demo test quick lint bench peers docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/test.done
@@ -37,6 +37,10 @@ lint: $(VENV)/lint.done
 
 bench: $(VENV)/test.done
 	$(BIN)/python benchmarks/step_cost.py $(ARGS)
+
+# Side by side with what people use today, each in an environment of its own below .venv-peers/.
+peers: $(VENV)/test.done
+	$(BIN)/python benchmarks/peers/compare.py $(ARGS)
 
 docs: $(VENV)/test.done
 	$(BIN)/python -m pydoc gradhpo
