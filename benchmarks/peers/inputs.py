@@ -38,13 +38,13 @@ def _shapes(model: str) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a model's weights by name, inputs first, outputs last."""
     if model == "mlp":
         sizes = (64, 256, 256, 10)
-        pairs = list(itertools.pairwise(sizes))
-        return {f"w{i}": pair for i, pair in enumerate(pairs)} | {
-            f"b{i}": pair[1:] for i, pair in enumerate(pairs)
-        }
+        shapes: dict[str, tuple[int, ...]] = {}
+        for i, (n, m) in enumerate(itertools.pairwise(sizes)):
+            shapes |= {f"w{i}": (n, m), f"b{i}": (m,)}
+        return shapes
     if model == "cnn":
         return {"conv0": (3, 3, 1, 16), "conv1": (3, 3, 16, 32), "out": (32, 10)}
-    shapes: dict[str, tuple[int, ...]] = {"embed": (8, 64), "position": (8, 64), "head": (64, 10)}
+    shapes = {"embed": (8, 64), "position": (8, 64), "head": (64, 10)}
     for i in range(2):
         shapes |= {f"qkv{i}": (64, 192), f"out{i}": (64, 64)}
         shapes |= {f"up{i}": (64, 256), f"down{i}": (256, 64)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-DECAY = 1.0
+DECAY = 0.3
 
 
 def mlp(p, x):

@@ -34,17 +34,18 @@ def start(model, case, inputs):
             gradients = grad(inner_loss)(params, lam, batch)
             params, mean, square = adam(params, gradients, mean, square, t)
         loss = val_loss(functional_call(net, params, val["x"]), val)
-        return loss, (params, mean, square, t)
+        return loss, (params, mean, square)
 
     params = {name: w.detach() for name, w in net.named_parameters()}
     zeros = {name: torch.zeros_like(w) for name, w in params.items()}
-    carry = (params, zeros, zeros, 0)
+    carry = (params, zeros, zeros)
     outer = torch.optim.Adam([lam], lr=1e-2)
 
     def step(i):
         nonlocal carry
         trains, val = batches(i, unroll)
-        g, (loss, carry) = grad_and_value(objective, has_aux=True)(lam, *carry, trains, val)
+        arguments = (lam, *carry, i * unroll, trains, val)
+        g, (loss, carry) = grad_and_value(objective, has_aux=True)(*arguments)
         lam.grad = g
         outer.step()
         return loss, g

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-DECAY = 1.0
+DECAY = 0.3
 
 
 class Net(nn.Module):
