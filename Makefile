@@ -1,10 +1,18 @@
 # Every target builds the environment it needs, in .venv, once; `make clean` removes all of it.
+# Another Python has an environment of its own: `make test PYTHON=python3.13` makes .venv-3.13.
 PYTHON ?= python3
+ifeq ($(origin PYTHON),file)
 VENV := .venv
+else
+VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+endif
 BIN := $(VENV)/bin
 # Eight CPU devices for the tests, set before JAX starts.
 PYTEST = XLA_FLAGS=--xla_force_host_platform_device_count=8 $(BIN)/python -m pytest
 JOBS := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+
+# Many tests start processes: what Python compiles for one, the others read.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test quick lint bench peers docs clean
 .DELETE_ON_ERROR:
@@ -46,7 +54,7 @@ docs: $(VENV)/test.done
 	$(BIN)/python -m pydoc gradhpo
 
 clean:
-	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* build dist out *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -108,22 +108,35 @@ def _verified(storage: Where, journal: Journal) -> Iterator[Finding]:
         yield Finding(True, what)
     newest = {saved.file for saved in _newest(journal)}
     older = [s for entry in journal.durable[:-1] for s in entry["checkpoints"]]
-    kept = {found.checkpoint.file: found for found in front.of_journal(entries)}
+    kept = {file: _whose(file, entries[-1]) for file in _kept(entries)}
     saved = {s.file: s for s in (*_newest(journal), *older, *(e["table"] for e in entries))}
-    saved |= {file: found.checkpoint for file, found in kept.items()}
+    saved |= _kept(entries)
     for file, one in saved.items():
         if not (found := _damaged(storage, [one])):
             good += 1
         elif file in newest:
             yield Finding(False, f"{found[0]}. Neither this generation nor the one before is whole")
         elif file in kept:
-            yield Finding(False, f"{found[0]}. The winner's weights: replay() computes them again")
+            yield Finding(False, f"{found[0]}. {kept[file]} computes them again")
         elif file.startswith(f"{TABLES}/"):
             yield Finding(False, f"{found[0]}. The numbers of its generation; the sweep goes on")
         else:  # where one was dropped, that of before is long removed
             gone = not Storage(storage).has(one)
             yield Finding(gone, f"{found[0]}. Only needed should the last generation be damaged")
     yield Finding(True, f"{storage}: {len(entries)} generations, {good} files are whole")
+
+
+def _kept(entries: list[Entry]) -> dict[str, Saved]:
+    """Return by name the files of the best trial, or of those of a front."""
+    return {found.checkpoint.file: found.checkpoint for found in front.of_journal(entries)}
+
+
+def _whose(file: str, entry: Entry) -> str:
+    """Say whose weights a file has that is kept, and how they are had again."""
+    if "front" not in entry:
+        return "The winner's weights: replay()"
+    trials = {str(found.trial) for found in front.found_in(entry) if found.checkpoint.file == file}
+    return f"The front's weights of trial {' and '.join(sorted(trials, key=int))}: replay(trial)"
 
 
 def _newest(journal: Journal) -> list[Saved]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from gradhpo.cluster.events import Event, Repaired
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.manifest import IDENTITY, STREAMS
+from gradhpo.cluster.points import Taken, source_of
 from gradhpo.cluster.storage import Storage
 from gradhpo.files import Where
 
@@ -50,6 +52,20 @@ def shards(storage: Where, population: int) -> int | None:
         durable = Journal(storage).durable
         return len(durable[-1]["checkpoints"]) if durable else None
     return known["shards"] if known["population"] == population else None
+
+
+def begun_with(storage: Where, asked: Any) -> Taken | None:
+    """Return the points that a storage's sweep found where others were found now.
+
+    What was found then counts, whatever the source has found since. None where it began otherwise,
+    or has not begun.
+    """
+    if (source := source_of(asked)) is None:
+        return None
+    with contextlib.suppress(SweepError):
+        known = manifest.read(storage)
+        return Taken(known["points"], source) if known["points_from"] == source else None
+    return None
 
 
 def check_allowed(given: Collection[str]) -> None:
@@ -112,6 +128,7 @@ def _compare(
                 f"{named} holds another run: its {name} is {theirs[name]!r}, here "
                 f"{mine[name]!r}. Give another storage, or the same settings to go on"
             )
+    _compare_order(named, mine, manifest.order(theirs))
     if mine["batching"] in ("auto", theirs["batching"]):
         return
     known = theirs.get("programs") or programs.read(storage) or [theirs]
@@ -120,6 +137,16 @@ def _compare(
             f"{named} holds another run: its batching is {known[0]['batching']!r}, here "
             f"{mine['batching']!r}"
         )
+
+
+def _compare_order(named: str, mine: Mapping[str, Any], order: Mapping[str, Any]) -> None:
+    for part, names in manifest.order(mine).items():
+        if names != order[part]:
+            raise SweepError(
+                f"{named} holds another run: its space.{part} are in the order "
+                f"{', '.join(order[part])}, here in {', '.join(names)}, and trials are drawn in "
+                "that order. Give them in the order in which the sweep began"
+            )
 
 
 def _prove(storage: Where, mine: Mapping[str, Any], damaged: SweepError) -> None:
@@ -132,3 +159,4 @@ def _prove(storage: Where, mine: Mapping[str, Any], damaged: SweepError) -> None
             f"{damaged}. Only the settings with which the sweep began make it again, and "
             f"{'these are others' if entries[0].get('identity') else 'none are known'}"
         ) from None
+    _compare_order(f"storage {str(storage)!r}", mine, entries[0].get("order", manifest.order(mine)))

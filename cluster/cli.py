@@ -58,7 +58,10 @@ Track = Annotated[
     list[str] | None,
     typer.Option(help="csv=FILE, json=FILE, tensorboard=FOLDER, wandb=PROJECT, mlflow=EXPERIMENT."),
 ]
-Number = Annotated[int | None, typer.Option(help="Of a trial on the front, in place of the best.")]
+Which = Annotated[
+    str | None,
+    typer.Option(help="A trial of the front: its number, 17, or that after a generation, 17@5."),
+]
 Plot = Annotated[Path | None, typer.Option(help="Draw all trials and the winner (PNG).")]
 
 
@@ -221,7 +224,7 @@ def check(storage: Where) -> None:
 def best(
     storage: Where,
     output: Annotated[Path | None, typer.Option(help="Save its arrays (.npz).")] = None,
-    trial: Number = None,
+    trial: Which = None,
     plot: Plot = None,
 ) -> None:
     """Print the best trial so far; of several objectives the front, or one of its trials."""
@@ -277,7 +280,7 @@ def export(
     script: Annotated[
         Path | None, typer.Option(help="A .py for the best trial's λ(t); imports the sweep's code.")
     ] = None,
-    trial: Number = None,
+    trial: Which = None,
 ) -> None:
     """Hand a sweep, finished or running, to other tools; its best trial to other programs."""
     result = SweepResult.from_storage(storage)
@@ -332,17 +335,24 @@ def _run(
         sys.exit(STOPPED)
 
 
-def _chosen(result: SweepResult, number: int | None) -> Trial:
-    """Return the best trial, or the one of the front that has this number."""
-    if number is None and not result.objectives.several:
+def _chosen(result: SweepResult, which: str | None) -> Trial:
+    """Return the best trial, or the one of the front that a person names.
+
+    A front may have a trial several times, as it was after several generations.
+    """
+    if which is None and not result.objectives.several:
         return result.best
-    numbers = ", ".join(dict.fromkeys(str(trial.number) for trial in result.front))
-    if number is None:
-        raise ValueError(f"of several objectives no trial is the best: --trial, one of {numbers}")
-    there = [trial for trial in result.front if trial.number == number]
+    entries = {f"{trial.number}@{trial.generation + 1}": trial for trial in result.front}
+    named = ", ".join(entries)
+    if which is None:
+        raise ValueError(f"of several objectives no trial is the best: --trial, one of {named}")
+    there = [name for name in entries if which in (name, name.partition("@")[0])]
+    if len(there) > 1:
+        several = f"as it was after several generations: --trial, one of {', '.join(there)}"
+        raise ValueError(f"trial {which} is on the front {several}")
     if not there:
-        raise ValueError(f"trial {number} is not on the front, which has {numbers}")
-    return there[0]  # as it was when it had the best of the first objective
+        raise ValueError(f"trial {which} is not on the front, which has {named}")
+    return entries[there[0]]
 
 
 def _print_found(result: SweepResult) -> None:

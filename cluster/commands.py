@@ -11,7 +11,7 @@ class Job:
     """Something that some worker must do, once."""
 
     kind: str
-    """ "start", "trace", "begin", "prepare", "export", "run" or "checkpoint"."""
+    """ "start", "trace", "begin", "prepare", "forget", "export", "run" or "checkpoint"."""
     variant: int = -1
     shard: int = -1
     target: int = -1

@@ -400,7 +400,7 @@ class Controller:
         """Say which combinations of choices ended after a generation."""
         combinations = self._rules.space.variants()
         for one in done.next.ended:
-            name, sign = _raced(self._rules)
+            name, sign = self._rules.objectives.compared
             score = None if one.score is None else one.score * sign
             about = (combinations[one.variant], name, score, one.place, one.of)
             self._tell(CombinationEnded(done.plan.generation + 1, *about))
@@ -644,8 +644,7 @@ def race(
     """
     if rules.space.race is None:
         return Next(decision, plan.variant)
-    name, sign = _raced(rules)
-    score = (columns[name] * sign).reshape(layout.shards, layout.slots)
+    score = rules.objectives.score(columns).reshape(layout.shards, layout.slots)
     held = plan.variant[:: layout.slots]
     found = rung(rules.space.race, plan.generation + 1, layout.variants, held, score)
     variant = np.repeat(found.variant, layout.slots)
@@ -654,11 +653,6 @@ def race(
         past = past.copied()
         _end(past, plan, columns, left)
     return left._replace(decision=_handed_over(left, plan, layout, rules, past))
-
-
-def _raced(rules: Rules) -> tuple[str, int]:
-    """Return the one metric by which combinations are compared, and its sign."""
-    return rules.objectives.only("combinations cannot race", "Give one metric")
 
 
 def _left(decision: Decision, taken: np.ndarray) -> Decision:

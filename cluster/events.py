@@ -296,9 +296,10 @@ class CombinationEnded(Event):
     """After which, counted from 1."""
     choices: Mapping[str, Any]
     metric: str
-    """Its name."""
+    """Its name; "place" of several objectives."""
     score: float | None
-    """The metric of its best trial; None where all had diverged."""
+    """The metric of its best trial, or that trial's place among all, from 0, by non-dominated
+    sorting; None where all had diverged."""
     place: int
     """Among the combinations that were left, from 1."""
     of: int

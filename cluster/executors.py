@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from gradhpo.checkpoints import Saved
@@ -42,6 +42,7 @@ WHAT = {
     "trace": "failed to trace the sweep's step",
     "begin": "failed to compile the sweep's step",
     "prepare": "failed to compile the sweep's step",
+    "forget": "failed to let programs go",
     "export": "failed to hand over trials",
     "run": "failed to run a generation",
     "checkpoint": "failed to write a checkpoint",
@@ -105,18 +106,31 @@ class FleetExecutor(Executor):
         runs = {job.shard: run for job, run in self._runs.items()}
         # A state that is in no checkpoint stays where it is.
         movable = all(order.start is not None or order.generation == 0 for order in orders)
+        ended = self._ended(orders)
         self._exports = {}
         for order in orders:
             for source, items in order.by_source().items():
                 about = (source, variants[source], order.generation - 1, items[0].checkpoint)
                 taken = [item.source_slot for item in items]
                 self._exports[Job("export", variants[source], source, order.shard)] = *about, taken
-        for job, rows in self._drive(self._exports, balance=movable).items():
+        for job, rows in self._drive(self._exports, balance=movable, ended=ended).items():
             runs[job.target].sources.append(job.shard)
             runs[job.target].rows.append(rows)
         done = self._drive(self._runs, balance=movable)
         self._runs, self._exports = {}, {}
         return [done[job] for job in sorted(done, key=lambda job: job.shard)]
+
+    def _ended(self, orders: list[Order]) -> set[int]:
+        """Return the combinations that nobody runs any more; what others would load of them goes.
+
+        One that ended now is still needed: its last states may hold trials that are kept.
+        """
+        needed = {order.variant for order in orders}
+        needed |= {order.before for order in orders if order.before is not None}
+        ended = set(range(len(self._combinations))) - needed
+        for variant in ended:
+            self._blobs.pop(variant, None)
+        return ended
 
     def checkpoints(self, orders: list[Order]) -> list[Saved]:
         """Wait for the workers that ran them."""
@@ -143,11 +157,15 @@ class FleetExecutor(Executor):
 
     # --- the loop -------------------------------------------------------------------------------
 
-    def _drive(self, jobs: Iterable[Job], balance: bool = True) -> dict[Job, Any]:
+    def _drive(
+        self, jobs: Iterable[Job], balance: bool = True, ended: Collection[int] = ()
+    ) -> dict[Job, Any]:
         """Have every job done once; return what each gave."""
         self._sent, done = {}, dict[Job, Any]()
         timeout = min(0.5, self._fleet.longest_look / 2)
-        commands = self._fleet.ask(time.monotonic(), jobs, *self._room(), balance=balance)
+        commands = self._fleet.ask(
+            time.monotonic(), jobs, *self._room(), balance=balance, ended=ended
+        )
         while True:
             for command in commands:
                 self._carry_out(command, done)
@@ -209,6 +227,8 @@ class FleetExecutor(Executor):
             return self._exports[job]
         if job.kind == "checkpoint":
             return job.shard, job.generation
+        if job.kind == "forget":
+            return (job.variant,)
         run = self._runs[job]
         return run.order, worker, run.sources, *run.rows
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from gradhpo.cluster.commands import (
@@ -141,7 +141,12 @@ class Fleet:
         return any(made[shard] != self._owner[shard] for shard in held)
 
     def ask(
-        self, now: float, jobs: Iterable[Job], *events: Event, balance: bool = True
+        self,
+        now: float,
+        jobs: Iterable[Job],
+        *events: Event,
+        balance: bool = True,
+        ended: Collection[int] = (),
     ) -> list[Command]:
         """Take jobs on; what was asked for before and is not done is nobody's any more.
 
@@ -150,11 +155,13 @@ class Fleet:
           jobs: to be done once, each.
           events: what happened since.
           balance: whether a shard may leave a worker that is there.
+          ended: variants whose programs workers let go of, before they do anything else.
         """
         self._look(now)
         for worker in self._workers.values():
             for call in worker.calls.values():
                 call.wanted = call.job.kind in EARLY
+        self._let_go(ended)
         self._waiting = list(jobs)
         self._asked = set(self._waiting)
         self._unbalanced = balance
@@ -357,6 +364,15 @@ class Fleet:
                 self._waiting.remove(job)
                 self._send(number, job)
 
+    def _let_go(self, ended: Collection[int]) -> None:
+        """Have programs forgotten; should they be needed again, they are prepared again."""
+        for number in self.ready:
+            worker = self._workers[number]
+            for variant in sorted((worker.variants | worker.traced) & set(ended)):
+                for known in (worker.variants, worker.traced, worker.begun):
+                    known.discard(variant)
+                self._send(number, Job("forget", variant))
+
     def _begun(self) -> set[int]:
         """Return the variants that some worker compiles beside its calls, or is told to."""
         found = {variant for worker in self._workers.values() for variant in worker.begun}
@@ -456,6 +472,7 @@ def _sentence(job: Job, count: int, reason: str) -> str:
         "trace": "the step was traced",
         "begin": "the step was traced",
         "prepare": "the step was compiled or loaded",
+        "forget": "programs were let go",
     }.get(job.kind, f"shard {job.shard} ran")
     hint = "A process that is killed for memory, or crashes, looks like this"
     if "did not" in reason:

@@ -19,7 +19,7 @@ def hypervolume(scores: np.ndarray, reference: np.ndarray) -> float:
       reference: `(objectives,)`.
 
     Raises:
-      ValueError: for shapes that do not fit.
+      ValueError: for shapes that do not fit, or a reference that is not finite.
     """
     rows, corner = np.asarray(scores, float), np.asarray(reference, float)
     if rows.ndim != 2 or corner.shape != rows.shape[1:] or not len(corner):
@@ -27,6 +27,8 @@ def hypervolume(scores: np.ndarray, reference: np.ndarray) -> float:
             f"hypervolume takes (n, k) scores and a (k,) reference, got {rows.shape} and "
             f"{corner.shape}"
         )
+    if not np.isfinite(corner).all():
+        raise ValueError(f"hypervolume takes a finite reference, got {corner.tolist()}")
     rows = rows[(np.isfinite(rows) & (rows < corner)).all(axis=1)]
     return _volume(rows[nondominated(rows)], corner)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax
 
 from gradhpo._version import __version__
 from gradhpo.checksums import of_arrays
-from gradhpo.cluster import importing
+from gradhpo.cluster import importing, points
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.settings import Identity, Place
 from gradhpo.cluster.space import SearchSpace
@@ -36,6 +37,7 @@ OLDER = {
     "validation": None,
     "sampler": None,
     "points": None,
+    "points_from": None,
     "first_seed": None,
     "rules": None,
     "streams": None,
@@ -64,6 +66,7 @@ def describe(
         "gradhpo": __version__,
         **identity.describe(),
         "data": _identified(identity.data, data),
+        "points_from": points.source_of(identity.points),
         "x64": x64(),
         "streams": STREAMS,
         "generations": place.generations,
@@ -119,6 +122,8 @@ def settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: manifest.get(name) for name in fields if name != "x64"} | manifest["how"]
     for name in OBJECTS:
         given[name] = importing.reference_of(given[name])
+    if (source := manifest.get("points_from")) is not None:
+        given["points"] = points.Taken(given["points"], source)
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -148,6 +153,14 @@ def objects(manifest: Mapping[str, Any]) -> list[str]:
     return made
 
 
+def how_to_resume(storage: Where, identity: Identity) -> str:
+    """Return the sentence that says how to go on with a sweep."""
+    quoted, data = shlex.quote(str(storage)), identity.data
+    if objects(identity.describe() | {"data": None if data is None else importing.named(data)}):
+        return f"To go on, run this program again (storage {quoted})"
+    return f"To go on: gradhpo resume {quoted}"
+
+
 def space(manifest: Mapping[str, Any]) -> SearchSpace:
     """Return the search space of a manifest."""
     return SearchSpace.parse(manifest["space"])
@@ -159,6 +172,14 @@ def digest(manifest: Mapping[str, Any]) -> str:
     known = {name: x for name, x in known.items() if name not in NEWER or x is not None}
     text = json.dumps(known, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def order(manifest: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the order of a space's names: draws, and combinations' numbers, follow it.
+
+    It is no part of `digest`, nor of what an identity's tables are equal by.
+    """
+    return {part: list(manifest["space"].get(part, ())) for part in ("hyperparams", "choices")}
 
 
 def x64() -> bool:

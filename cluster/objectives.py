@@ -48,6 +48,11 @@ class Objectives:
             raise SweepError(f"the objectives are {', '.join(self.names)}: {what}. {instead}")
         return next(iter(self.signs.items()))
 
+    @property
+    def compared(self) -> tuple[str, int]:
+        """What `score` is of, and its sign: the metric, or a trial's place among all, from 0."""
+        return ("place", 1) if self.several else next(iter(self.signs.items()))
+
     def scores(self, table: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return `(slots, objectives)`, all to be minimized."""
         return np.stack([table[name] * sign for name, sign in self.signs.items()], axis=1)

@@ -45,6 +45,8 @@ class Spec:
     """A function of the data that gives the validation set, or a reference to one."""
     rules: Mapping[str, Any] | None = None
     """What divides a trial's arrays over the mesh, by regular expressions of their paths."""
+    compared: tuple[str, ...] = ()
+    """The columns by which trials are compared, which each combination must have."""
 
 
 class Import(NamedTuple):
@@ -135,7 +137,6 @@ class Prepared(NamedTuple):
     calibration_compiles: int
     """Programs that `batching="auto"` compared, and what it needed to."""
     warnings: list[str]
-    columns: list[str]
     unreached: tuple[str, ...] = ()
     """What was told of hyperparameters that get no hypergradient."""
     data: str = ""

@@ -16,7 +16,30 @@ Point = dict[str, Any]
 """Numbers of settings and values of choices, by name; what is left out is drawn."""
 
 
-def checked(points: Any, space: SearchSpace) -> tuple[Point, ...]:
+class Taken(list[Point]):
+    """Points that were found in another sweep, which may go on meanwhile: what was found counts.
+
+    Args:
+      points: what was found.
+      source: where, and how many were asked for.
+    """
+
+    def __init__(self, points: Sequence[Point], source: Mapping[str, Any]) -> None:
+        super().__init__(points)
+        self._found, self._source = tuple(points), dict(source)
+
+    @property
+    def source(self) -> dict[str, Any] | None:
+        """Where they were found; None where the list was changed since."""
+        return self._source if self._found == tuple(self) else None
+
+
+def source_of(points: Any) -> dict[str, Any] | None:
+    """Return where points were found; None for points of one's own."""
+    return points.source if isinstance(points, Taken) else None
+
+
+def checked(points: Any, space: SearchSpace) -> Sequence[Point]:
     """Return a sweep's points as plain dictionaries.
 
     Args:
@@ -39,7 +62,8 @@ def checked(points: Any, space: SearchSpace) -> tuple[Point, ...]:
                 continue
             of_trials.append(one)
         made.append(one)
-    return tuple(made)
+    source = source_of(points)
+    return tuple(made) if source is None else Taken(made, source)
 
 
 def slots_of(points: Sequence[Point], space: SearchSpace, population: int) -> list[int]:

@@ -15,8 +15,8 @@ from gradhpo.cluster.storage import Storage
 from gradhpo.files import Unreachable, Where
 
 Entry = dict[str, Any]
-"""Of a variant: its "batching", the step "key", the checksum of its "data", its "changes", and the
-version of "gradhpo"."""
+"""Of a variant: its "batching", the step "key", the checksum of its "data", its "changes", the
+"identity" of the sweep with the "order" of its space, and the version of "gradhpo"."""
 
 
 def read(storage: Where) -> list[Entry] | None:
@@ -95,10 +95,13 @@ def keep(
       SweepError: if something else changed.
     """
     its = manifest.digest(mine)
-    more = {"identity": its, "gradhpo": __version__}
+    order = manifest.order(mine)
+    more = {"identity": its, "order": order, "gradhpo": __version__}
     about = ({"batching": p.batching, "key": p.key, "data": p.data} for p in prepared)
     fresh: list[Entry] = json.loads(json.dumps([{**entry, **more} for entry in about]))
-    made: dict[int, Entry] = {n: {**old, "identity": its} for n, old in enumerate(known or [])}
+    made: dict[int, Entry] = {
+        n: {**old, "identity": its, "order": order} for n, old in enumerate(known or [])
+    }
     made |= zip((p.variant for p in prepared), fresh, strict=True)
     began = manifest.read(storage).get("gradhpo")
     changed: set[str] = set()
@@ -139,7 +142,8 @@ def _changes(
     computed = [name for name in differing if name in ("computation", "shapes")]
     elsewhere = [name for name in differing if name not in computed]
     if computed and "jax" not in differing and was == now and not elsewise:
-        what["code"] = ", ".join(computed)
+        # An axis of the mesh that has no size takes all devices that there are.
+        what["mesh" if "devices" in differing else "code"] = ", ".join(computed)
     bits = "the last bits of results may differ from an undisturbed run's"
     for name in elsewhere:
         tell(Note(f"{name} was {old['key'].get(name)} and is {new['key'][name]}: {bits}"))
@@ -166,6 +170,8 @@ def _refusal(storage: Where, refused: Sequence[str], what: Mapping[str, str]) ->
         "code": "the problem or the optimizer computes something else than when the sweep in "
         f"{storage} began",
         "data": f"the data are others than when the sweep in {storage} began",
+        "mesh": "the mesh has another number of devices than when the sweep in "
+        f'{storage} began, since its "data" has no size',
     }
     told = ", and ".join(f"{said[name]} ({what[name]} differ)" for name in refused)
     names = ", ".join(f'"{name}"' for name in refused)

@@ -21,9 +21,11 @@ class Race:
 
     After `grace·reduction^k` generations, for k = 0, 1, …, the best 1/reduction^(k+1) of all
     combinations (rounded up) go on, and the others end. A combination is as good as its best trial
-    at the end of that very generation. The slots of those that end get new trials of those that go
-    on, which share them as equally as whole shards allow, the best one first: a generation costs as
-    much as before, and ever more trials of ever fewer combinations run in it.
+    at the end of that very generation; of several objectives that trial is as good as its place
+    among all trials, by non-dominated sorting and crowding. The slots of those that end get new
+    trials of those that go on, which share them as equally as whole shards allow, the best one
+    first: a generation costs as much as before, and ever more trials of ever fewer combinations run
+    in it.
 
     The metric must mean the same in all combinations. Where no trial of any has a finite one, none
     ends.

@@ -33,6 +33,7 @@ from gradhpo.cluster.space import LR_HYPER, SearchSpace
 from gradhpo.cluster.storage import Storage
 from gradhpo.cluster.tables import Tables, named
 from gradhpo.cluster.variant import build, data_key
+from gradhpo.errors import check_finite
 from gradhpo.files import Where
 from gradhpo.state import BilevelState, PyTree
 
@@ -44,7 +45,8 @@ class EndedCombination(NamedTuple):
     """The last that it ran."""
     choices: dict[str, Any]
     score: float | None
-    """The metric of its best trial in that generation; None where all had diverged."""
+    """The metric of its best trial in that generation, or of several objectives that trial's place
+    among all, from 0; None where all had diverged."""
     place: int
     """Among the combinations that were left, from 1."""
     of: int
@@ -177,11 +179,8 @@ class SweepResult:
         spec = spec_of(identity, storage, layout, tuple(known["sys_path"]), known["x64"])
 
         def load_data() -> Any:
-            if identity.data is None:
-                return None
-            importing.extend_path(spec.sys_path)
-            made = identity.data
-            return (importing.load(made) if isinstance(made, str) else made)()
+            made = identity.arrays(spec.sys_path)
+            return made() if isinstance(made, _Unknown) else made
 
         return cls(storage, spec, layout, identity.objectives, load_data)
 
@@ -315,7 +314,7 @@ class SweepResult:
         told = ((e["generation"], one) for e in self._entries for one in e.get("ended", []))
         made: list[EndedCombination] = []
         for generation, one in told:
-            score = None if one["score"] is None else one["score"] * self.sign
+            score = None if one["score"] is None else one["score"] * self._objectives.compared[1]
             about = (combinations[one["variant"]], score, one["place"], one["of"])
             made.append(EndedCombination(generation, *about))
         return made
@@ -358,13 +357,14 @@ class SweepResult:
 
         Raises:
           SweepError: if every trial has diverged.
-          ValueError: unless it names the objectives.
+          TypeError, ValueError: unless it has a finite number for each objective.
         """
         signs = self._objectives.signs
-        if set(reference) != set(signs):
-            raise ValueError(f"reference must name {', '.join(signs)}, got {dict(reference)!r}")
+        if not isinstance(reference, Mapping) or set(reference) != set(signs):  # pyright: ignore
+            raise ValueError(f"reference must name {', '.join(signs)}, got {reference!r}")
+        corner = {n: check_finite(f"reference[{n!r}]", reference[n]) for n in signs}
         scores = np.array([found.scores for found in self._found()])
-        return hypervolume(scores, np.array([reference[n] * sign for n, sign in signs.items()]))
+        return hypervolume(scores, np.array([corner[n] * sign for n, sign in signs.items()]))
 
     @functools.cached_property
     def schedule(self) -> list[Turn]:
@@ -376,7 +376,9 @@ class SweepResult:
 
         Raises:
           DamagedFile: if a table that says how a setting changed is damaged.
+          TypeError: for what is no trial, such as its number.
         """
+        _check_trial(trial)
         return self._lines.turns(trial.slot, trial.generation)
 
     def replay(self, trial: Trial | None = None) -> BilevelState:
@@ -387,6 +389,9 @@ class SweepResult:
 
         Args:
           trial: of `front`; by default the best.
+
+        Raises:
+          TypeError: for what is no trial, such as its number.
         """
         return self._replay(trial).state()
 
@@ -404,7 +409,8 @@ class SweepResult:
         return self._replay(trial).trajectory()
 
     def _replay(self, trial: Trial | None) -> Replay:
-        found = trial or self._winner()
+        found = self._winner() if trial is None else trial
+        _check_trial(found)
         number = self._lines.variant(found.slot, found.generation)
         spec = dataclasses.replace(self._spec, batching=self._layouts[number])
         return Replay(spec, number, self.schedule_of(found), self._load_data)
@@ -551,7 +557,17 @@ def spec_of(
         storage=str(storage),
         sys_path=folders,
         x64=x64,
+        compared=identity.objectives.names,
     )
+
+
+def _check_trial(trial: Any) -> None:
+    """Raise for what is no trial."""
+    if not isinstance(trial, Trial | Found):
+        raise TypeError(
+            f"trial must be a trial, one of result.front or result.best, got {trial!r}: that of a "
+            "number is the one of result.front that has it as `number`"
+        )
 
 
 class _Unknown:

@@ -30,7 +30,6 @@ from gradhpo.cluster.events import (
 )
 from gradhpo.cluster.events import Stopping as StopAsked
 from gradhpo.cluster.executors import Executor
-from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.orders import Spec
 from gradhpo.cluster.report import Report
@@ -161,12 +160,6 @@ class Run:
         layouts = [self._identity.batching] * self._layout.variants
         layouts = layouts if known is None else [entry["batching"] for entry in known]
         prepared = executor.prepare(dict(enumerate(layouts)), self._going_on())
-        for made in prepared:
-            for name in self._identity.objectives.names:
-                if name not in made.columns:
-                    raise SweepError(
-                        f"metric={name!r} is not in the table, which has {', '.join(made.columns)}"
-                    )
         for text in dict.fromkeys(text for made in prepared for text in made.unreached):
             warn_user(text, UnreachedWarning)
         durable = self._journal.durable

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -66,7 +66,7 @@ def _points(given: Any) -> Any:
 
 
 _OBJECT = _written(importing.named, importing.reference_of)
-_RULES = _written(lambda rules: [[name, how] for name, how in rules.items()], dict)
+_RULES = _written(lambda rules: [[name, how] for name, how in rules.items()], objectives.parsed)
 """In their order, of which a JSON object says nothing."""
 _STOP = _written(dataclasses.asdict, _stop)
 _SAMPLER = _written(samplers.describe, samplers.parse)
@@ -118,6 +118,17 @@ class Identity:
         named = (*given, self.lr_schedule, self.validation)
         return [name for name in named if isinstance(name, str)]
 
+    def arrays(self, folders: Iterable[str]) -> Any:
+        """Return what the problem's function gets as `data`, which is imported where it is named.
+
+        Args:
+          folders: where references are looked up.
+        """
+        if not isinstance(self.data, str):
+            return self.data
+        importing.extend_path(folders)
+        return importing.load(self.data)()
+
     def loaded(self) -> Identity:
         """Return it with a scheduler and a sampler that are named imported, and seen to work.
 
@@ -147,11 +158,6 @@ class Identity:
         _set(self, "metric", objectives.checked(self.metric, self.mode))
         if not isinstance(self.metric, str):  # which says its own directions now
             _set(self, "mode", "min")
-        if self.space.race is not None and self.objectives.several:
-            raise ValueError(
-                "space.race compares combinations of choices by one metric, and the objectives are "
-                f"{self.objectives}"
-            )
         _check_plain(self)
 
     @property
@@ -306,6 +312,15 @@ def names() -> list[str]:
     return [field.name for kind in (Identity, Place) for field in dataclasses.fields(kind)]
 
 
+def moved(name: str) -> str | None:
+    """Return where a setting is that was an attribute of `Sweep`; None for what is none."""
+    asked = {"steps": "steps_per_generation"}.get(name, name)
+    for part, kind in (("identity", Identity), ("place", Place)):
+        if asked in {field.name for field in dataclasses.fields(kind)}:
+            return f"Sweep.{name} is Sweep.{part}.{asked} since version 0.3"
+    return None
+
+
 def of_toml(path: str | Path) -> dict[str, Any]:
     """Return what a file of TOML says.
 
@@ -379,10 +394,11 @@ def _set(settings: Identity | Place, name: str, value: Any) -> None:
 
 def _mesh(mesh: Any, rules: Mapping[str, Any] | None) -> dict[str, int] | None:
     ruled = set[str]() if rules is None else dividing.axes_of(rules)
-    if mesh is None and not ruled:
+    if mesh is None and rules is None:
         return None
     if not isinstance(mesh, Mapping) or not set(mesh) <= {"trial", "data"} | ruled:  # pyright: ignore[reportUnknownArgumentType]
-        also = "" if rules is None else f", and what rules name: {', '.join(sorted(ruled))}"
+        named = ", ".join(sorted(ruled)) or "nothing"
+        also = "" if rules is None else f", and what rules name: {named}"
         raise ValueError(f'mesh must be {{"trial": a, "data": b}}{also}, got {mesh!r}')
     if "trial" in ruled or not ruled <= set(mesh):  # pyright: ignore[reportUnknownArgumentType]
         had = ", ".join(repr(name) for name in mesh if name != "trial")  # pyright: ignore

@@ -84,6 +84,19 @@ class ShardHost:
         self._variants[variant] = made
         return prepared._replace(variant=variant, unreached=(*before, *unreached))
 
+    def forget(self, variant: int) -> None:
+        """Let go of a combination that ended: of its programs, and states that none goes on from.
+
+        Should the sweep go back to before its end, it is prepared again.
+        """
+        stale = [shard for shard, held in self._states.items() if held.variant == variant]
+        for shard in stale:
+            del self._states[shard]
+        made, _ = self._traced.pop(variant, (None, None))
+        for one in (made, self._variants.pop(variant, None)):
+            if one is not None:
+                one.let_go()
+
     def _settle(self) -> None:
         """Wait for what compiles: it would disturb the measuring of a layout."""
         for made, _ in self._traced.values():

@@ -14,7 +14,7 @@ from gradhpo.cluster import conditional, distributions
 from gradhpo.cluster.conditional import Conditional
 from gradhpo.cluster.distributions import Distribution
 from gradhpo.cluster.race import Race
-from gradhpo.errors import check_number
+from gradhpo.errors import check_finite
 
 LR_HYPER = "lr_hyper"
 """The name of the outer learning rate among a space's settings."""
@@ -57,9 +57,9 @@ class SearchSpace:
         each keeps an equal share.
 
     Raises:
-      TypeError: if something is not a distribution.
-      ValueError: for an empty list of choices, a condition on what is none of them, or a race
-        between fewer than two combinations.
+      TypeError: if something is not a distribution, or no table by name.
+      ValueError: for an empty list, a choice that is NaN, a condition on what is none of them, or a
+        race between fewer than two combinations.
     """
 
     hyperparams: Mapping[str, Setting] = dataclasses.field(default_factory=dict)
@@ -68,6 +68,8 @@ class SearchSpace:
     race: Race | None = None
 
     def __post_init__(self) -> None:
+        for part in ("hyperparams", "choices"):
+            _check_table(f"SearchSpace.{part}", getattr(self, part))
         if isinstance(self.lr_hyper, np.generic):
             object.__setattr__(self, "lr_hyper", self.lr_hyper.item())
         if isinstance(self.lr_hyper, list):
@@ -76,12 +78,14 @@ class SearchSpace:
         object.__setattr__(self, "hyperparams", listed)
         accepted = f"a distribution: {distributions.ACCEPTED}"
         for name in self.names():
+            if not self.alternatives(name):
+                raise ValueError(f"SearchSpace: {name!r} must be {accepted}, got an empty list")
             for one in self.alternatives(name):
                 given = conditional.kind(one.given) if name == LR_HYPER else one.given
                 if not isinstance(given, distributions.KINDS):
                     raise TypeError(f"SearchSpace: {name!r} must be {accepted}, got {given!r}")
                 if name == LR_HYPER and isinstance(one.given, float | int):
-                    _check_rate(one.given)
+                    check_finite("SearchSpace.lr_hyper", one.given)
         choices = {name: _plain(values) for name, values in self.choices.items()}
         object.__setattr__(self, "choices", choices)
         for name, values in choices.items():
@@ -95,6 +99,8 @@ class SearchSpace:
                         f"SearchSpace.choices[{name!r}] takes strings, numbers and booleans, "
                         f"got {value!r}: let your function make objects of them"
                     )
+                if isinstance(value, float) and math.isnan(value):
+                    raise ValueError(f"SearchSpace.choices[{name!r}] has a NaN, which equals none")
         self._check_conditions()
         if self.race is not None and not isinstance(self.race, Race):  # pyright: ignore
             raise TypeError(f"SearchSpace.race must be a Race, got {self.race!r}")
@@ -229,11 +235,13 @@ class SearchSpace:
         Raises:
           ValueError: for an unknown key or distribution, by name.
         """
+        _check_table("space", description)
         if unknown := set(description) - {"hyperparams", LR_HYPER, "choices", "race"}:
             accepted = "hyperparams, lr_hyper, choices and race"
             raise ValueError(f"space takes {accepted}, got {sorted(unknown)[0]!r}")
         given: dict[str, Any] = dict(description)
         hyperparams: dict[str, Any] = given.get("hyperparams", {})
+        _check_table("space.hyperparams", hyperparams)
         rate, race = given.get(LR_HYPER), given.get("race")
         plain = rate is None or isinstance(rate, float | int)
         return cls(
@@ -268,10 +276,9 @@ def _described(setting: Any) -> Any:
     return setting if isinstance(setting, float | int) else setting.describe()
 
 
-def _check_rate(rate: float) -> None:
-    check_number("SearchSpace.lr_hyper", rate, -math.inf, math.inf)
-    if not math.isfinite(rate):
-        raise ValueError(f"SearchSpace.lr_hyper must be finite, got {rate}")
+def _check_table(name: str, given: Any) -> None:
+    if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):  # pyright: ignore
+        raise TypeError(f"{name} must be a table by name, got {given!r}")
 
 
 def _plain(values: Any) -> Any:

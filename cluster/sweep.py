@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from gradhpo.cluster import (
     importing,
     manifest,
     settings,
+    warm_start,
 )
 from gradhpo.cluster.display import Display
 from gradhpo.cluster.division import divide
@@ -202,23 +202,21 @@ class Sweep:
 
         A storage that is not reached while a sweep is only described is asked when it is `needed`.
         """
-        known = None
+        known, points = None, self._asked.points
         try:
             known = claim.shards(self.storage, self._asked.population)
+            points = claim.begun_with(self.storage, points) or points
             self._seen = True
         except (Unreachable, ImportError):  # of the package that talks to it
             if needed:
                 raise
         self.layout = divide(self._asked, self.place.workers, known)
-        self.identity = dataclasses.replace(self._asked, shards=self.layout.shards)
+        decided = {"shards": self.layout.shards, "points": points}
+        self.identity = dataclasses.replace(self._asked, **decided)
 
     def __getattr__(self, name: str) -> Any:
         """Say where a setting is that was an attribute of its own up to version 0.2."""
-        asked = {"steps": "steps_per_generation"}.get(name, name)
-        for part, kind in (("identity", Identity), ("place", Place)):
-            if asked in {field.name for field in dataclasses.fields(kind)}:
-                raise AttributeError(f"Sweep.{name} is Sweep.{part}.{asked} since version 0.3")
-        raise AttributeError(f"'Sweep' object has no attribute {name!r}")
+        raise AttributeError(settings.moved(name) or f"'Sweep' object has no attribute {name!r}")
 
     @property
     def storage(self) -> Where:
@@ -240,7 +238,8 @@ class Sweep:
           ValueError: for what is not TOML, or an unknown or missing name.
           OSError: if the file cannot be read.
         """
-        made = cls(**settings.read(settings.of_toml(path) | changes, str(path)))
+        given = settings.of_toml(path) | changes
+        made = cls(**settings.read(warm_start.settled(given), str(path)))
         made._load_searchers()
         return made
 
@@ -322,11 +321,7 @@ class Sweep:
 
     def how_to_resume(self) -> str:
         """Return the sentence that says how to go on."""
-        quoted, data = shlex.quote(str(self.storage)), self.identity.data
-        about = self.identity.describe()
-        if manifest.objects(about | {"data": None if data is None else importing.named(data)}):
-            return f"To go on, run this program again (storage {quoted})"
-        return f"To go on: gradhpo resume {quoted}"
+        return manifest.how_to_resume(self.storage, self.identity)
 
     def _run(self, telling: Telling, allowed: Collection[str]) -> Report | None:
         began = time.perf_counter()
@@ -351,7 +346,4 @@ class Sweep:
         self.identity = self.identity.loaded()
 
     def _load_data(self) -> Any:
-        if not isinstance(self.identity.data, str):
-            return self.identity.data
-        importing.extend_path(self._folders)
-        return importing.load(self.identity.data)()
+        return self.identity.arrays(self._folders)

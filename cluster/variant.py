@@ -22,6 +22,7 @@ from gradhpo.cluster import importing
 from gradhpo.cluster.columns import DIVERGED, RESERVED
 from gradhpo.cluster.discrete import Integer
 from gradhpo.cluster.divided import DividedState
+from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.host_turns import DONATING, STATE, HostTurns
 from gradhpo.cluster.orders import Order, Prepared, Spec
 from gradhpo.cluster.space import said
@@ -66,7 +67,7 @@ class Variant:
                 loaded = importing.load(validation) if isinstance(validation, str) else validation
                 problem = with_validation(problem, loaded)
         check_once(problem.batches)
-        mesh = None if spec.mesh is None else make_mesh(**spec.mesh)
+        mesh = None if spec.mesh is None else _mesh(spec.mesh)
         if mesh is not None and spec.rules is not None:
             rules = by_path(mesh, spec.rules)
             if isinstance(optimizer, DataParallel):
@@ -94,6 +95,7 @@ class Variant:
         init = self.population.trace_init
         self._template = jax.eval_shape(init, keys, {}, self._data_shapes, pairs)
         self._check_settings(said(arguments))
+        self._check_compared()
         shapes, lie = self._shapes(), self._lie()
         self.divided = None if spec.rules is None else DividedState(shapes, lie)
         """What makes, writes and reads the state where a trial is divided over devices."""
@@ -161,10 +163,14 @@ class Variant:
             small_compiles=sum(made.compiles for made in counts.values()),
             calibration_compiles=calibrated.compiles,
             warnings=notes,
-            columns=sorted(names.shown(dict.fromkeys(self._column_names(), np.empty(0)))),
             data=identity,
             seconds=tuple(timed.seconds.items()),
         )
+
+    def let_go(self) -> None:
+        """Let the process forget the programs, which nobody runs any more."""
+        self.settle()
+        compiled.forget(self.programs.values())
 
     def _made(self, blobs: Mapping[str, bytes] | None) -> Programs:
         jobs = [self._job(program, name, blobs) for name, program in self._lowered.items()]
@@ -409,14 +415,6 @@ class Variant:
         made = [_typed(arrays[keystr(path)], like) for path, like in leaves]
         return structure.unflatten(made)
 
-    def _column_names(self) -> list[str]:
-        if self.host is None:
-            return _names(self.programs["turn"].executable.out_tree, 1)
-        return [
-            *step_metrics(self._template.metadata),
-            *_names(self.programs["end"].executable.out_tree),
-        ]
-
     # --- shapes ---------------------------------------------------------------------------------
 
     @property
@@ -472,6 +470,30 @@ class Variant:
             raise ValueError(
                 f"space.lr_hyper is given, and the optimizer{of} has an outer_optimizer"
             )
+
+    def _check_compared(self) -> None:
+        """Raise unless the table will have what trials are compared by; nothing compiles.
+
+        Raises:
+          SweepError: naming what it lacks.
+        """
+        there = {*step_metrics(self._template.metadata), DIVERGED}
+        if not set(self.spec.compared) <= there:
+            there |= set(jax.eval_shape(self.measured, self._template, self._data_shapes))
+        for name in self.spec.compared:
+            if name not in there:
+                has = ", ".join(sorted(there))
+                raise SweepError(f"metric={name!r} is not in the table, which has {has}")
+
+
+def _mesh(sizes: Mapping[str, int]) -> Any:
+    try:
+        return make_mesh(**sizes)
+    except ValueError as error:
+        raise ValueError(
+            f"mesh: {error}. A sweep goes on with other devices where another mesh is given and "
+            'allowed, allow_changed=("mesh",); a trial is computed again with as many alone'
+        ) from None
 
 
 def data_key(seed: Any) -> jax.Array:
@@ -553,12 +575,6 @@ def _as_float32(change: Any, order: Order) -> Any:
         return np.zeros(n, bool), np.zeros(n, np.float32), np.zeros(n, np.float32)
     mask, multiply, add = change
     return np.asarray(mask), np.asarray(multiply, np.float32), np.asarray(add, np.float32)
-
-
-def _names(structure: Any, index: int | None = None) -> list[str]:
-    """Return the keys of a result that is a dictionary, or of one of several results."""
-    made = structure.unflatten(range(structure.num_leaves))
-    return list(made if index is None else made[index])
 
 
 def _one(slot: int) -> np.ndarray:

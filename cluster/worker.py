@@ -88,6 +88,10 @@ class Worker:
         """See `ShardHost.prepare`."""
         return self._host.prepare(variant, batching, blobs)
 
+    def forget(self, variant: int) -> None:
+        """See `ShardHost.forget`."""
+        self._host.forget(variant)
+
     def run(self, order: Any, incarnation: int, sources: list[int], *exported: Any) -> Any:
         """See `ShardHost.run`; `exported` holds the rows from each of the shards `sources`."""
         return self._host.run(order, incarnation, dict(zip(sources, exported, strict=True)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import numbers
 import warnings
 from collections.abc import Generator
@@ -64,6 +65,14 @@ def check_number(
     number = float(value)
     if not (low < number if open_low else low <= number) or not number <= high:
         raise ValueError(f"{name} must be {accepted}, got {number!r}")
+    return number
+
+
+def check_finite(name: str, value: Any) -> float:
+    """Return `value` as a float that is finite."""
+    number = check_number(name, value, -math.inf, math.inf)
+    if math.isinf(number):
+        raise ValueError(f"{name} must be finite, got {number}")
     return number
 
 

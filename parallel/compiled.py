@@ -314,6 +314,15 @@ def clear() -> None:
         _AT_WORK.clear()
 
 
+def forget(programs: Iterable[Compiled]) -> None:
+    """Let go of programs that this process keeps for others of the same step; the counts go on."""
+    gone = {id(program) for program in programs}
+    with _LOCK:
+        for key in [key for key, kept in _PROGRAMS.items() if id(kept) in gone]:
+            del _PROGRAMS[key]
+            _AT_WORK.pop(key, None)
+
+
 _LOCK = threading.Lock()
 _PROGRAMS: dict[tuple[Any, ...], Compiled] = {}
 """By step key and `_where`: a program stays on its devices."""

@@ -119,7 +119,11 @@ def _how(pattern: str, how: Any) -> Any:
         return {"axis": table["axis"], "above": above}
     if not isinstance(how, P | list | tuple):
         raise refused
-    return [_entry(one, refused) for one in how]  # pyright: ignore[reportUnknownVariableType]
+    entries = [_entry(one, refused) for one in how]  # pyright: ignore[reportUnknownVariableType]
+    named = [axis for one in entries for axis in ([one] if isinstance(one, str) else one or [])]
+    if len(set(named)) < len(named):
+        raise ValueError(f"rules[{pattern!r}] divides over an axis twice, got {how!r}")
+    return entries
 
 
 def _entry(one: Any, refused: ValueError) -> str | list[str] | None:

@@ -1,9 +1,12 @@
 """A small transformer whose state is divided over devices, for tests of larger trials."""
 
+import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import gradhpo
@@ -112,3 +115,16 @@ def small_problem():
         val_loss=lambda w, lam, x: loss(w, x),
         batch=lambda key: tuple(jax.random.normal(key, (2, 8, 4))),
     )
+
+
+def drawn(rng, start):
+    """Pairs of a generator's own, from any of them on."""
+    seed = int(rng.integers(2**16))
+    draw = (np.random.default_rng([seed, n]).normal(size=(2, 8, 4)) for n in itertools.count(start))
+    return ((pair[0], pair[1]) for pair in (numbers.astype(np.float32) for numbers in draw))
+
+
+@functools.cache
+def host_problem():
+    """The small problem on pairs of the host, a stream of its own for each trial."""
+    return dataclasses.replace(small_problem(), batch=None, batches=drawn)

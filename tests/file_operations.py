@@ -48,8 +48,10 @@ class Variant:
 
     def prepare(self, blobs):
         del blobs
-        names = ["val_loss", "hyperparams.log_rate"]
-        return Prepared(-1, "map", {"computation": "numpy"}, None, 1, 0, 0, 0, 0, [], names)
+        return Prepared(-1, "map", {"computation": "numpy"}, None, 1, 0, 0, 0, 0, [])
+
+    def let_go(self):
+        """Has nothing to let go of."""
 
     def zeros(self):
         return {".params": np.zeros((self.slots, SIZE), np.float32), ".rate": np.zeros(self.slots)}

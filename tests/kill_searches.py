@@ -15,7 +15,12 @@ KINDS = {
         "points": [{"log_rate": 0.2}],
     },
 }
-KINDS["race"] = {**KINDS["sampler"], "space": raced_operations.SPACE, "shards": 6}
+KINDS["race"] = {
+    **KINDS["sampler"],
+    **KINDS["objectives"],
+    "space": raced_operations.SPACE,
+    "shards": 6,
+}
 
 
 def run(folder, every, rows, kind):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gradhpo.cluster import events, shard
+from gradhpo.cluster import SweepError, events, shard
 from gradhpo.cluster.check import check_storage
 from gradhpo.cluster.journal import Journal
 from tests import file_operations
@@ -61,3 +61,25 @@ def test_whether_a_result_is_complete_is_read_once(begun):
     assert result.complete
     (begun / "manifest.json").unlink()
     assert result.complete
+
+
+def on_devices(devices, computation):
+    """A step of a mesh that takes all devices that there are."""
+
+    class OnDevices(file_operations.Variant):
+        def prepare(self, blobs):
+            key = {"computation": computation, "devices": devices}
+            return super().prepare(blobs)._replace(key=key)
+
+    return OnDevices
+
+
+def test_another_number_of_devices_is_another_mesh_and_not_other_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(shard, "Variant", on_devices(8, "of eight"))
+    sweep(tmp_path, generations=1).run()
+    monkeypatch.setattr(shard, "Variant", on_devices(4, "of four"))
+    said = r'the mesh has another number of devices .* allow_changed=\("mesh",\)'
+    with pytest.raises(SweepError, match=said):
+        sweep(tmp_path, generations=2).run()
+    result = sweep(tmp_path, generations=2).run(allow_changed=("mesh",))
+    assert result.changes == [(1, "mesh")]

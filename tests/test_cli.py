@@ -1,17 +1,20 @@
 """The command `gradhpo`, as a person types it."""
 
+import contextlib
+import io
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from gradhpo.cluster import Sweep
+from gradhpo.cluster import Sweep, cli
 from tests.quick import slow_but
 from tests.sweeps import assert_same_tables
 
@@ -33,12 +36,25 @@ log_rate = {{loguniform = [1e-3, 1.0], stored = "log"}}
 """
 
 
-def gradhpo(*arguments, cwd, background=False):
+def gradhpo(*arguments, cwd):
+    """Run the command in this process; return its status, and what it printed."""
+    output, errors = io.StringIO(), io.StringIO()
+    redirected = contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors)
+    with contextlib.chdir(cwd), redirected[0], redirected[1], pytest.raises(SystemExit) as ended:
+        cli.app(list(map(str, arguments)))
+    status = ended.value.code
+    if isinstance(status, str):  # as Python does where nobody catches it
+        errors.write(status)
+        status = 1
+    texts = {"stdout": output.getvalue(), "stderr": errors.getvalue()}
+    return types.SimpleNamespace(returncode=status or 0, **texts)
+
+
+def started(*arguments, cwd):
+    """Start the command in a process of its own."""
     command = [sys.executable, "-m", "gradhpo.cluster", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": cwd}
-    if background:
-        return subprocess.Popen(command, **pipes)
-    return subprocess.run(command, **pipes, check=False)
+    return subprocess.Popen(command, **pipes)
 
 
 @pytest.fixture
@@ -82,7 +98,7 @@ def test_a_sweep_from_beginning_to_end(folder):
 @pytest.mark.slow
 def test_ctrl_c_saves_and_prints_the_command_that_goes_on(folder):
     (folder / "sweep.toml").write_text(TOML.format(root=ROOT, generations=2000))
-    process = gradhpo("sweep", "sweep.toml", "--executor", "local", cwd=folder, background=True)
+    process = started("sweep", "sweep.toml", "--executor", "local", cwd=folder)
     journal = folder / "runs/a/journal.jsonl"
     end = time.monotonic() + 60
     while not journal.exists() or len(journal.read_bytes().splitlines()) < 3:

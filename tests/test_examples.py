@@ -64,7 +64,7 @@ def test_hyperclean_digits(tmp_path):
     """A method of the demo, a sweep on a Ray that it starts and stops; resumed, beside another."""
     figure = tmp_path / "figure.png"
     command = [sys.executable, "examples/hyperclean_digits.py", "--protocol", "tiny"]
-    command += ["--method", "greedy", "--trials", "4"]
+    command += ["--method", "one-step", "--trials", "4"]
     command += ["--storage", str(tmp_path / "sweeps"), "--output", str(figure)]
 
     def demo(*more):
@@ -81,7 +81,7 @@ def test_hyperclean_digits(tmp_path):
     assert shown.count("2 generations are done") == 1
     assert re.search(r"weights\s+unmoved:\s+yes", again)
     numbers = [
-        re.findall(r"Greedy \(0.9\).*?│(.*?)│(.*?)│(.*?)│(.*?)│", text) for text in (output, again)
+        re.findall(r"One-Step.*?│(.*?)│(.*?)│(.*?)│(.*?)│", text) for text in (output, again)
     ]
     assert numbers[0] == numbers[1] != []
 

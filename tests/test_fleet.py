@@ -50,7 +50,8 @@ class World:
         self.there, self.owner, self.has = {}, {}, collections.defaultdict(set)
         self.free = collections.defaultdict(float)
         self.asked, self.got, self.failed = set(), {}, False
-        self.sends = self.kills = 0
+        self.sends = self.kills = self.forgets = 0
+        self.ended = set()
         self.trouble = rng.choice([0.0, 0.05, 0.15])
 
     # --- what the fleet commands ----------------------------------------------------------------
@@ -76,6 +77,10 @@ class World:
         assert worker in self.has, "told before it was there"
         if job.kind in ("trace", "begin"):
             assert job.variant not in self.has[worker], "told to get ahead with what it has"
+        elif job.kind == "forget":
+            assert job.variant in self.ended, "told to let go of what is needed"
+            self.has[worker].discard(job.variant)
+            self.forgets += 1
         elif job.kind != "prepare":
             assert self.owner[job.shard] == worker, "told before it owned the shard"
             assert job.variant in self.has[worker], "told before it had the programs"
@@ -159,7 +164,9 @@ class World:
             jobs = list({Job("export", variants[a], a, b) for a, b in pairs})
         while True:
             self.asked, self.got, self.failed = set(jobs), {}, False
-            self.carry_out(self.fleet.ask(self.now, jobs))
+            self.ended = set() if kind == "prepare" else set(range(self.variants))
+            self.ended -= set(variants.values())
+            self.carry_out(self.fleet.ask(self.now, jobs, ended=self.ended))
             for _ in range(20_000):
                 if self.fleet.complete or self.failed:
                     break
@@ -174,15 +181,17 @@ class World:
 
 @pytest.mark.parametrize("seeds", slow_but([range(200), range(200, 2000)], range(200)), ids=len)
 def test_no_history_loses_a_job_or_a_healthy_worker(seeds):
-    sends = kills = 0
+    sends = kills = forgets = 0
     for seed in seeds:
         world = World(seed)
         for kind in ("prepare", "run", "export", "run"):
             world.generation(kind)
         sends += world.sends
         kills += world.kills
+        forgets += world.forgets
     assert sends > 15 * len(seeds)
     assert kills > 1.5 * len(seeds)
+    assert forgets > len(seeds) / 10
 
 
 # --- one thing at a time ------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def kills_of(module, *arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("every", "slow", "step", "scheduler"),
-    [(1, 0, 3, "PBT"), (1, 1, 7, "PBT"), (3, 0, 2, "PBT"), (3, 1, 7, "PBT"), (3, 1, 29, "PB2")],
+    [(1, 0, 7, "PBT"), (1, 1, 17, "PBT"), (3, 0, 5, "PBT"), (3, 1, 17, "PBT"), (3, 1, 37, "PB2")],
     ids=["every", "in flight", "every third", "every third, in flight", "PB2"],
 )
 def test_a_kill_at_any_file_operation_changes_no_bit(tmp_path, every, slow, step, scheduler):

@@ -68,6 +68,18 @@ class Trackers:
         """Return the steps and values of a series, as they were written."""
         return getattr(self, f"_{self.kind}")(name)
 
+    def ended(self):
+        """Return why the run ended, as the package has it."""
+        if self.kind == "mlflow":
+            return self._run_of_mlflow().data.tags["gradhpo.ended"]
+        told = [
+            json.loads(item.value_json)
+            for record in self._records_of_wandb()
+            for item in record.summary.update
+            if (item.key or item.nested_key[0]) == "ended"
+        ]
+        return told[-1] if told else None
+
     def _tensorboard(self, name):
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -75,25 +87,36 @@ class Trackers:
         return [(event.step, event.value) for event in found.Reload().Scalars(name)]
 
     def _mlflow(self, name):
-        import mlflow
-
-        client = mlflow.MlflowClient(str(self.folder / "mlruns"))
-        where = client.get_experiment_by_name("digits").experiment_id
-        (run,) = client.search_runs([where])
+        run = self._run_of_mlflow()
         assert run.info.status == "FINISHED"
         assert run.data.params["population"] == "12"
-        return [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)]
+        history = self._client.get_metric_history(run.info.run_id, name)
+        return [(metric.step, metric.value) for metric in history]
+
+    @functools.cached_property
+    def _client(self):
+        import mlflow
+
+        return mlflow.MlflowClient(str(self.folder / "mlruns"))
+
+    def _run_of_mlflow(self):
+        where = self._client.get_experiment_by_name("digits").experiment_id
+        (run,) = self._client.search_runs([where])
+        return run
 
     def _wandb(self, name):
+        rows = []
+        for record in self._records_of_wandb():
+            items = {i.key or i.nested_key[0]: i.value_json for i in record.history.item}
+            if name in items:
+                rows.append((record.history.step.num, json.loads(items[name])))
+        return rows
+
+    def _records_of_wandb(self):
         from wandb.proto.wandb_internal_pb2 import Record
 
-        rows = []
         for path in sorted(self.folder.glob("wandb/offline-run-*/*.wandb")):
-            for record in map(Record.FromString, records_of_wandb(path.read_bytes())):
-                items = {i.key or i.nested_key[0]: i.value_json for i in record.history.item}
-                if name in items:
-                    rows.append((record.history.step.num, json.loads(items[name])))
-        return rows
+            yield from map(Record.FromString, records_of_wandb(path.read_bytes()))
 
 
 def records_of_wandb(data):
@@ -134,6 +157,8 @@ def test_a_sweep_that_goes_on_is_written_once_by_the_real_package(tmp_path, kind
     best = np.minimum.accumulate(losses.min(axis=1))
     # W&B's own process may write the end of its file after `finish` has returned.
     wait_until(lambda: len(trackers.read("best")) >= 5, 60, "the file of the tracker is not whole")
+    if kind != "tensorboard":
+        wait_until(lambda: trackers.ended() == "complete", 60, "why it ended is not there")
     for name, expected in (("best", best), ("median/val_loss", np.median(losses, axis=1))):
         steps, values = zip(*trackers.read(name), strict=True)
         assert steps == (1, 2, 3, 4, 5)
@@ -172,6 +197,26 @@ def test_observers_get_the_names_of_the_workers_environment_and_no_values(tmp_pa
     assert (how["env"], how["runtime_env"]) == (["WANDB_API_KEY"], ["env_vars"])
     assert "a secret" not in repr(told)
     assert "a secret" in (tmp_path / "sweep" / "manifest.json").read_text()
+
+
+def test_a_tracker_is_told_why_nothing_more_comes(tmp_path):
+    """A condition, an error, and the end, each when it is so; the last of them holds."""
+
+    class Kept(JSONLines):
+        def ended(self, why):
+            told.append(why)
+
+    def fails(steps, state):
+        raise OSError("the callback fails")
+
+    told, about = [], {"eval_every": 1, "checkpoint": tmp_path / "run"}
+    stop = gradhpo.Stop(target=1e9)
+    solve(5, **about, stop=stop, observers=[Kept(tmp_path / "a.jsonl")])
+    with pytest.raises(OSError, match="the callback fails"):
+        solve(5, **about, callback=fails, observers=[Kept(tmp_path / "a.jsonl")])
+    solve(5, **about, observers=[Kept(tmp_path / "a.jsonl")])
+    assert "target=1e+09" in told[0]
+    assert told[1:] == ["OSError: the callback fails", "complete"]
 
 
 def test_what_an_observer_misses_it_gets_later(tmp_path):

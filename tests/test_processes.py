@@ -1,5 +1,6 @@
 """Sweeps on plain processes of this machine: the numbers of one process, whatever is killed."""
 
+import dataclasses
 import functools
 import os
 import signal
@@ -9,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from gradhpo.cluster import Sweep, SweepError, executors
+from gradhpo.cluster import SuccessiveHalving, Sweep, SweepError, executors
 from gradhpo.cluster.commands import Again
 from gradhpo.cluster.this_process import ThisProcess
 from tests import sweep_problems
-from tests.sweeps import alive, assert_same_tables, lost, sweep, wait_until, workers
+from tests.sweeps import SPACE, alive, assert_same_tables, lost, sweep, wait_until, workers
 
 ROOT = Path(__file__).parent.parent
 LONG = 10
@@ -51,12 +52,51 @@ def test_a_killed_and_a_stopped_worker_change_nothing(tmp_path, reference):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed", ["slow", "fast"])
-def test_a_crowded_worker_and_a_slow_disk_end_in_the_same_checkpoints(
-    tmp_path, monkeypatch, killed
-):
+def test_a_worker_that_hangs_is_replaced(tmp_path, reference):
+    """After a SIGSTOP, by a deadline; its process is ended too."""
+    made, stopped = on_processes(tmp_path, deadline=4), []
+
+    def disturb(generation, table):
+        del table
+        if generation == 4:
+            stopped.append(workers(made)[0])
+            os.kill(stopped[0], signal.SIGSTOP)
+
+    result = made.run(disturb)
+    assert any("did not answer" in reason for reason in lost(made))
+    assert len(stopped) == 1
+    assert not any(map(alive, stopped))
+    assert_same_tables(result, reference)
+
+
+@pytest.mark.slow
+def test_workers_take_the_program_from_a_compilation_cache(tmp_path):
+    env = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    changes = {"generations": 2, "env": env}
+    cold, warm = (on_processes(tmp_path / name, **changes).run() for name in ("cold", "warm"))
+    counts = [(r.report.compiles, r.report.loads, r.report.restores) for r in (cold, warm)]
+    assert counts == [(1, 1, 0), (0, 0, 2)]
+    assert warm.report.worker_compiles == [0, 0]
+    assert_same_tables(warm, cold)
+
+
+@pytest.mark.slow
+def test_choices_and_another_scheduler(tmp_path):
+    space = dataclasses.replace(SPACE, choices={"method": ["first-order", "one-step"]})
+    changes = {"space": space, "scheduler": SuccessiveHalving(reduction=2), "generations": 4}
+    result = on_processes(tmp_path / "processes", **changes).run()
+    assert result.report.compiles == 2
+    assert_same_tables(result, sweep(tmp_path / "local", **changes).run())
+
+
+@pytest.mark.slow
+def test_a_crowded_worker_and_a_slow_disk_end_in_the_same_checkpoints(tmp_path, monkeypatch):
     """They are never at the same generation: one writes what does not fit, the other comes late."""
-    slow = tmp_path / "slow"
+    slow, killed = tmp_path / "slow", []
     monkeypatch.setenv("SLOW_DISK", str(slow))
     changes = {"shards": 3, "checkpoint_every": 3, "generations": LONG}
     made = on_processes(
@@ -66,14 +106,14 @@ def test_a_crowded_worker_and_a_slow_disk_end_in_the_same_checkpoints(
     def disturb(generation, table):
         del table
         if generation in (1, 5):  # until the next generation the other one has all three shards
-            chosen = [
-                p for p in workers(made) if (p == int(slow.read_text())) == (killed == "slow")
-            ]
+            chosen = [p for p in workers(made) if (p == int(slow.read_text())) == (generation == 1)]
             for pid in chosen[:1]:
                 os.kill(pid, signal.SIGKILL)
+                killed.append(generation)
 
     result = made.run(disturb)
-    assert result.report.workers_lost >= 1
+    assert killed == [1, 5]  # the slow one, and a fast one
+    assert result.report.workers_lost >= 2
     undisturbed = sweep(tmp_path / "reference", **changes).run()
     assert_same_tables(result, undisturbed)
     resumed = Sweep.from_storage(tmp_path / "sweep", generations=LONG + 2).run()
@@ -131,7 +171,7 @@ FAILING = {
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) for c in FAILING])
 def test_errors_name_the_storage_and_the_log_in_ten_lines(tmp_path, case):
     changes, message = FAILING[case]
-    made = on_processes(tmp_path / "storage", **changes)
+    made = on_processes(tmp_path / "storage", workers=1, **changes)
     with pytest.raises(SweepError, match=message) as caught:
         made.run()
     text = str(caught.value)

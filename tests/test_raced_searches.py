@@ -24,6 +24,7 @@ from gradhpo.cluster import (
 )
 from gradhpo.cluster.columns import first_of, of_first
 from gradhpo.cluster.controller import Layout, Plan, Rules, first_plan, follow
+from gradhpo.cluster.dominance import places
 from gradhpo.cluster.drawing import Drawing
 from gradhpo.cluster.objectives import Objectives
 from gradhpo.cluster.optuna_kinds import spanning
@@ -191,10 +192,30 @@ def test_a_point_that_no_combination_has_is_named(point, message):
         points.checked([point], SPACE)
 
 
-def test_a_race_is_by_one_metric(tmp_path):
-    given = {"space": SPACE, "metric": ["val_loss", "train_loss"], "population": 6, "shards": 3}
-    with pytest.raises(ValueError, match=r"space.race compares .* by one metric, .*train_loss"):
-        sweep(tmp_path, **given)
+def test_by_several_objectives_that_goes_on_whose_best_trial_is_on_the_better_front():
+    """x reaches both ends of the first front, y its middle, and z is behind everywhere."""
+    space = SearchSpace(
+        {"a": [when(uniform(0, 1), method=["x", "z"]), when(uniform(0.4, 0.6), method="y")]},
+        choices={"method": ["x", "y", "z"]},
+        race=Race(),
+    )
+    given = [{"a": 0.0, "method": "x"}, {"a": 1.0, "method": "x"}]
+
+    def far(numbers, methods):
+        return numbers + 3 * (np.arange(12) // 4 == methods)
+
+    metrics = {"left": lambda a: far(a, 2), "right": lambda a: far(1 - a, 2)}
+    drawing = Drawing(None, tuple(points.checked(given, space)))
+    made = Decided(space, metrics, drawing, RandomSearch(), slots=12)
+    made.run(2)
+    ended = [[(one.variant, one.place, one.of) for one in made.decided[g].ended] for g in (0, 1)]
+    assert ended == [[(2, 3, 3)], [(1, 2, 2)]]
+    (last,) = made.decided[0].ended
+    scores = made.scores[0]
+    rank = places(scores)
+    assert last.score == rank[8:].min()
+    assert rank[8:].min() > rank[:8].max(), "all of z are dominated"
+    assert set(made.plan.variant.tolist()) == {0}
 
 
 def test_one_parameter_of_a_study_spans_the_kinds_of_all_combinations():
@@ -253,4 +274,27 @@ def test_a_raced_search_that_starts_again_after_every_generation_ends_equal(
     assert multiply == 0
     assert np.log(LOWEST[100]) <= add <= np.log(0.3)
     taken = points_from(tmp_path / "a", best=4)
-    assert points.checked(taken, about["space"]) == tuple(taken)
+    assert points.checked(taken, about["space"]) == taken
+
+
+def test_the_front_of_a_race_keeps_what_ended_combinations_found(tmp_path, monkeypatch):
+    """By two objectives; the larger a state, the worse by one, and the better by the other."""
+    monkeypatch.setattr(shard, "Variant", raced_operations.Variant)
+    metric = {"val_loss": "min", "hyperparams.log_rate": "max"}
+    about = {**ABOUT, "points": [{"log_rate": 0.2999, "size": 300}], "metric": metric}
+    about |= {"scheduler": RandomSearch(), "checkpoint_every": 2, "generations": 5}
+    result = sweep(tmp_path / "a", **about).run()
+    for generations in (1, 2, 4, 5):
+        again = sweep(tmp_path / "b", **{**about, "generations": generations}).run()
+    for name, column in result.table.items():
+        assert again.table[name].tobytes() == column.tobytes(), name
+    assert again.ended == result.ended
+    assert [one.of for one in result.ended] == [3, 2]
+    for one, other in zip(result.front, again.front, strict=True):
+        assert (one.number, one.scores, one.choices) == (other.number, other.scores, other.choices)
+        assert one.arrays[".params"].shape == (one.choices["size"],)
+        np.testing.assert_array_equal(one.arrays[".params"], other.arrays[".params"])
+    ended = {one.choices["size"]: one.generation for one in result.ended}
+    assert all(trial.generation <= ended.get(trial.choices["size"], 4) for trial in result.front)
+    assert 300 in ended
+    assert {100, 300} <= {trial.choices["size"] for trial in result.front}

@@ -1,7 +1,6 @@
 """Sweeps on real Ray: the numbers of one process, whatever is killed."""
 
 import contextlib
-import dataclasses
 import os
 import signal
 import subprocess
@@ -19,10 +18,9 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 ray = pytest.importorskip("ray")
 
-from gradhpo.cluster import SearchSpace, SuccessiveHalving, SweepError, events  # noqa: E402
+from gradhpo.cluster import SweepError, events  # noqa: E402
 from tests.devices import flags  # noqa: E402
 from tests.sweeps import (  # noqa: E402
-    SPACE,
     alive,
     assert_same_tables,
     lost,
@@ -40,7 +38,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 ROOT = Path(__file__).parent.parent
-LONG = 16
+LONG = 12
 """Generations of the sweeps in which workers are killed."""
 
 
@@ -74,41 +72,27 @@ def kill(pid, number=signal.SIGKILL):
 
 
 def test_the_numbers_of_one_process_from_one_compile(cluster, tmp_path):
-    changes = {"population": 256, "shards": 4, "generations": 3, "workers": 4}
+    changes = {"population": 192, "shards": 3, "generations": 3, "workers": 3}
     result = on_ray(tmp_path / "ray", **changes).run()
     report = result.report
-    assert (report.compiles, report.loads, report.workers_lost) == (1, 3, 0)
+    assert (report.compiles, report.loads, report.workers_lost) == (1, 2, 0)
     # Not one of XLA's compilations happened in a worker that loaded.
-    assert sorted(report.worker_compiles)[:3] == [0, 0, 0]
+    assert sorted(report.worker_compiles)[:2] == [0, 0]
     assert sum(report.worker_compiles) == report.compiles + report.small_compiles
     assert_same_tables(result, sweep(tmp_path / "local", **{**changes, "workers": 1}).run())
 
 
-def test_workers_take_the_program_from_a_compilation_cache(cluster, tmp_path):
-    env = {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-    changes = {"generations": 2, "workers": 2, "env": env}
-    cold, warm = (on_ray(tmp_path / name, **changes).run() for name in ("cold", "warm"))
-    counts = [(r.report.compiles, r.report.loads, r.report.restores) for r in (cold, warm)]
-    assert counts == [(1, 1, 0), (0, 0, 2)]
-    assert warm.report.worker_compiles == [0, 0]
-    assert_same_tables(warm, cold)
+def test_another_number_of_workers_goes_on_after_a_kill_at_the_end(cluster, tmp_path, reference):
+    """A worker is killed after the last generation, which is whole without it."""
+    made = on_ray(tmp_path, workers=2, generations=5)
 
+    def strike(generation, table):
+        del table
+        if generation == 5:
+            kill(workers(made)[0])
 
-def test_the_number_of_workers_does_not_matter(cluster, tmp_path, reference):
-    for generations, count in ((5, 3), (LONG, 1)):
-        result = on_ray(tmp_path, workers=count, generations=generations).run()
-    assert_same_tables(result, reference)
-
-
-def test_arrays_of_the_driver_reach_workers_read_only(cluster, tmp_path):
-    x = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32) + 1
-    changes = {"problem": "tests.sweep_problems:with_data", "data": {"x": x}, "generations": 2}
-    result = on_ray(tmp_path / "ray", **changes, env={"EXPECT_READ_ONLY": "1"}).run()
-    assert_same_tables(result, sweep(tmp_path / "local", **changes).run())
+    assert made.run(strike).generations == 5
+    assert_same_tables(on_ray(tmp_path, workers=1).run(), reference)
 
 
 def test_a_gang_of_two_processes_holds_one_shard(cluster, tmp_path):
@@ -134,24 +118,13 @@ def test_a_gang_of_two_processes_holds_one_shard(cluster, tmp_path):
     assert_same_tables(result, undisturbed)
 
 
-def test_choices_and_another_scheduler(cluster, tmp_path):
-    space = dataclasses.replace(SPACE, choices={"method": ["first-order", "one-step"]})
-    changes = {"space": space, "scheduler": SuccessiveHalving(reduction=2), "generations": 4}
-    result = on_ray(tmp_path / "ray", **changes).run()
-    assert result.report.compiles == 2
-    assert_same_tables(result, sweep(tmp_path / "local", **changes).run())
-    assert isinstance(SPACE, SearchSpace)
-
-
 # --- SIGKILL --------------------------------------------------------------------------------------
 
 
 def test_sigkill_of_workers_at_random_instants(cluster, tmp_path, reference):
-    """Seven kills of one worker, or of all at once, each at an instant in some generation."""
+    """Kills of one worker, of both at once and of one, each at an instant in some generation."""
     rng = np.random.default_rng(0)
-    at = dict.fromkeys(rng.choice(np.arange(1, LONG - 1), 5, replace=False).tolist(), 1)
-    for generation in sorted(at)[::4]:
-        at[generation] = 2  # both workers
+    at = dict(zip((1, 4, 8), (1, 2, 1), strict=True))
     made, kills, computed = on_ray(tmp_path), [], []
 
     def strike(pids):
@@ -171,8 +144,8 @@ def test_sigkill_of_workers_at_random_instants(cluster, tmp_path, reference):
     result = made.run(disturb)
     for timer in timers:
         timer.join()
-    assert sum(kills) >= 5
-    assert sum(isinstance(event, events.WorkerLost) for event in made.events) >= 3
+    assert sum(kills) >= 3
+    assert sum(isinstance(event, events.WorkerLost) for event in made.events) >= 2
     # Synchronous generations: whatever was lost, each was committed once, in order.
     assert computed == list(range(1, LONG + 1))
     assert_same_tables(result, reference)
@@ -182,12 +155,12 @@ def test_sigkill_of_workers_at_random_instants(cluster, tmp_path, reference):
 
 
 def test_sigkill_while_workers_start_and_compile(cluster, tmp_path, reference):
-    """Three kills before the first generation is done."""
+    """Two kills before the first generation is done."""
     rng = np.random.default_rng(1)
     made, kills = on_ray(tmp_path), []
 
     def strike():
-        while len(kills) < 3:
+        while len(kills) < 2:
             time.sleep(rng.uniform(0.1, 1.2))
             if pids := workers(made):
                 kills.append(kill(rng.choice(pids)))
@@ -196,36 +169,6 @@ def test_sigkill_while_workers_start_and_compile(cluster, tmp_path, reference):
     thread.start()
     result = made.run()
     thread.join()
-    assert_same_tables(result, reference)
-
-
-def test_sigkill_after_the_last_generation(cluster, tmp_path):
-    made = on_ray(tmp_path, generations=2)
-
-    def strike(generation, table):
-        del table
-        if generation == 2:
-            kill(workers(made)[0])
-
-    assert made.run(strike).generations == 2
-
-
-def test_a_worker_that_hangs_is_replaced(cluster, tmp_path, reference):
-    """SIGSTOP, twice; its process is ended too."""
-    made = on_ray(tmp_path, deadline=4)
-    stopped = []
-
-    def disturb(generation, table):
-        del table
-        if generation in (4, 9):
-            pid = workers(made)[0]
-            os.kill(pid, signal.SIGSTOP)
-            stopped.append(pid)
-
-    result = made.run(disturb)
-    assert sum("did not answer" in reason for reason in lost(made)) >= 2
-    assert len(set(stopped)) == 2
-    assert not any(map(alive, stopped))
     assert_same_tables(result, reference)
 
 
@@ -252,15 +195,22 @@ def test_a_silent_worker_is_replaced_and_a_slow_one_is_not(cluster, tmp_path):
 DRIVER = """
 import os, sys
 sys.path.insert(0, {root!r})
+from jax._src import xla_bridge
 from tests.sweeps import sweep
 made = sweep({storage!r}, executor="ray", workers=2, generations={generations})
-made.run(lambda g, table: print(g, *[e.pid for e in made.events if e.name == "worker ready"],
-                                flush=True))
+def told(generation, table):
+    # It would take memory on an accelerator, or a TPU from its worker.
+    assert not xla_bridge.backends_are_initialized()
+    print(generation, *[e.pid for e in made.events if e.name == "worker ready"], flush=True)
+made.run(told)
 """
 
 
 def test_sigkill_of_the_driver_and_all_that_it_started(tmp_path, reference):
-    """Two kills of a driver with its own Ray: while it starts, and while it runs."""
+    """Two kills of a driver with its own Ray: while it starts, and while it runs.
+
+    Until then it has started no backend of JAX.
+    """
     rng = np.random.default_rng(2)
     code = DRIVER.format(root=str(ROOT), storage=str(tmp_path), generations=LONG)
     for index in range(2):
@@ -280,6 +230,7 @@ def test_sigkill_of_the_driver_and_all_that_it_started(tmp_path, reference):
                 time.sleep(rng.uniform(2, 5))
             process.kill()
         pids = [int(word) for word in line.split()[1:]]
+        assert len(pids) == 2 * index
         wait_until(lambda pids=pids: not any(map(alive, pids)), 30, "a worker outlived its driver")
     result = sweep(tmp_path, generations=LONG).run()  # any executor goes on
     assert_same_tables(result, reference)
@@ -318,32 +269,25 @@ def test_errors_are_clear_and_leave_nothing_behind(cluster, tmp_path, case):
 
 
 def test_a_ray_of_its_own_is_stopped_and_listens_to_this_machine_only(tmp_path):
+    """Arrays of the driver reach its workers, which may only read them."""
     ray.shutdown()
     seen = []
+    x = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32) + 1
+    changes = {"problem": "tests.sweep_problems:with_data", "data": {"x": x}, "generations": 2}
 
     def look(generation, table):
         del table
         if generation == 1:
             seen.extend(listening())
 
-    result = on_ray(tmp_path, generations=2).run(look)
+    result = on_ray(tmp_path / "ray", **changes, env={"EXPECT_READ_ONLY": "1"}).run(look)
     assert not ray.is_initialized()
-    assert result.generations == 2
+    assert_same_tables(result, sweep(tmp_path / "local", **changes).run())
     assert seen
     assert {address for address, name in seen if "ray" in name or "gcs" in name} <= {
         *("127.0.0.1", "::ffff:127.0.0.1")
     }
     wait_until(lambda: not ray_processes(), 15, f"left behind: {ray_processes()}")
-
-
-def test_the_driver_starts_no_backend_of_jax(cluster, tmp_path):
-    """Which would take memory on an accelerator, or a TPU from its worker."""
-    code = (
-        DRIVER.format(root=str(ROOT), storage=str(tmp_path), generations=2)
-        + "from jax._src import xla_bridge\nassert not xla_bridge.backends_are_initialized()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 def listening():
@@ -410,7 +354,7 @@ def test_the_loss_of_all_nodes_ends_at_once(tmp_path):
 
 
 def test_sigkill_of_a_node(tmp_path, reference):
-    """A second node's raylet is killed, twice, with the workers on it."""
+    """A second node's raylet is killed, with the worker on it; a third one comes."""
     with nodes_that_die_quickly(cpus=1) as nodes:
         second = [nodes.add_node(num_cpus=1)]
         ray.init(address=nodes.address, log_to_driver=False)
@@ -418,17 +362,17 @@ def test_sigkill_of_a_node(tmp_path, reference):
 
         def disturb(generation, table):
             del table
-            if generation in (5, 14):
+            if generation == 3:
                 (raylet,) = second[-1].all_processes["raylet"]
                 kills.append(kill(raylet.process.pid))
-            if generation == 9:
+            if generation == 6:
                 second.append(nodes.add_node(num_cpus=1))
                 wait_until(lambda: ray.cluster_resources().get("CPU") == 2, 20, "no second node")
-            if generation in (10, 11, 12, 13):
+            if generation in (7, 8, 9, 10):
                 ready = [e for e in made.events if isinstance(e, events.WorkerReady)]
                 time.sleep(0 if len(ready) >= 3 else 2)  # let a worker start on the new node
 
         result = made.run(disturb)
-        assert kills == [True, True]
+        assert kills == [True]
         assert result.report.workers_lost >= 1
         assert_same_tables(result, reference)

@@ -74,6 +74,7 @@ def test_the_first_expression_that_is_found_in_a_path_holds():
         ({"w": 3}, shape(16), r"rules\['w'\] must be .*; got 3"),
         ({"w": {"over": "data"}}, shape(16), r"rules\['w'\] must be"),
         ({"w": [1]}, shape(16), r"rules\['w'\] must be"),
+        ({"w": ["data", ["trial", "data"]]}, shape(16), r"rules\['w'\] .* over an axis twice"),
         ({"w": {"axis": "data", "above": -1}}, shape(16), "above"),
     ],
 )
@@ -102,6 +103,7 @@ def test_slots_are_divided_over_trial_and_by_nothing_else():
         ({"rules": {"": "data"}, "mesh": {"data": 2, "model": 4}}, "mesh must be"),
         ({"rules": {"": 3}, "mesh": {"data": 2}}, r"rules\[''\] must be"),
         ({"rules": ["data"], "mesh": {"data": 2}}, "rules must be a table"),
+        ({"rules": {"": []}}, "mesh must be .*and what rules name: nothing, got None"),
         ({"mesh": {"data": 2, "model": 4}}, "mesh must be"),
     ],
 )
@@ -109,6 +111,12 @@ def test_wrong_rules_of_a_sweep_are_named_before_anything_starts(tmp_path, chang
     with pytest.raises(ValueError, match=message):
         sweep(tmp_path / "new", **changes)
     assert not (tmp_path / "new").exists()
+
+
+def test_devices_that_are_not_there_are_said_with_what_helps(tmp_path):
+    said = r'mesh: trial=1 times data=16 devices wanted, 8 found\. .*allow_changed=\("mesh",\)'
+    with pytest.raises(ValueError, match=said):
+        sweep(tmp_path, mesh={"data": 16}, rules={"": "data"}).run()
 
 
 def test_rules_keep_their_order_in_a_storage(tmp_path):

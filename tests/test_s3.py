@@ -172,39 +172,25 @@ def operations(what, folder, server, *numbers):
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize(("every", "first", "step"), [(1, 7, 43), (3, 20, 61)])
+@pytest.mark.parametrize(("every", "first", "step"), [(1, 7, 61), (3, 20, 97)])
 def test_sigkill_at_any_request_changes_no_bit(server, tmp_path, every, first, step):
     assert int(operations("kills", tmp_path, server, every, first, step)[-1]) > 60 / step
 
 
 def test_a_driver_that_was_frozen_while_another_took_over_changes_nothing(server, tmp_path):
     """SIGSTOP before a request, or after it; the text that it ends with says who took over."""
-    *said, count = operations("freezes", tmp_path, server, 1, 10, 45)
+    *said, count = operations("freezes", tmp_path, server, 1, 10, 67)
     assert int(count) >= 2
     assert all("was taken over from this sweep" in text for text in said)
 
 
 def test_sigkill_of_a_worker_on_this_machine(server, reference):
-    made = sweep("s3://bucket/processes", **on_two("processes"))
+    about = {"executor": "processes", "workers": 2, "generations": GENERATIONS}
+    made = sweep("s3://bucket/processes", **about)
     assert_same_tables(made.run(killing_a_worker(made)), reference)
     assert any("SIGKILL" in reason for reason in lost(made))
     ready = [event for event in made.events if isinstance(event, events.WorkerReady)]
     assert all(Path(event.log).exists() for event in ready)
-
-
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_sigkill_of_a_worker_in_ray(server, reference):
-    ray = pytest.importorskip("ray")
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        made = sweep("s3://bucket/ray", **on_two("ray"))
-        assert_same_tables(made.run(killing_a_worker(made)), reference)
-        assert lost(made)
-    finally:
-        ray.shutdown()
 
 
 def killing_a_worker(made):
@@ -216,7 +202,3 @@ def killing_a_worker(made):
             os.kill(workers(made)[0], signal.SIGKILL)
 
     return disturb
-
-
-def on_two(executor):
-    return {"executor": executor, "workers": 2, "generations": GENERATIONS}

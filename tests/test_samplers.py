@@ -15,7 +15,9 @@ from gradhpo.cluster import (
     SuccessiveHalving,
     SweepError,
     SweepResult,
+    categorical,
     choice,
+    integer,
     loguniform,
     samplers,
     uniform,
@@ -146,16 +148,31 @@ def test_samplers_in_toml_and_what_is_none():
 
 def test_the_sampler_of_the_documentation_works():
     page = (Path(__file__).parent.parent / "docs" / "cluster.md").read_text()
-    (code,) = re.findall(
-        r"```python\n(import numpy as np\n\n\nclass AroundTheBest:.*?)```", page, re.S
-    )
+    (code,) = re.findall(r"```python\n([^`]*\nclass AroundTheBest:.*?)```", page, re.S)
     there = {}
     exec(code, there)
-    space = SearchSpace({"a": uniform(0.1, 3)})
-    metrics = {"loss": lambda a: np.where(a <= 0.1, np.nan, (a - 1) ** 2)}
-    scores = Decided(space, metrics, Drawing(there["AroundTheBest"]()), slots=8).run(12)
-    assert np.isnan(scores[0]).any()
-    assert np.nanmin(scores[-1]) < 0.1 < np.nanmin(scores[1])
+    space = SearchSpace(
+        {
+            "a": uniform(0.1, 3),
+            "b": loguniform(1e-3, 1, stored="log"),
+            "c": integer(1, 9),
+            "d": categorical([0, 1, 5]),
+            "e": choice([1, 2, 4]),
+        }
+    )
+
+    def loss(a, b, c, d, e):
+        assert np.isin(c, range(1, 10)).all()
+        assert np.isin(d, [0, 1, 5]).all()
+        assert np.isin(e, [1, 2, 4]).all()
+        far = (a - 1) ** 2 + (b + 3) ** 2 + (c - 6) ** 2 + (d != 5) + (e != 2)
+        return np.where(a > 2.5, np.nan, far)
+
+    metrics, drawing = {"loss": loss}, Drawing(there["AroundTheBest"]())
+    scores = Decided(space, metrics, drawing, slots=8).run(30)
+    assert np.isnan(scores).any()
+    early, late = (np.nanmedian(part) for part in (scores[:2], scores[20:]))
+    assert late < early / 2, "half of them are near the best"
 
 
 # --- against Optuna itself -----------------------------------------------------------------------

@@ -270,11 +270,9 @@ def test_a_step_is_traced_once_for_the_chunk_and_the_fingerprint():
 
 @pytest.mark.slow
 def test_another_process_gives_the_same_fingerprints(tmp_path):
-    program = [sys.executable, long_program.__file__, "fingerprints"]
-    texts, flags = [], os.environ["XLA_FLAGS"]
-    for seed in ("1", "2"):
-        env = {"PYTHONHASHSEED": seed, "XLA_FLAGS": flags}
-        subprocess.run([*program, str(tmp_path / seed)], check=True, env=env, timeout=300)
-        texts.append((tmp_path / seed).read_text())
-    assert texts[0] == texts[1]
-    assert len(set(texts[0].split("step="))) > len(OPTIMIZERS)
+    program = [sys.executable, long_program.__file__, "fingerprints", str(tmp_path / "there")]
+    env = {"PYTHONHASHSEED": "1", "XLA_FLAGS": os.environ["XLA_FLAGS"]}
+    subprocess.run(program, check=True, env=env, timeout=300)
+    text = repr(long_program.fingerprints())
+    assert (tmp_path / "there").read_text() == text
+    assert len(set(text.split("step="))) > len(OPTIMIZERS)

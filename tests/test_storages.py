@@ -393,7 +393,7 @@ print("whole", left[0])
 def test_a_kill_at_any_of_the_first_file_operations_costs_nothing(tmp_path):
     """At renames and new folders: a storage that a driver leaves is never refused."""
     expected = sweep(tmp_path / "whole", generations=2).run()
-    for instant in (1, 2, 3, 4, 6):
+    for instant in (1, 3, 6):
         storage = tmp_path / f"at-{instant}"
         code = KILLED.format(root=str(ROOT), storage=str(storage))
         killed = subprocess.run(

@@ -483,13 +483,13 @@ def driver(storage, every):
 @pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 3])
 def test_sigkill_of_the_driver_at_random_instants(tmp_path_factory, tmp_path, every):
-    """Three kills: one while it starts, two while it runs, at an instant within a generation."""
+    """Two kills: while it starts, and while it runs, at an instant within a generation."""
     rng = np.random.default_rng(every)
     undisturbed = sweep(tmp_path_factory.mktemp("undisturbed"), generations=60).run()
-    for kill in range(3):
+    for kill in range(2):
         with driver(tmp_path, every) as process:
             lines = []
-            if kill % 3:
+            if kill:
                 lines.append(process.stdout.readline())  # a generation is done
                 assert lines[0].strip(), process.stderr.read()
                 time.sleep(rng.uniform(0, 0.06))

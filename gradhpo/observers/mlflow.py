@@ -9,12 +9,12 @@ from typing import Any
 
 from gradhpo.observers.events import Begun, Progress
 from gradhpo.observers.packages import load, require
-from gradhpo.observers.tracker import Tracker
+from gradhpo.observers.tracker import ENDED, Tracker
 
 MOST_METRICS = 1000
 """What MLflow takes in one batch."""
 LONGEST = 6000
-"""Characters of a parameter."""
+"""Characters of a parameter or a tag."""
 RUN = "gradhpo.run"
 """The tag that says which run it is."""
 
@@ -69,6 +69,10 @@ class MLflow(Tracker):
             batch += [metric(_named(name), x, now, number) for name, x in drawn.items()]
         for start in range(0, len(batch), MOST_METRICS):
             self._client.log_batch(self._run, metrics=batch[start : start + MOST_METRICS])
+
+    def ended(self, why: str) -> None:
+        """Have it as a tag."""
+        self._client.set_tag(self._run, f"gradhpo.{ENDED}", why[:LONGEST])
 
     def close(self) -> None:
         """End the run."""

@@ -6,7 +6,12 @@ import abc
 import sys
 from typing import ClassVar
 
-from gradhpo.observers.events import Begun, Event, GoneBack, Over, Progress
+from gradhpo.observers.events import Begun, Event, GoneBack, Over, Progress, Stopped
+
+COMPLETE = "complete"
+"""Why a run ended that came to its last number."""
+ENDED = "ended"
+"""Where trackers of experiments write down why."""
 
 
 class OtherRunError(ValueError):
@@ -27,6 +32,8 @@ class Tracker(abc.ABC):
         self._begun: Begun | None = None
         self._open = self._own = False
         self._done = 0
+        self._why = ""
+        """What ended the run before its last number."""
         self.most = sys.maxsize
         """The highest number that `open` may return: what is there after it was given up."""
 
@@ -38,7 +45,7 @@ class Tracker(abc.ABC):
         """
         if isinstance(event, Begun):
             self._leave()
-            self._begun, self._own = event, False
+            self._begun, self._own, self._why = event, False, ""
             self.most = sys.maxsize if event.again else event.done
             self._follow(event)
         elif isinstance(event, GoneBack) and self._begun is not None and self.rewrites:
@@ -48,7 +55,11 @@ class Tracker(abc.ABC):
         elif isinstance(event, Progress) and self._begun is not None:
             self.most = max(self.most, event.last)
             self._follow(self._begun, event)
+        elif isinstance(event, Stopped):
+            self._why = event.reason
         elif isinstance(event, Over):
+            if self._open:
+                self.ended(event.error or self._why or COMPLETE)
             self._leave()
 
     def _follow(self, begun: Begun, event: Progress | None = None) -> None:
@@ -100,6 +111,14 @@ class Tracker(abc.ABC):
     @abc.abstractmethod
     def write(self, event: Progress, after: int) -> None:
         """Write what is done after a number."""
+
+    def ended(self, why: str) -> None:
+        """Write down why nothing more comes for now; trackers of tables have no place for it.
+
+        Args:
+          why: the reason of a `Stopped`, the error, or `COMPLETE`.
+        """
+        del why
 
     @abc.abstractmethod
     def close(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from gradhpo.observers.events import Begun, Progress
 from gradhpo.observers.packages import load, require
-from gradhpo.observers.tracker import Tracker
+from gradhpo.observers.tracker import ENDED, Tracker
 
 
 class WandB(Tracker):
@@ -62,6 +62,10 @@ class WandB(Tracker):
         path = self._where()
         path.with_suffix(".tmp").write_text(str(event.last))
         os.replace(path.with_suffix(".tmp"), path)
+
+    def ended(self, why: str) -> None:
+        """Have it in the run's summary."""
+        self._run.summary[ENDED] = why
 
     def close(self) -> None:
         """End the process's part of W&B's run."""
