@@ -16,14 +16,17 @@ import optax
 from gradhpo.algorithms import (
     DrMADOptimizer,
     ESOptimizer,
+    F2SAOptimizer,
     FOOptimizer,
     ForwardGradientOptimizer,
     GreedyOptimizer,
     ImplicitOptimizer,
+    MASOBAOptimizer,
     NRESOptimizer,
     OneStepOptimizer,
     OnlineHypergradientOptimizer,
     PESOptimizer,
+    SOBAOptimizer,
     T1T2Optimizer,
     UnrolledOptimizer,
 )
@@ -58,9 +61,11 @@ METHODS = (
 """What `diagnose` compares by default."""
 DRAWN = ("es", "pes", "nres", "forward-gradient")
 """What it compares where it is asked to: estimates that draw at random."""
-NAMED = (*METHODS, *DRAWN)
+STOCHASTIC = ("soba", "masoba", "f2sa")
+"""What it compares where it is asked to: methods that need many steps to be right."""
+NAMED = (*METHODS, *DRAWN, *STOCHASTIC)
 WINDOWS = 5
-"""In how many the horizon is divided for "pes" and "nres"."""
+"""In how many the horizon is divided for "pes", "nres" and "f2sa"."""
 DIRECTIONS = 16
 """How many "forward-gradient" takes."""
 QUICK = ("first-order", "one-step", "t1t2", "hyperdistill")
@@ -102,7 +107,7 @@ def diagnose(
     with at most 10 products with the Hessian (fewer for T below 20), and with one over the length
     of the T steps for a ridge (`ImplicitOptimizer.damping`; a note says the settings). "es" (100
     particles, σ = 0.1) and "forward-gradient" (16 directions) unroll all T, and "pes" and "nres"
-    go there in windows of T / 5. A step counts at the pace of one estimate an inner step for the
+    go there in windows of T / 5, as "f2sa" does. "soba" and "masoba" begin with nothing solved. A step counts at the pace of one estimate an inner step for the
     online methods, and one estimate in k steps for those that unroll k.
 
     Args:
@@ -350,6 +355,8 @@ def _named(
     }
     made: dict[str, BilevelOptimizer] = {}
     for name in methods:
+        if name in STOCHASTIC and update_fn is not None:
+            raise ValueError(f"methods: {name!r} needs an inner_optimizer, and not an update_fn")
         if name == "greedy":
             for gamma in (gamma for gamma in gammas if gamma > 0):
                 made[f"greedy γ={gamma:g}"] = GreedyOptimizer(
@@ -370,6 +377,11 @@ def _named(
         elif name == "unrolled":
             for k in (k for k in TRUNCATIONS if k < T):
                 made[f"unrolled {k}"] = UnrolledOptimizer(**inner, unroll_steps=k)
+        elif name == "f2sa":
+            made[name] = F2SAOptimizer(inner_optimizer, unroll_steps=max(1, T // WINDOWS))
+        elif name in ("soba", "masoba"):
+            kind = SOBAOptimizer if name == "soba" else MASOBAOptimizer
+            made[name] = kind(inner_optimizer)
         else:
             made[name] = simple[name]
     return made
