@@ -53,7 +53,7 @@ class BOMEOptimizer(StatelessMethod):
         hyperparameter acts on the weights through the inner optimizer only.
 
     References:
-      Liu, Ye, Wright, Stone and Liu, BOME! Bilevel Optimization Made Easy: A Simple First-Order
+      Ye, Liu, Wright, Stone and Liu, BOME! Bilevel Optimization Made Easy: A Simple First-Order
       Approach, NeurIPS 2022, Algorithm 1.
     """
 
