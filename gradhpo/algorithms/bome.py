@@ -108,7 +108,7 @@ class BOMEOptimizer(StatelessMethod):
     def _multiplier(self, f: PyTree, q: PyTree, gap: jax.Array) -> jax.Array:
         """Return μ; 0 where `∇q` is."""
         f, q = at_least_float32(f), at_least_float32(q)
-        square = optax.tree.vdot(q, q)
+        square = jnp.asarray(optax.tree.vdot(q, q))
         phi = self.eta * (square if self.barrier == "gradient" else gap)
         wanted = jnp.maximum(phi - optax.tree.vdot(f, q), 0)
         return jnp.where(square > 0, wanted / jnp.where(square > 0, square, 1), 0)
