@@ -3,17 +3,21 @@
 from gradhpo import root
 from gradhpo._version import __version__
 from gradhpo.algorithms import (
+    BOMEOptimizer,
     DrMADOptimizer,
     ESOptimizer,
+    F2SAOptimizer,
     FOOptimizer,
     ForwardGradientOptimizer,
     ForwardOptimizer,
     GreedyOptimizer,
     ImplicitOptimizer,
+    MASOBAOptimizer,
     NRESOptimizer,
     OneStepOptimizer,
     OnlineHypergradientOptimizer,
     PESOptimizer,
+    SOBAOptimizer,
     T1T2Optimizer,
     UnrolledOptimizer,
 )
@@ -50,6 +54,7 @@ from gradhpo.watch import Stop
 
 __all__ = [
     "Aux",
+    "BOMEOptimizer",
     "Best",
     "BilevelOptimizer",
     "BilevelState",
@@ -61,6 +66,7 @@ __all__ = [
     "ESOptimizer",
     "EquinoxModel",
     "Estimate",
+    "F2SAOptimizer",
     "FOOptimizer",
     "FlaxModel",
     "ForwardGradientOptimizer",
@@ -70,6 +76,7 @@ __all__ = [
     "ImplicitOptimizer",
     "LossFn",
     "LossFunctions",
+    "MASOBAOptimizer",
     "MetricDict",
     "NRESOptimizer",
     "OneStepOptimizer",
@@ -78,6 +85,7 @@ __all__ = [
     "Problem",
     "PyTree",
     "RecompileWarning",
+    "SOBAOptimizer",
     "Solution",
     "Stop",
     "StorageInUse",

@@ -16,14 +16,17 @@ import optax
 from gradhpo.algorithms import (
     DrMADOptimizer,
     ESOptimizer,
+    F2SAOptimizer,
     FOOptimizer,
     ForwardGradientOptimizer,
     GreedyOptimizer,
     ImplicitOptimizer,
+    MASOBAOptimizer,
     NRESOptimizer,
     OneStepOptimizer,
     OnlineHypergradientOptimizer,
     PESOptimizer,
+    SOBAOptimizer,
     T1T2Optimizer,
     UnrolledOptimizer,
 )
@@ -58,9 +61,11 @@ METHODS = (
 """What `diagnose` compares by default."""
 DRAWN = ("es", "pes", "nres", "forward-gradient")
 """What it compares where it is asked to: estimates that draw at random."""
-NAMED = (*METHODS, *DRAWN)
+STOCHASTIC = ("soba", "masoba", "f2sa")
+"""What it compares where it is asked to: methods that need many steps to be right."""
+NAMED = (*METHODS, *DRAWN, *STOCHASTIC)
 WINDOWS = 5
-"""In how many the horizon is divided for "pes" and "nres"."""
+"""In how many the horizon is divided for "pes", "nres" and "f2sa"."""
 DIRECTIONS = 16
 """How many "forward-gradient" takes."""
 QUICK = ("first-order", "one-step", "t1t2", "hyperdistill")
@@ -102,8 +107,9 @@ def diagnose(
     with at most 10 products with the Hessian (fewer for T below 20), and with one over the length
     of the T steps for a ridge (`ImplicitOptimizer.damping`; a note says the settings). "es" (100
     particles, σ = 0.1) and "forward-gradient" (16 directions) unroll all T, and "pes" and "nres"
-    go there in windows of T / 5. A step counts at the pace of one estimate an inner step for the
-    online methods, and one estimate in k steps for those that unroll k.
+    go there in windows of T / 5, as "f2sa" does (multiplier 10). "soba" and "masoba" begin with
+    nothing solved. A step counts at the pace of one estimate an inner step for the online methods,
+    and one estimate in k steps for those that unroll k.
 
     Args:
       problem: the problem; its `metrics` are not used.
@@ -370,9 +376,20 @@ def _named(
         elif name == "unrolled":
             for k in (k for k in TRUNCATIONS if k < T):
                 made[f"unrolled {k}"] = UnrolledOptimizer(**inner, unroll_steps=k)
+        elif name in STOCHASTIC:
+            made[name] = _stochastic(name, inner_optimizer, update_fn, T)
         else:
             made[name] = simple[name]
     return made
+
+
+def _stochastic(name: str, inner_optimizer: Any, update_fn: Any, T: int) -> BilevelOptimizer:
+    if update_fn is not None:
+        raise ValueError(f"methods: {name!r} needs an inner_optimizer, got an update_fn")
+    if name == "f2sa":
+        given: Any = {"unroll_steps": max(1, T // WINDOWS), "multiplier": 10.0, "growth": 0.0}
+        return F2SAOptimizer(inner_optimizer, **given)
+    return (SOBAOptimizer if name == "soba" else MASOBAOptimizer)(inner_optimizer)
 
 
 def _shared_inner(

@@ -104,7 +104,7 @@ class InnerStep:
         loss, aux, gradient = self.gradient(params, carried, hyperparams, batch)
         before = (carried.opt_state, params, hyperparams, loss)
         (new, new_state), pull = self.pullback_move(gradient, *before)
-        moved = Moved(new, self._after(carried, new_state, aux), loss, aux.metrics)
+        moved = Moved(new, self.after(carried, new_state, aux), loss, aux.metrics)
         return moved, gradient, pull
 
     def pullback_both(
@@ -130,7 +130,7 @@ class InnerStep:
         opt_state, rest = carried.opt_state, carried._replace(opt_state=None)
         made: Any = _mixed_step(self, params, opt_state, hyperparams, (rest, batch))
         new, new_state, loss, aux = made
-        return Moved(new, self._after(carried, new_state, aux), loss, aux.metrics)
+        return Moved(new, self.after(carried, new_state, aux), loss, aux.metrics)
 
     def pullback_all(
         self, params: PyTree, carried: Carried, hyperparams: PyTree, batch: PyTree
@@ -168,10 +168,27 @@ class InnerStep:
     ) -> tuple[jax.Array, Aux, PyTree]:
         """Return the training loss, what it returned besides, and `G`, its gradient in `w`."""
         argnums = (0, 1) if self.jointly else (0,)
-        evaluated = self._evaluated(carried, batch)
-        gradient_of = jax.value_and_grad(evaluated, argnums, has_aux=True)
-        (loss, aux), gradients = gradient_of(params, hyperparams)
+        loss, aux, gradients = self._gradients(params, carried, hyperparams, batch, argnums)
         return loss, aux, gradients[0]
+
+    def gradients(
+        self, params: PyTree, carried: Carried, hyperparams: PyTree, batch: PyTree
+    ) -> tuple[jax.Array, Aux, PyTree, PyTree]:
+        """Return what `gradient` does, and the gradient in λ, from one backward pass."""
+        loss, aux, both = self._gradients(params, carried, hyperparams, batch, (0, 1))
+        return loss, aux, *both
+
+    def _gradients(
+        self,
+        params: PyTree,
+        carried: Carried,
+        hyperparams: PyTree,
+        batch: PyTree,
+        argnums: tuple[int, ...],
+    ) -> tuple[jax.Array, Aux, tuple[PyTree, ...]]:
+        gradient_of = jax.value_and_grad(self._evaluated(carried, batch), argnums, has_aux=True)
+        (loss, aux), gradients = gradient_of(params, hyperparams)
+        return loss, aux, gradients
 
     def objective(self, carried: Carried, batch: PyTree) -> Loss:
         """Return the training loss as a function of the weights and λ alone."""
@@ -197,7 +214,7 @@ class InnerStep:
     def _as_constant(self, model_state: PyTree) -> PyTree:
         return model_state if self.through_model_state else jax.lax.stop_gradient(model_state)
 
-    def _after(self, before: Carried, opt_state: PyTree, aux: Aux) -> Carried:
+    def after(self, before: Carried, opt_state: PyTree, aux: Aux) -> Carried:
         """Return `s_t` from `s_{t-1}`, the optimizer's new state, and what the loss returned."""
         new = before.model_state if aux.model_state is None else aux.model_state
         return Carried(opt_state, self._as_constant(new), before.draw(NEXT), before.fixed)
@@ -266,7 +283,7 @@ class InnerStep:
         loss, aux, gradient = self.gradient(params, carried, hyperparams, batch)
         move = with_finite_derivatives(self.move, clamp_roots=True) if differentiable else self.move
         new, new_state = move(gradient, carried.opt_state, params, hyperparams, loss)
-        return Moved(new, self._after(carried, new_state, aux), loss, aux.metrics)
+        return Moved(new, self.after(carried, new_state, aux), loss, aux.metrics)
 
     def _own_update(
         self,
@@ -288,7 +305,7 @@ class InnerStep:
         update = with_finite_derivatives(update) if differentiable else update
         (new, fixed), model_state = update(params, hyperparams)
         aux = aux if model_state is None else Aux(model_state, aux.metrics)
-        after = self._after(carried, carried.opt_state, aux)._replace(fixed=fixed)
+        after = self.after(carried, carried.opt_state, aux)._replace(fixed=fixed)
         return Moved(new, after, loss, aux.metrics)
 
     def _updated(

@@ -5,28 +5,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.tree_util import keystr, tree_flatten_with_path
 
 from gradhpo.conjugate_residuals import Operator, conjugate_residuals
-from gradhpo.dependence import depends_by_coordinate
 from gradhpo.errors import check_count, check_number
 from gradhpo.fingerprint import ADDED
 from gradhpo.hypergradient import at_least_float32, norm, second_order, validation
-from gradhpo.inner import InnerStep
 from gradhpo.neumann_series import neumann_series
 from gradhpo.nystrom import nystrom
 from gradhpo.optimizer import Estimate
 from gradhpo.state import BilevelState, PyTree, remembered
-from gradhpo.task import Carried, Task, split_fixed
+from gradhpo.task import Task, split_fixed
 from gradhpo.unrolling import UnrollingMethod
+from gradhpo.unseen import refuse_unseen
 
 SOLVERS = ("cg", "neumann", "nystrom")
 SOLUTION = "solution"
@@ -124,7 +122,8 @@ class ImplicitOptimizer(UnrollingMethod):
         """Return `g_FO - xᵀ ∂²L_train/∂w∂λ` at `w_T`, `x` the solution of `(H + ρI) x = α`."""
         lam, inner = state.hyperparams, self.inner_step(task.train_loss)
         batch = self.batch_at(task.train_batch)(self.unroll_steps - 1)
-        _refuse_unseen(inner, *task.start(state), lam, batch)
+        last = dataclasses.replace(task, train_batch=batch)
+        refuse_unseen(type(self).__name__, inner, state, last, self._tuned(lam))
         moved = self.unroll(inner, state, task, lam)
         val = validation(task, moved.params, moved.carried, lam)
 
@@ -177,29 +176,3 @@ def _of_least_residual(operator: Operator, x: PyTree, target: PyTree) -> PyTree:
     along = optax.tree.vdot(image, at_least_float32(target))
     scale = jnp.where(square > 0, along / jnp.where(square > 0, square, 1), 0)
     return optax.tree.cast_like(optax.tree.scale(scale, x), x)
-
-
-def _refuse_unseen(inner: InnerStep, w: PyTree, s: Carried, lam: PyTree, batch: PyTree) -> None:
-    """Raise if a coordinate of λ enters the inner step's update, but not the training gradient."""
-    loss, _, gradient = jax.eval_shape(inner.gradient, w, s, lam, batch)
-
-    def update(lam: PyTree, gradient: PyTree, loss: Any) -> PyTree:
-        if inner.update_fn is not None:
-            return inner(w, s, lam, batch).params
-        return inner.move(gradient, s.opt_state, w, lam, loss)[0]
-
-    in_update = depends_by_coordinate(update, lam, gradient, loss)
-    if not any(here.any() for here in in_update):
-        return
-    through = "update_fn" if inner.update_fn is not None else "inner_optimizer"
-    in_gradient = depends_by_coordinate(lambda lam: inner.gradient(w, s, lam, batch)[2], lam)
-    paths = [keystr(path) for path, _ in tree_flatten_with_path(lam)[0]]
-    for path, moves, seen in zip(paths, in_update, in_gradient, strict=True):
-        for index in np.argwhere(moves & ~seen)[:1].tolist():
-            whole = not seen.any() or not index
-            raise ValueError(
-                f"hyperparams{path}{'' if whole else index} acts on the weights through the "
-                f"{through} only: at a minimum of train_loss_fn its implicit gradient is zero. "
-                "ImplicitOptimizer needs it in the gradient of train_loss_fn; UnrolledOptimizer "
-                "and OneStepOptimizer do not"
-            )
