@@ -80,7 +80,7 @@ class Reader:
 
 def quantiles(column: np.ndarray) -> np.ndarray:
     """Return the quantiles of the finite numbers, `(5,)`; NaN where there is none."""
-    finite = column[np.isfinite(column)]
+    finite = column[np.isfinite(column)].astype(float)
     return np.quantile(finite, QUANTILES) if len(finite) else np.full(len(QUANTILES), np.nan)
 
 
