@@ -69,7 +69,7 @@ class Reader:
         self._before = table
         hidden = (names.DIVERGED,)
         measured = {
-            n: table[n].astype(np.float32)
+            n: _single(table[n])
             for n in names.measured(table)
             if n not in hidden and not n.startswith(names.HYPERPARAMS)
         }
@@ -134,5 +134,12 @@ def _written(
     for number, about in kinds.items():
         if isinstance(about, Uniform) and about.stored == "log":
             here = variant == number
-            made[here] = np.exp(made[here])
-    return made.astype(np.float32)
+            with np.errstate(over="ignore"):
+                made[here] = np.exp(made[here])
+    return _single(made)
+
+
+def _single(numbers: np.ndarray) -> np.ndarray:
+    """Return them as the page has them: what is too large there is infinite."""
+    with np.errstate(over="ignore"):
+        return numbers.astype(np.float32)
