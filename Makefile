@@ -14,7 +14,7 @@ JOBS := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 # Many tests start processes: what Python compiles for one, the others read.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test quick lint bench docs clean
+.PHONY: demo test quick lint bench peers docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/test.done
@@ -45,6 +45,10 @@ lint: $(VENV)/lint.done
 
 bench: $(VENV)/test.done
 	$(BIN)/python benchmarks/step_cost.py $(ARGS)
+
+# Side by side with what people use today, each in an environment of its own below .venv-peers/.
+peers: $(VENV)/test.done
+	$(BIN)/python benchmarks/peers/compare.py $(ARGS)
 
 # Into site/, with warnings as errors. The build needs no network, nor does a page that is opened.
 docs: $(VENV)/docs.done

@@ -124,6 +124,12 @@ def meta_weight_net(made, folder):
     assert evals["test_accuracy"][-1] > made["plain"] + 0.02
 
 
+def data_mixture(made, folder):
+    upright, turned, worthless = made["found"]
+    assert turned > upright > worthless + 0.1
+    assert made["results"]["found"] > made["results"]["uniform"] + 0.02
+
+
 def distillation(made, folder):
     assert made["distilled"] > made["plain"] + 0.1
     _drawn("distilled", made, folder)
@@ -159,6 +165,7 @@ FOUND = {
     "tutorials/schedule-and-decay": schedule_and_decay,
     "tutorials/example-weights": example_weights,
     "tutorials/meta-weight-net": meta_weight_net,
+    "tutorials/data-mixture": data_mixture,
     "tutorials/distillation": distillation,
     "tutorials/data-parallel": data_parallel,
     "tutorials/population": population,

@@ -70,6 +70,20 @@ def test_a_worker_that_hangs_is_replaced(tmp_path, reference):
 
 
 @pytest.mark.slow
+def test_another_number_of_workers_goes_on_after_a_kill_at_the_end(tmp_path, reference):
+    """A worker is killed after the last generation, which is whole without it."""
+    made = on_processes(tmp_path, workers=2, generations=5)
+
+    def strike(generation, table):
+        del table
+        if generation == 5:
+            os.kill(workers(made)[0], signal.SIGKILL)
+
+    assert made.run(strike).generations == 5
+    assert_same_tables(on_processes(tmp_path, workers=1).run(), reference)
+
+
+@pytest.mark.slow
 def test_workers_take_the_program_from_a_compilation_cache(tmp_path):
     env = {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),

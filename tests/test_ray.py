@@ -23,7 +23,6 @@ from tests.devices import flags  # noqa: E402
 from tests.sweeps import (  # noqa: E402
     alive,
     assert_same_tables,
-    lost,
     sweep,
     wait_until,
     workers,
@@ -80,19 +79,6 @@ def test_the_numbers_of_one_process_from_one_compile(cluster, tmp_path):
     assert sorted(report.worker_compiles)[:2] == [0, 0]
     assert sum(report.worker_compiles) == report.compiles + report.small_compiles
     assert_same_tables(result, sweep(tmp_path / "local", **{**changes, "workers": 1}).run())
-
-
-def test_another_number_of_workers_goes_on_after_a_kill_at_the_end(cluster, tmp_path, reference):
-    """A worker is killed after the last generation, which is whole without it."""
-    made = on_ray(tmp_path, workers=2, generations=5)
-
-    def strike(generation, table):
-        del table
-        if generation == 5:
-            kill(workers(made)[0])
-
-    assert made.run(strike).generations == 5
-    assert_same_tables(on_ray(tmp_path, workers=1).run(), reference)
 
 
 def test_a_gang_of_two_processes_holds_one_shard(cluster, tmp_path):
@@ -170,26 +156,6 @@ def test_sigkill_while_workers_start_and_compile(cluster, tmp_path, reference):
     result = made.run()
     thread.join()
     assert_same_tables(result, reference)
-
-
-def test_a_silent_worker_is_replaced_and_a_slow_one_is_not(cluster, tmp_path):
-    """Each shard's generation takes longer than a worker may be silent; there is no deadline."""
-    changes = {"problem": "tests.sweep_problems:slow", "population": 2, "shards": 2}
-    changes |= {"generations": 3}
-    made, stopped = on_ray(tmp_path / "ray", **changes, heartbeat=0.8), []
-
-    def disturb(generation, table):
-        del table
-        if generation == 2:
-            stopped.append(workers(made)[0])
-            os.kill(stopped[0], signal.SIGSTOP)
-
-    result = made.run(disturb)
-    assert len(lost(made)) == 1
-    assert "silent" in lost(made)[0]
-    assert min(entry["seconds"] for entry in result._entries) > 0.8
-    assert not any(map(alive, stopped))
-    assert_same_tables(result, sweep(tmp_path / "local", **changes).run())
 
 
 DRIVER = """

@@ -1,0 +1,56 @@
+"""The measured part of `docs/comparison.md`: tables between two marks; the prose stays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+COLUMNS = [
+    "hypergradient",
+    "by",
+    "ms a step",
+    "time / ours",
+    "whole process, s",
+    "peak, MiB",
+    "lines",
+    "distance",
+]
+
+
+def row(title: str, peer: str, measured: dict[str, Any], lines: int) -> list[str]:
+    """Return a row of the table: one peer on one case."""
+    return [
+        title,
+        peer,
+        _with_quartiles(measured["ms"], 2),
+        _with_quartiles(measured["ratio"], 2),
+        f"{measured['whole']:.1f}",
+        f"{measured['mebibytes']:.0f}",
+        str(lines),
+        f"{measured['distance']:.0e}" if measured["distance"] else "–",
+    ]
+
+
+def table(columns: list[str], rows: Iterable[list[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def filled(page: str, measured: str) -> str:
+    """Return the page with its measured part replaced.
+
+    Raises:
+      ValueError: if it does not have the two marks, once each and in order.
+    """
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end) or BEGIN in rest or END in before + after:
+        raise ValueError(f"the page must have {BEGIN} and then {END}, once each")
+    return f"{before}{BEGIN}\n\n{measured}\n\n{END}{after}"
+
+
+def _with_quartiles(quartiles: list[float], digits: int) -> str:
+    low, median, high = (f"{value:.{digits}f}" for value in quartiles)
+    return f"{median} ({low}–{high})"
