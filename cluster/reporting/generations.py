@@ -69,7 +69,7 @@ class Reader:
         self._before = table
         hidden = (names.DIVERGED,)
         measured = {
-            n: table[n].astype(np.float32)
+            n: _single(table[n])
             for n in names.measured(table)
             if n not in hidden and not n.startswith(names.HYPERPARAMS)
         }
@@ -80,7 +80,7 @@ class Reader:
 
 def quantiles(column: np.ndarray) -> np.ndarray:
     """Return the quantiles of the finite numbers, `(5,)`; NaN where there is none."""
-    finite = column[np.isfinite(column)]
+    finite = column[np.isfinite(column)].astype(float)
     return np.quantile(finite, QUANTILES) if len(finite) else np.full(len(QUANTILES), np.nan)
 
 
@@ -134,5 +134,12 @@ def _written(
     for number, about in kinds.items():
         if isinstance(about, Uniform) and about.stored == "log":
             here = variant == number
-            made[here] = np.exp(made[here])
-    return made.astype(np.float32)
+            with np.errstate(over="ignore"):
+                made[here] = np.exp(made[here])
+    return _single(made)
+
+
+def _single(numbers: np.ndarray) -> np.ndarray:
+    """Return them as the page has them: what is too large there is infinite."""
+    with np.errstate(over="ignore"):
+        return numbers.astype(np.float32)

@@ -2,7 +2,7 @@
 function head() {
   const { data } = page;
   const state = data.running ? ["runs", `running: ${data.running}`]
-    : data.kind === "run" ? ["good", data.stopped ? "stopped" : "not running"]
+    : data.stopped ? ["good", "stopped"] : data.kind === "run" ? ["good", "not running"]
       : data.done >= data.total ? ["good", "complete"] : ["bad", "not running"];
   const why = data.stopped && !data.running ? `stopped: ${data.stopped}` : null;
   const names = el("div.names", {}, el("h1", {}, data.title),
@@ -41,12 +41,18 @@ function sweepCards(data) {
   ];
 }
 
+// Of several runs those that had a finite score; null where none had.
+function bestOf(scores, mode) {
+  const there = scores.filter((x) => x !== null);
+  return there.length ? there.reduce((a, b) => (mode === "min" ? Math.min(a, b) : Math.max(a, b))) : null;
+}
+
 function runCards(data) {
   const names = Object.keys(data.lines), first = names.includes("val_loss") ? "val_loss" : names[0];
   const runs = data.runs || 1, gone = data.diverged.filter((step) => step > 0).length;
   const scores = data.best && [data.best.score].flat(), steps = data.best && [data.best.step].flat();
   return [
-    data.best ? card(`best ${data.best.metric}`, num(scores.length === 1 ? scores[0] : (data.best.mode === "min" ? Math.min : Math.max)(...scores.filter((x) => x !== null))),
+    data.best ? card(`best ${data.best.metric}`, num(bestOf(scores, data.best.mode)),
       scores.length === 1 ? `at step ${count(steps[0])}` : `of ${runs} runs`, "best")
       : card(`last ${first}`, num(array(data.lines[first].rows).at(-1)), "", "best"),
     card("steps", count(data.done), data.runs ? `of each of ${runs} runs` : "", "done"),

@@ -12,6 +12,9 @@ function axis(about = {}) {
     tickfont: { size: 11.5 }, title: { standoff: 8, ...(about.title || {}) }, exponentformat: "power", ...omit(about, "title") };
 }
 
+// Where generations are few there is a mark at each, and none between them.
+const generationAxis = (text, n) => ({ title: { text }, ...(n < 9 ? { tick0: 0, dtick: 1 } : {}) });
+
 function omit(from, name) {
   const made = { ...from };
   delete made[name];
@@ -32,6 +35,7 @@ function layout(about = {}) {
 
 function chart(where, traces, about, clicked = null) {
   const done = Plotly.react(where, traces, layout(about), { ...CONFIG, displayModeBar: narrow() ? false : "hover" });
+  where.style.minHeight = "0"; // it is as high as what is drawn in it
   if (!where.heard) {
     where.heard = true;
     where.on("plotly_click", (event) => where.clicked && where.clicked(event));

@@ -10,7 +10,7 @@ function descentSection() {
       marker: { size: n > 300 ? 3.5 : 5.5, color: ends.map((b) => color(on.has(b) ? "orange" : chosen.has(b) ? "purple" : "trials")) },
       text: ends.map((b) => `trial ${tree.trial[b]}<br>generations ${tree.first[b] + 1} to ${tree.last[b] + 1}`), hovertemplate: "%{text}<extra></extra>" });
     const leaves = Math.max(...tree.place) + 1, tall = Math.max(260, Math.min(760, 60 + leaves * 11));
-    chart(place.chart, traces, { height: narrow() ? Math.min(tall, 520) : tall, xaxis: { title: { text: "generations done" }, rangemode: "tozero" }, yaxis: { visible: false, range: [leaves - 0.5, -0.5] }, margin: { l: 12, r: 12, t: 10, b: 44 } },
+    chart(place.chart, traces, { height: narrow() ? Math.min(tall, 520) : tall, xaxis: { ...generationAxis("generations done", data.done), rangemode: "tozero" }, yaxis: { visible: false, range: [leaves - 0.5, -0.5] }, margin: { l: 12, r: 12, t: 10, b: 44 } },
       (event) => { const b = event.points[0].customdata; if (b !== undefined) choosing(tree.last[b], tree.slot[b]); });
     place.chart.dataset.branches = n;
     const roots = new Set(range(n).filter((b) => tree.last[b] === data.done - 1).map((b) => ancestors(b)[0]));

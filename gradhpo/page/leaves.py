@@ -43,7 +43,7 @@ def leaf(array: np.ndarray) -> dict[str, Any]:
     finite = numbers[np.isfinite(numbers)]
     if not len(finite):
         return made | {"lost": len(numbers)}
-    counts, edges = np.histogram(finite, BARS)
+    counts, edges = _histogram(finite)
     return made | {
         "least": float(finite.min()),
         "median": float(np.median(finite)),
@@ -52,3 +52,12 @@ def leaf(array: np.ndarray) -> dict[str, Any]:
         "edges": [float(edges[0]), float(edges[-1])],
         "lost": len(numbers) - len(finite),
     }
+
+
+def _histogram(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return counts and edges; one bar where no range, or none in float64, can be divided."""
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.histogram(numbers, BARS)
+    except ValueError:
+        return np.array([len(numbers)]), np.array([numbers.min(), numbers.max()])

@@ -12,7 +12,7 @@ function metricSection() {
     const x = range(rows.count).map((g) => g + 1), part = compared && rows.cloud(compared);
     const traces = (window_) => [...(part ? cloud(part, log, window_) : []), ...curves(metric, x, bands, part)];
     const sign = (data.objectives.find((one) => one.name === metric) || { sign: 0 }).sign, seen = worthSeeing(bands, sign, log);
-    const about = { xaxis: { title: { text: "generations done" } }, yaxis: { title: { text: safe(metric) }, type: log ? "log" : "linear", ...(seen ? { range: seen } : {}) } };
+    const about = { xaxis: generationAxis("generations done", rows.count), yaxis: { title: { text: safe(metric) }, type: log ? "log" : "linear", ...(seen ? { range: seen } : {}) } };
     place.chart.dataset.metric = metric;
     zoomed(place.chart, traces, about, part, log, (row, slot) => choosing(row, slot), seen);
     place.below.replaceChildren(keys(...[

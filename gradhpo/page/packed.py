@@ -19,7 +19,8 @@ def packed(array: np.ndarray, kind: str = "<f4") -> dict[str, Any]:
       array: of any shape.
       kind: how its numbers are written, one of `KINDS`.
     """
-    made = np.ascontiguousarray(array, kind)
+    with np.errstate(over="ignore"):  # what is too large for a page's numbers is infinite there
+        made = np.ascontiguousarray(array, kind)
     text = base64.b64encode(made.tobytes()).decode()
     return {"kind": kind[1:], "shape": list(made.shape), "bytes": text}
 

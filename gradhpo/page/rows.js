@@ -1,6 +1,10 @@
 // What all trials were, generation by generation; it grows while a sweep is watched.
 class Rows {
-  constructor() { this.count = 0; this.columns = {}; this.settings = {}; this.quantiles = {}; this.moved = {}; }
+  constructor() {
+    this.count = 0;
+    // By names of a person's, "constructor" among them: without what objects inherit.
+    for (const part of ["columns", "settings", "quantiles", "moved"]) this[part] = Object.create(null);
+  }
 
   take(given) {
     if (given.first === 0) Object.assign(this, new Rows());

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,6 +12,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 LOOPBACK = "127.0.0.1"
+MOST_PORT = 65535
 NAMES = (LOOPBACK, "localhost")
 """As which a browser may have asked; another one's name that resolves to here is refused."""
 HEADERS = {
@@ -34,12 +36,18 @@ class PageServer:
       port: 0 for a free one.
 
     Raises:
+      ValueError: if no port has such a number.
       OSError: if the port cannot be had.
     """
 
     def __init__(self, page: str, since: Since, port: int = 0) -> None:
-        self._server = ThreadingHTTPServer((LOOPBACK, port), _handler(page.encode(), since))
-        self._server.daemon_threads = True
+        if not 0 <= port <= MOST_PORT:
+            raise ValueError(f"port must be from 0 (a free one) to {MOST_PORT}, got {port}")
+        try:
+            self._server = _Server((LOOPBACK, port), _handler(page.encode(), since))
+        except OSError as error:
+            said = f"port {port} of {LOOPBACK} cannot be had: {error.strerror}; 0 is a free one"
+            raise OSError(error.errno, said) from None
 
     @property
     def port(self) -> int:
@@ -63,6 +71,15 @@ class PageServer:
         self._server.server_close()
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a browser that went away before it had its answer."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 def _handler(page: bytes, since: Since) -> type[BaseHTTPRequestHandler]:
     asking = threading.Lock()
 
@@ -75,7 +92,11 @@ def _handler(page: bytes, since: Since) -> type[BaseHTTPRequestHandler]:
             if host not in [f"{name}:{port}" for name in NAMES]:
                 self._answer(403, b"asked by another name\n", "text/plain")
                 return
-            asked = urlsplit(self.path)
+            try:
+                asked = urlsplit(self.path)
+            except ValueError as error:
+                self._answer(400, f"{error}\n".encode(), "text/plain")
+                return
             if asked.path == "/":
                 self._answer(200, page, "text/html; charset=utf-8")
             elif asked.path == "/data":

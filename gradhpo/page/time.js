@@ -5,7 +5,7 @@ function divergedSection() {
     const settings = names.map((name) => array(diverged.settings[name])), generation = array(diverged.generation), step = array(diverged.step);
     const each = page.rows.diverged, x = range(each.length).map((g) => g + 1);
     chart(place.chart, [{ type: "bar", x, y: Array.from(each), marker: { color: color("orange") }, hovertemplate: "generation %{x}: %{y}<extra></extra>" }],
-      { height: 180, bargap: 0.15, xaxis: { title: { text: "generation" } }, yaxis: { title: { text: "diverged" }, rangemode: "tozero" } });
+      { height: 180, bargap: 0.15, xaxis: generationAxis("generation", each.length), yaxis: { title: { text: "diverged" }, rangemode: "tozero" } });
     const rows = range(n).reverse().slice(0, 100).map((i) => [String(trial[i]), String(generation[i] + 1), String(step[i]), ...settings.map((one) => num(one[i]))]);
     place.below.replaceChildren(el("p.note", {}, `${several(diverged.of, "trial")} of ${count(data.trials.of)} ended with a number that was not finite. A trial that diverged stays as it was until the scheduler replaces it.`),
       table(["trial", "generation", "at its step", ...names.map(labelOf)], rows), diverged.of > rows.length ? el("p.note", {}, `The last ${rows.length} are listed.`) : "");
@@ -18,7 +18,7 @@ function timeSection() {
     if (seconds.length) {
       chart(place.chart, [{ type: seconds.length > 400 ? "scatter" : "bar", mode: "lines", x: range(seconds.length).map((g) => g + 1), y: seconds, marker: { color: color("blue") }, line: { color: color("blue") },
         hovertemplate: "generation %{x}: %{y:.3g} s<extra></extra>" }],
-      { height: 220, bargap: 0.15, xaxis: { title: { text: "generation" } }, yaxis: { title: { text: "seconds" }, rangemode: "tozero" } });
+      { height: 220, bargap: 0.15, xaxis: generationAxis("generation", seconds.length), yaxis: { title: { text: "seconds" }, rangemode: "tozero" } });
     } else place.chart.classList.add("low");
     const { compiles, seconds: spent } = costs, parts = Object.entries(spent["of starting"]);
     place.below.replaceChildren(pairs([

@@ -21,7 +21,7 @@ function trajectorySection() {
     const traces = (window_) => [...cloud(part, log, window_), ...band(x, bands[1], bands[3], color("shade")),
       { x, y: bands[2], mode: "lines", line: { color: color("blue"), width: 2 }, hovertemplate: "median, generation %{x}<br>%{y:.4g}<extra></extra>" },
       ...paths.flatMap(([name, text, path]) => moves(path, name, text))];
-    const about = { xaxis: { title: { text: "generations done" } }, yaxis: { title: { text: safe(one.label) }, type: log ? "log" : "linear" } };
+    const about = { xaxis: generationAxis("generations done", rows.count), yaxis: { title: { text: safe(one.label) }, type: log ? "log" : "linear" } };
     zoomed(place.chart, traces, about, part, log, (row, slot) => choosing(row, slot));
     place.chart.dataset.setting = one.name;
     const told = paths.length ? counted(paths[0][2]) : null;
