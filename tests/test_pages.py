@@ -100,6 +100,16 @@ def long_runs(made, folder):
     assert 10 < made["solution"].steps < 300
 
 
+def implicit(made, folder):
+    """The gradient is that of the closed form."""
+    (x, there), (y, target) = (np.asarray(made[name], np.float64) for name in ("x", "y"))
+    matrix = x.T @ x / len(y) + 0.1 * np.eye(x.shape[1])
+    w = np.linalg.solve(matrix, x.T @ y / len(y))
+    moves = -np.linalg.solve(matrix, w)
+    expected = 2 * (there @ w - target) @ (there @ moves) / len(target)
+    np.testing.assert_allclose(made["gradient"], expected, rtol=1e-3)
+
+
 def training_loop(made, folder):
     assert made["tuned"]["peak"] > 3 * made["settings"]["peak"]
     assert made["after"] > made["before"] + 0.1
@@ -161,6 +171,7 @@ FOUND = {
     "recipes": recipes,
     "retraining": retraining,
     "long-runs": long_runs,
+    "implicit": implicit,
     "training-loop": training_loop,
     "tutorials/schedule-and-decay": schedule_and_decay,
     "tutorials/example-weights": example_weights,
