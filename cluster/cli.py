@@ -18,12 +18,11 @@ import typer
 
 from gradhpo import files
 from gradhpo.checkpoints import DamagedFile
-from gradhpo.cluster import event_log, front, manifest, objectives, optuna_study
+from gradhpo.cluster import event_log, front, manifest, optuna_study
 from gradhpo.cluster.check import check_storage
 from gradhpo.cluster.events import Importing, Stopped
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.journal import Journal
-from gradhpo.cluster.objectives import Objectives
 from gradhpo.cluster.printable import printable
 from gradhpo.cluster.result import SweepResult, Trial
 from gradhpo.cluster.settings import folder_of
@@ -179,7 +178,7 @@ def status(
 
 def _status(place: files.Where) -> None:
     about, journal = manifest.read(place), Journal(place)
-    compared = Objectives.of(objectives.parsed(about["metric"]), about["mode"])
+    compared = manifest.compared(about)
     done, total = journal.generation + 1, about["generations"]
     who = Storage(place).files.holder()
     state = f"running ({who})" if who else "complete" if done >= total else "not running"

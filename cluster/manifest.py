@@ -15,6 +15,7 @@ from gradhpo._version import __version__
 from gradhpo.checksums import of_arrays
 from gradhpo.cluster import importing, points
 from gradhpo.cluster.failures import SweepError
+from gradhpo.cluster.objectives import Objectives, parsed
 from gradhpo.cluster.settings import Identity, Place
 from gradhpo.cluster.space import SearchSpace
 from gradhpo.cluster.storage import Storage, Text
@@ -164,6 +165,11 @@ def how_to_resume(storage: Where, identity: Identity) -> str:
 def space(manifest: Mapping[str, Any]) -> SearchSpace:
     """Return the search space of a manifest."""
     return SearchSpace.parse(manifest["space"])
+
+
+def compared(manifest: Mapping[str, Any]) -> Objectives:
+    """Return what the trials of a manifest are compared by."""
+    return Objectives.of(parsed(manifest["metric"]), manifest["mode"])
 
 
 def digest(manifest: Mapping[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from gradhpo.cluster.discrete import Categorical, Choice, Integer
@@ -25,6 +27,24 @@ def numbers_of(about: Distribution, stored: np.ndarray) -> np.ndarray:
     """Return the same of many that were drawn: a logarithm's rounding leads out of no bounds."""
     numbers = np.array([number_of(about, one) for one in stored.astype(float).tolist()])
     return np.clip(numbers, *number_bounds(about))
+
+
+def column_of(
+    kinds: Mapping[int, Distribution], variant: np.ndarray, stored: np.ndarray
+) -> np.ndarray:
+    """Return a table's column of a setting as the numbers that a person gives.
+
+    Args:
+      kinds: the setting's distribution, by number of the combination of choices.
+      variant: each row's combination.
+      stored: the column.
+    """
+    numbers = stored.astype(float)
+    for combination, about in kinds.items():
+        if _holds_logarithm(about):
+            here = variant == combination
+            numbers[here] = np.exp(numbers[here])
+    return numbers
 
 
 def number_bounds(about: Distribution) -> tuple[float, float]:

@@ -15,14 +15,13 @@ from gradhpo.cluster import columns as names
 from gradhpo.cluster import front, importing, manifest, plots, programs, settings
 from gradhpo.cluster.columns import TRIAL, VARIANT, Columns
 from gradhpo.cluster.controller import Layout, Rules
-from gradhpo.cluster.distributions import Uniform
 from gradhpo.cluster.division import divide
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.front import Found
 from gradhpo.cluster.hypervolume import hypervolume
 from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.lineage import Copy, Lineage, Turn
-from gradhpo.cluster.numbers_of import number_of
+from gradhpo.cluster.numbers_of import column_of, number_of
 from gradhpo.cluster.objectives import Objectives
 from gradhpo.cluster.orders import Spec
 from gradhpo.cluster.replay import Replay
@@ -500,12 +499,8 @@ class SweepResult:
 
     def _numbers(self, name: str) -> np.ndarray:
         """Return a setting's column of the table, as numbers that a person gives."""
-        numbers = self.table[names.setting(name)].astype(float)
-        for number, about in self.space.kinds()[name].items():
-            if isinstance(about, Uniform) and about.stored == "log":
-                here = self.table[VARIANT] == number
-                numbers[here] = np.exp(numbers[here])
-        return numbers
+        stored = self.table[names.setting(name)]
+        return column_of(self.space.kinds()[name], self.table[VARIANT], stored)
 
     def _winner(self) -> Found:
         self._objectives.only("there is no best trial", "Take one of result.front")

@@ -7,11 +7,14 @@ with perturbations of opposite sign. The methods differ in what they perturb by,
 from __future__ import annotations
 
 import abc
+import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from gradhpo.drawing import DrawingMethod
 from gradhpo.errors import check_count, check_number
@@ -52,6 +55,7 @@ class Walker(NamedTuple):
         return cls(carried.whole(moved.params), carried.opt_state, carried.model_state)
 
 
+@dataclasses.dataclass(frozen=True)
 class EvolutionMethod(DrawingMethod):
     """A method that perturbs λ, walks K inner steps with each perturbation, and compares losses.
 
@@ -59,10 +63,18 @@ class EvolutionMethod(DrawingMethod):
     weights walk it at λ itself: they are what is trained. All see the same batches and keys.
     """
 
+    inner_optimizer: Any = None
+    outer_optimizer: Any = None
+    unroll_steps: int = 1
     particles: int = 100
     sigma: float = 0.1
+    update_fn: Callable[..., Any] | None = None
+    batches: Literal["repeat", "stack"] = "repeat"
     objective: Objective = "last"
     T: int = 20
+    chunk: int | None = None
+    mesh: Mesh | None = None
+    axis: str = "trial"
 
     zero_order = True
 

@@ -41,6 +41,21 @@ def assert_same_tables(result, expected):
         assert result.best.arrays[name].tobytes() == array.tobytes(), name
 
 
+class Killed(BaseException):
+    """What no sweep takes for an error of its own."""
+
+
+def killing_after(last):
+    """Return a callback that ends a sweep after this generation, as a kill would."""
+
+    def strike(generation, table):
+        del table
+        if generation == last:
+            raise Killed
+
+    return strike
+
+
 def alive(pid):
     """Whether a process of this machine is there, and no zombie."""
     try:

@@ -18,7 +18,7 @@ from gradhpo.parts import Divided
 from tests import divided_gang
 from tests import divided_problems as problems
 from tests.pairs import run_both
-from tests.sweeps import assert_same_tables, sweep
+from tests.sweeps import Killed, assert_same_tables, killing_after, sweep
 
 SETTINGS = {
     "problem": "tests.divided_problems:small_problem",
@@ -194,19 +194,10 @@ def test_states_that_are_not_all_written_go_on_to_the_same_bits(tmp_path, refere
     jax.tree.map(np.testing.assert_array_equal, result.replay(), result.best.state)
 
 
-class _Killed(BaseException):
-    pass
-
-
 @pytest.mark.slow
 def test_a_sweep_of_eight_devices_goes_on_with_four_of_them(tmp_path, reference):
-    def strike(generation, table):
-        del table
-        if generation == 2:
-            raise _Killed
-
-    with pytest.raises(_Killed):
-        divided_sweep(tmp_path).run(strike)
+    with pytest.raises(Killed):
+        divided_sweep(tmp_path).run(killing_after(2))
     half = divided_sweep(tmp_path, mesh={"data": 4})
     with pytest.raises(SweepError, match="holds another run: its mesh is"):
         half.run()

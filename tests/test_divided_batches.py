@@ -7,7 +7,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from gradhpo.cluster import SearchSpace, SweepResult
 from gradhpo.cluster.check import check_storage
-from tests.sweeps import assert_same_tables
+from tests.sweeps import Killed, assert_same_tables, killing_after
 from tests.test_divided import SETTINGS, divided_sweep
 
 ABOUT = {
@@ -15,10 +15,6 @@ ABOUT = {
     "space": SearchSpace(SETTINGS["space"].hyperparams, choices={"method": ["hyperdistill"]}),
     "checkpoint_every": 2,
 }
-
-
-class _Killed(BaseException):
-    pass
 
 
 @pytest.fixture
@@ -32,14 +28,9 @@ def store():
 def test_batches_of_the_host_go_on_to_the_same_bits_in_a_store_too(tmp_path, store):
     """HyperDistill remembers a first pair, and calibrates on pairs of each trial's own."""
 
-    def strike(generation, table):
-        del table
-        if generation == 2:
-            raise _Killed
-
     whole = divided_sweep(tmp_path, **ABOUT).run()
-    with pytest.raises(_Killed):
-        divided_sweep(store, **ABOUT).run(strike)
+    with pytest.raises(Killed):
+        divided_sweep(store, **ABOUT).run(killing_after(2))
     result = divided_sweep(store, **ABOUT).run()
     assert_same_tables(result, whole)
     assert len(whole.copies) > 0

@@ -12,7 +12,6 @@ from gradhpo.cluster.controller import Layout, Rules
 from gradhpo.cluster.front import Found
 from gradhpo.cluster.journal import Entry
 from gradhpo.cluster.lineage import first_changes
-from gradhpo.cluster.objectives import Objectives, parsed
 from gradhpo.cluster.reporting.costs import Costs
 from gradhpo.cluster.reporting.generations import Generation, Reader, best_so_far
 from gradhpo.cluster.reporting.tail import Tail
@@ -36,8 +35,7 @@ class Followed:
         self.storage = Storage(storage)
         self.known = manifest.read(storage)
         self.space = manifest.space(self.known)
-        given = parsed(self.known["metric"])
-        self.objectives = Objectives.of(given, self.known["mode"])
+        self.objectives = manifest.compared(self.known)
         variants, population = len(self.space.variants()), self.known["population"]
         shards = self.known["shards"]
         races = self.space.race is not None

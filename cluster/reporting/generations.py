@@ -9,7 +9,8 @@ import numpy as np
 
 from gradhpo.cluster import columns as names
 from gradhpo.cluster.columns import PARENT, TRIAL, VARIANT, Columns
-from gradhpo.cluster.distributions import Distribution, Uniform
+from gradhpo.cluster.distributions import Distribution
+from gradhpo.cluster.numbers_of import column_of
 from gradhpo.cluster.objectives import Objectives
 from gradhpo.cluster.schedulers import NEW
 from gradhpo.cluster.space import LR_HYPER, Change, SearchSpace
@@ -130,13 +131,8 @@ def _written(
     stored: np.ndarray, kinds: Mapping[int, Distribution], variant: np.ndarray
 ) -> np.ndarray:
     """Return numbers as a person writes them, of some that may be stored as logarithms."""
-    made = stored.astype(float)
-    for number, about in kinds.items():
-        if isinstance(about, Uniform) and about.stored == "log":
-            here = variant == number
-            with np.errstate(over="ignore"):
-                made[here] = np.exp(made[here])
-    return _single(made)
+    with np.errstate(over="ignore"):
+        return _single(column_of(kinds, variant, stored))
 
 
 def _single(numbers: np.ndarray) -> np.ndarray:

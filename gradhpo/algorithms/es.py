@@ -5,14 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import jax
-from jax.sharding import Mesh
 
-from gradhpo.evolution import EvolutionMethod, Objective
+from gradhpo.evolution import EvolutionMethod
 from gradhpo.state import PyTree
 
 
@@ -51,19 +48,6 @@ class ESOptimizer(EvolutionMethod):
       ICML 2019. Salimans et al., Evolution Strategies as a Scalable Alternative to Reinforcement
       Learning, 2017.
     """
-
-    inner_optimizer: Any = None
-    outer_optimizer: Any = None
-    unroll_steps: int = 1
-    particles: int = 100
-    sigma: float = 0.1
-    update_fn: Callable[..., Any] | None = None
-    batches: Literal["repeat", "stack"] = "repeat"
-    objective: Objective = "last"
-    T: int = 20
-    chunk: int | None = None
-    mesh: Mesh | None = None
-    axis: str = "trial"
 
     def perturbation(
         self, fresh: PyTree, before: PyTree, begins: jax.Array

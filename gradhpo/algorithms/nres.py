@@ -6,15 +6,12 @@ so that nothing adds up.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from gradhpo.evolution import EvolutionMethod, Objective
+from gradhpo.evolution import EvolutionMethod
 from gradhpo.state import PyTree
 
 
@@ -55,19 +52,6 @@ class NRESOptimizer(EvolutionMethod):
       Li et al., Variance-Reduced Gradient Estimation via Noise-Reuse in Online Evolution
       Strategies, NeurIPS 2023.
     """
-
-    inner_optimizer: Any = None
-    outer_optimizer: Any = None
-    unroll_steps: int = 1
-    particles: int = 100
-    sigma: float = 0.1
-    update_fn: Callable[..., Any] | None = None
-    batches: Literal["repeat", "stack"] = "repeat"
-    objective: Objective = "last"
-    T: int = 20
-    chunk: int | None = None
-    mesh: Mesh | None = None
-    axis: str = "trial"
 
     persists = True
 

@@ -6,15 +6,12 @@ on from where its own perturbations have led it, and their sum weights what it f
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from gradhpo.evolution import EvolutionMethod, Objective
+from gradhpo.evolution import EvolutionMethod
 from gradhpo.state import PyTree
 
 
@@ -54,19 +51,6 @@ class PESOptimizer(EvolutionMethod):
       Vicol, Metz and Sohl-Dickstein, Unbiased Gradient Estimation in Unrolled Computation Graphs
       with Persistent Evolution Strategies, ICML 2021, Algorithm 2.
     """
-
-    inner_optimizer: Any = None
-    outer_optimizer: Any = None
-    unroll_steps: int = 1
-    particles: int = 100
-    sigma: float = 0.1
-    update_fn: Callable[..., Any] | None = None
-    batches: Literal["repeat", "stack"] = "repeat"
-    objective: Objective = "last"
-    T: int = 20
-    chunk: int | None = None
-    mesh: Mesh | None = None
-    axis: str = "trial"
 
     persists = True
 
