@@ -247,6 +247,15 @@ def test_no_horizon_is_recommended_in_which_training_is_chaotic(smooth, expected
         assert found.recommendation == f"{expected}: {told}."
 
 
+def test_where_a_step_gets_what_is_promised_chaos_of_the_weights_decides_nothing():
+    rows = [row(name, 0.95, 2.0) for name in ("a", "unrolled 2")]
+    steps = np.where(np.arange(20) < 3, 1.0, 0.1) * np.ones((3, 1))
+    losses = np.asarray([1.0, 0.9, 0.8]) * np.ones((3, 20, 1))
+    regime = Regime(0.01, steps, losses, np.full(3, -0.1), losses[..., 0], 0.0)
+    found = gradhpo.Diagnosis(rows, row("exact", 1.0, 9.0), 10, 1e-3, regime=regime)
+    assert found.recommendation.startswith("a: cosine 0.950")
+
+
 def test_a_small_norm_is_said():
     found = gradhpo.Diagnosis([row("a", 0.95, 2.0, ratio=0.01)], row("exact", 1.0, 9.0), 10, 1e-3)
     assert "0.01 times" in found.recommendation
