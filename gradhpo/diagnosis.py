@@ -12,6 +12,7 @@ import numpy as np
 
 import gradhpo
 from gradhpo import notebook
+from gradhpo.in_code import in_code
 from gradhpo.regime import Regime
 
 __all__ = ["Diagnosis", "Row"]
@@ -171,6 +172,7 @@ class Diagnosis:
         return f" T: the last {steps} of {self.horizon} steps {shares}."
 
     def _footer(self) -> list[str]:
+        written = in_code(self.recommended.name, self.horizon)
         base = "" if np.isnan(self.seconds) else f", {1e3 * self.seconds:.3g} ms"
         return [
             f"Over {len(self.exact.cosine)} walks of T = {self.horizon} steps: mean and standard "
@@ -178,6 +180,7 @@ class Diagnosis:
             *self.notes,
             *self.advice(),
             f"Recommended: {self.recommendation}",
+            *([f"In code: {written}."] if written else []),
         ]
 
     def advice(self) -> list[str]:

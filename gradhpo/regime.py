@@ -121,9 +121,13 @@ class Regime:
         if not math.isfinite(self.noise):
             return f"{varies} more than its length; average many batches, more than were tried"
         return (
-            f"{varies} {self.noise:.2g} times its squared length; average "
+            f"{varies} {_few(self.noise)} times its squared length; average "
             f"{math.ceil(self.batches)} batches for a cosine of {COSINE}"
         )
+
+
+def _few(number: float) -> str:
+    return f"{number:.2g}" if number < 10 else f"{number:,.0f}"
 
 
 def noise(estimates: Sequence[np.ndarray]) -> float:
