@@ -68,6 +68,20 @@ PROBLEM = gradhpo.Problem(init, made["loss"], val_loss, batch=batch)
 TUNER = gradhpo.OneStepOptimizer(made["optimizer"], optax.adam(0.05))
 
 
+def problem():
+    """The problem, as the command finds it by reference."""
+    return PROBLEM
+
+
+def optimizer():
+    """One that leaves the rate alone, which the sweep's scheduler moves."""
+    outer = optax.multi_transform(
+        {"tuned": optax.adam(0.1), "fixed": optax.set_to_zero()},
+        {"decay": "tuned", "log_rate": "fixed"},
+    )
+    return gradhpo.OneStepOptimizer(made["optimizer"], outer)
+
+
 def retrained(folder, *, always_the_first):
     """Run the script where gradhpo cannot be imported; return the weights."""
     text = PLAIN.replace("step % 4", "0") if always_the_first else PLAIN
@@ -85,16 +99,17 @@ def solution():
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory):
+def storage(tmp_path_factory):
+    return tmp_path_factory.mktemp("swept")
+
+
+@pytest.fixture(scope="module")
+def swept(storage):
     """A sweep in which rates are perturbed, whose winner has copied another trial."""
-    outer = optax.multi_transform(
-        {"tuned": optax.adam(0.1), "fixed": optax.set_to_zero()},
-        {"decay": "tuned", "log_rate": "fixed"},
-    )
     space = SearchSpace(hyperparams={"log_rate": loguniform(1e-3, 3e-1, stored="log")})
     return sweep(
-        tmp_path_factory.mktemp("swept"), problem=PROBLEM, space=space, scheduler=PBT(0.34),
-        optimizer=gradhpo.OneStepOptimizer(made["optimizer"], outer), generations=5, shards=2,
+        storage, problem=f"{__name__}:problem", optimizer=f"{__name__}:optimizer", space=space,
+        scheduler=PBT(0.34), generations=5, shards=2,
     ).run()  # fmt: skip
 
 
@@ -162,16 +177,15 @@ def test_orbax_restores_the_trees(tmp_path, solution, swept, whose):
         save_orbax(tmp_path / "a", found)
 
 
-@pytest.mark.slow
-def test_the_command_exports_the_best_trial(tmp_path):
+@pytest.mark.usefixtures("swept")
+def test_the_command_exports_the_best_trial(tmp_path, storage):
     pytest.importorskip("safetensors", reason="safetensors is not installed")
-    sweep(tmp_path / "a", generations=2).run()
-    said, status = command("export", tmp_path / "a", "--safetensors", tmp_path / "b.safetensors",
+    said, status = command("export", storage, "--safetensors", tmp_path / "b.safetensors",
                            "--script", tmp_path / "retrain.py")  # fmt: skip
     assert status == 0, said
     assert "params" in said
-    assert "importing tests.sweep_problems:problem, tests.sweep_problems:optimizer, looked" in said
+    assert f"importing {__name__}:problem, {__name__}:optimizer, looked" in said
     assert (tmp_path / "retrain.npz").exists()
-    said, status = command("export", tmp_path / "a")
+    said, status = command("export", storage)
     assert "say what to export" in said
     assert status == 1
