@@ -325,7 +325,7 @@ def dead_val(w, lam, batch):
     return jnp.mean(dead_errors(w, X_VAL, Y_VAL))
 
 
-@pytest.mark.parametrize(("eps", "wide"), [(None, False), (1e-4, False), (1e-2, True)])
+@pytest.mark.parametrize(("eps", "wide"), [(None, False), (1e-2, True)])
 @pytest.mark.slow
 def test_a_unit_dead_on_the_training_batch_alone_adds_nothing(eps, wide):
     """Its weights have no gradient and no mixed derivative, and a validation gradient."""

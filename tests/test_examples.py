@@ -1,15 +1,19 @@
 """The examples run on a small budget."""
 
 import difflib
+import functools
 import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from typer.testing import CliRunner
+
+import gradhpo
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,25 +73,42 @@ def run_example(name, *arguments):
 
 @pytest.mark.slow
 def test_hyperclean_digits(tmp_path):
-    """A method of the demo, a sweep on a Ray that it starts and stops; resumed, beside another."""
+    """A method of the demo, a sweep on a Ray that it starts and stops; and resumed."""
     figure = tmp_path / "figure.png"
-    some = ["--protocol", "tiny", "--trials", "2", "--workers", "1"]
+    some = ["--protocol", "tiny", "--trials", "2", "--workers", "1", "--method", "first-order"]
     some += ["--storage", str(tmp_path / "sweeps"), "--output", str(figure)]
-    command = [sys.executable, "examples/hyperclean_digits.py", *some, "--method", "one-step"]
+    command = [sys.executable, "examples/hyperclean_digits.py", *some]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"│ +1 \+ 0 │", done.stdout)) == 1  # one compile, and no load
     assert figure.stat().st_size > 20_000
     figure.unlink()
-    more = ["--resume", "--executor", "local", "--method", "one-step", "--method", "first-order"]
-    again = run_example("hyperclean_digits", *some, *more)
+    again = run_example("hyperclean_digits", *some, "--resume", "--executor", "local")
     assert again.count("2 generations are done") == 1
-    assert re.search(r"weights\s+unmoved:\s+yes", again)
     assert figure.exists()
+    for output in (done.stdout, again):
+        assert re.search(r"weights\s+unmoved:\s+yes", output)
     numbers = [
-        re.findall(r"One-Step.*?│(.*?)│(.*?)│(.*?)│(.*?)│", text) for text in (done.stdout, again)
+        re.findall(r"PBT alone.*?│(.*?)│(.*?)│(.*?)│(.*?)│", text) for text in (done.stdout, again)
     ]
     assert numbers[0] == numbers[1] != []
+
+
+@pytest.mark.slow
+def test_every_method_of_the_demo_gives_its_weights_a_hypergradient():
+    demo = load("hyperclean_digits")
+    problem = demo.problem("tiny", 0.3)
+    for method in {*demo.METHODS.values()} - {"first-order"}:
+        found = jax.eval_shape(functools.partial(moved, demo.optimizer(method), problem))
+        assert found["weights"].shape == (80,)
+
+
+def moved(optimizer, problem):
+    """λ after a step; a λ without a hypergradient would be told there."""
+    key = jax.random.key(0)
+    batches = problem.draw_at(key, 0, problem.start_data(key))
+    task = gradhpo.Task(*batches, problem.train_loss, problem.val_loss)
+    return optimizer.advance(optimizer.init(*problem.start(key)), task).hyperparams
 
 
 @pytest.mark.slow

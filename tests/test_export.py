@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 # What a person has beside the script: a loss, an optimizer and data, none of which is gradhpo's.
 PLAIN = """
-import sys
+import importlib, sys
 import jax, jax.numpy as jnp, numpy as np, optax
 
 
@@ -41,11 +41,11 @@ START = {"w": jnp.ones(3)}
 """
 ALONE = """
 sys.modules["gradhpo"] = None  # an import of it would fail
-import retrain
-w = retrain.train(START, loss, optimizer, batches)
-np.save("w.npy", w["w"])
-assert retrain.hyperparams(10**6)["decay"]["of"].shape == (3,)
-assert float(retrain.schedule("log_rate")(0)) == float(retrain.hyperparams(0)["log_rate"])
+for name in ("solved", "swept"):
+    retrain = importlib.import_module(name)
+    np.save(f"{name}.npy", retrain.train(START, loss, optimizer, batches)["w"])
+    assert retrain.hyperparams(10**6)["decay"]["of"].shape == (3,)
+    assert float(retrain.schedule("log_rate")(0)) == float(retrain.hyperparams(0)["log_rate"])
 """
 made = {}
 exec(compile(PLAIN, "plain", "exec"), made)
@@ -82,16 +82,6 @@ def optimizer():
     return gradhpo.OneStepOptimizer(made["optimizer"], outer)
 
 
-def retrained(folder, *, always_the_first):
-    """Run the script where gradhpo cannot be imported; return the weights."""
-    text = PLAIN.replace("step % 4", "0") if always_the_first else PLAIN
-    (folder / "plain.py").write_text(text + ALONE)
-    done = subprocess.run([sys.executable, "plain.py"], cwd=folder, capture_output=True, text=True,
-                          check=False)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return np.load(folder / "w.npy")
-
-
 @pytest.fixture(scope="module")
 def solution():
     return gradhpo.solve(PROBLEM, TUNER, 30, jax.random.key(0), record=["decay.of", "log_rate"],
@@ -113,24 +103,24 @@ def swept(storage):
     ).run()  # fmt: skip
 
 
-@pytest.mark.slow
-def test_the_script_of_a_solve_gives_its_weights_without_gradhpo(tmp_path, solution):
-    write_script(tmp_path / "retrain.py", solution.trajectory())
-    found = retrained(tmp_path, always_the_first=True)
-    np.testing.assert_allclose(found, solution.state.params["w"], rtol=1e-5)
-
-
-@pytest.mark.slow
-def test_the_script_of_a_sweeps_winner_gives_its_weights_without_gradhpo(tmp_path, swept):
+def test_scripts_give_the_weights_of_a_solve_and_of_a_sweeps_winner_without_gradhpo(
+    tmp_path, solution, swept
+):
     assert any(turn.changes for turn in swept.schedule[1:]), "the winner was perturbed"
     trajectory = swept.trajectory()
     assert trajectory["log_rate"].shape == (5 * (swept.best.generation + 1) + 1,)
     assert len(set(trajectory["log_rate"].tolist())) > 1
     best = swept.best.hyperparams
     np.testing.assert_allclose(trajectory["decay.of"][-1], best["decay"]["of"], rtol=1e-5)
-    write_script(tmp_path / "retrain.py", trajectory)
-    found = retrained(tmp_path, always_the_first=True)
-    np.testing.assert_allclose(found, swept.best.params["w"], rtol=1e-4)
+    write_script(tmp_path / "swept.py", trajectory)
+    write_script(tmp_path / "solved.py", solution.trajectory())
+    (tmp_path / "plain.py").write_text(PLAIN.replace("step % 4", "0") + ALONE)
+    done = subprocess.run([sys.executable, "plain.py"], cwd=tmp_path, capture_output=True,
+                          text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = {name: np.load(tmp_path / f"{name}.npy") for name in ("solved", "swept")}
+    np.testing.assert_allclose(found["solved"], solution.state.params["w"], rtol=1e-5)
+    np.testing.assert_allclose(found["swept"], swept.best.params["w"], rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,7 @@ def test_intervals_are_students():
 
 
 def few(name, monkeypatch):
-    """Leave a script some of its methods and readings: each is a program to compile."""
+    """Leave a script some of its methods, readings and images."""
     module = script(name)
     if name == "cosine":
         monkeypatch.setattr(module, "GAMMAS", (0.0, 0.99))
@@ -233,6 +233,9 @@ def few(name, monkeypatch):
     )
     if name == "toy":
         monkeypatch.setattr(module, "READINGS", {"on": module.READINGS["on"]})
+    else:
+        x, y, strides = module.images(None)
+        monkeypatch.setattr(module, "images", lambda folder: (x[:150], y[:150], strides))
 
 
 @pytest.mark.slow

@@ -364,18 +364,6 @@ def test_a_slot_of_a_population_is_a_solve(name):
         )
 
 
-@pytest.mark.slow
-def test_diagnose_measures_them():
-    state = SOBAOptimizer(optax.sgd(0.05)).init(*small.start())
-    found = gradhpo.diagnose(
-        PROBLEM, state, KEY, inner_optimizer=optax.sgd(0.05), horizon=10, samples=1,
-        rounds=0, methods=["soba", "masoba", "f2sa"], progress=False,
-    )  # fmt: skip
-    cosines = {row.name: row.cosine[0] for row in found.rows}
-    assert cosines.keys() == {"soba", "masoba", "f2sa"}
-    assert min(cosines.values()) > 0.5
-
-
 @pytest.mark.parametrize(
     ("kind", "given", "message"),
     [
