@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from scipy import stats
 from typer.testing import CliRunner
 
@@ -220,8 +221,18 @@ def test_intervals_are_students():
     assert report.interval([np.nan]) == "diverged"
 
 
+class Linear(nnx.Module):
+    """A model in place of the CNN, which the demo of hyper-cleaning compiles."""
+
+    def __init__(self, strides, rngs):
+        self.out = nnx.Linear(64, 10, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(x.reshape(len(x), 64))
+
+
 def few(name, monkeypatch):
-    """Leave a script some of its methods, readings and images."""
+    """Leave a script some of its methods, readings and images, and a small model."""
     module = script(name)
     if name == "cosine":
         monkeypatch.setattr(module, "GAMMAS", (0.0, 0.99))
@@ -234,6 +245,7 @@ def few(name, monkeypatch):
     if name == "toy":
         monkeypatch.setattr(module, "READINGS", {"on": module.READINGS["on"]})
     else:
+        monkeypatch.setattr(script("hypercleaning"), "CNN", Linear)
         x, y, strides = module.images(None)
         monkeypatch.setattr(module, "images", lambda folder: (x[:150], y[:150], strides))
 
