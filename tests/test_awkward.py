@@ -23,7 +23,7 @@ NOISY = optax.chain(optax.add_noise(0.01, 0.55, key=jax.random.key(7)), optax.sg
 PROBLEM = Problem(start, train_loss, val_loss, batch=lambda key: (BATCH, BATCH))
 
 
-@pytest.mark.parametrize("name", slow_but(["one-step", "hyperdistill"], "one-step"))
+@pytest.mark.parametrize("name", slow_but(["one-step", "hyperdistill"]))
 def test_an_optimizer_with_a_key_in_its_state(name):
     optimizer, rate = build(name, inner_optimizer=NOISY)
     state = optimizer.init(*start())
@@ -119,6 +119,7 @@ def test_differences_on_a_loss_that_takes_bfloat16_only():
     np.testing.assert_allclose(found, exact, rtol=0.15)
 
 
+@pytest.mark.slow
 def test_host_batches_in_a_buffer_that_is_used_again():
     def reused():
         x, y = np.zeros((12, 3), np.float32), np.zeros(12, np.float32)

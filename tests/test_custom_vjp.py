@@ -73,7 +73,6 @@ PLACES = ["outputs", "weights", "lambda", "validation"]
         ("one-step", "outputs"),
         ("one-step", "lambda"),
         ("forward", "everywhere"),
-        ("implicit", "everywhere"),
     ),
 )
 def test_every_method_gives_the_same_as_with_the_plain_operation(name, where):

@@ -223,6 +223,7 @@ def test_bfloat16_weights_with_float32_hyperparameters(name):
         assert optax.tree.norm(optax.tree.sub(found, expected)) < 0.03 * scale
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_under_an_update_fn_stay_finite():
     # Φ returns bfloat16, which rounds away most of a small shift of λ: only finite is promised.
     def half_update(w, lam, batch):
@@ -341,6 +342,7 @@ def test_a_unit_dead_on_the_training_batch_alone_adds_nothing(eps, wide):
     np.testing.assert_allclose(found, expected, rtol=0.02, atol=3e-4)
 
 
+@pytest.mark.slow
 def test_the_exact_part_stays_a_branch_under_vmap():
     optimizer = T1T2Optimizer(optax.adam(0.1), optax.sgd(0.0))
     weights = {"on": jnp.ones(2), "off": jnp.ones(2), "empty": jnp.zeros(0)}

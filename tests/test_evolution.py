@@ -245,6 +245,7 @@ def test_forward_mode_goes_through_a_loop_without_a_reverse():
 # --- Episodes, resuming, doors ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_within_an_episode_has_the_same_bits():
     optimizer = NRESOptimizer(INNER, OUTER, **SMALL)
     solve = functools.partial(

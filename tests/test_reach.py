@@ -326,6 +326,7 @@ def test_other_shapes_of_batches_are_not_losses_redefined(divided):
         optimizer.compute_hypergradient(state, batch, batch, model.train, model.val)
 
 
+@pytest.mark.slow
 def test_finite_tells_a_divergence_in_ones_own_loop():
     optimizer, pair = gradhpo.OneStepOptimizer(optax.sgd(50.0), OUTER), losses("unused")
     state = optimizer.init(WEIGHTS, {"decay": LAM["decay"]})

@@ -170,6 +170,7 @@ def test_users_optimizer_needs_two_methods_only():
     np.testing.assert_allclose(state.hyperparams["l"], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_first_order_run_equals_one_step_where_lambda_is_only_in_validation():
     def plain_loss(w, lam, batch):
         x, y = batch

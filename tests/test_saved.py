@@ -50,6 +50,7 @@ def plain(leaf):
     return jax.random.key_data(leaf) if keys else leaf
 
 
+@pytest.mark.slow
 def test_another_precision_is_named(tmp_path, x64):
     made = solve(PROBLEM, OPTIMIZER, 3, KEY)
     assert made.metrics["val_loss"].dtype == np.float64
@@ -117,6 +118,7 @@ def test_a_loaded_solution_goes_on_to_the_same_bits(tmp_path):
     np.testing.assert_array_equal(found.metrics["val_loss"], whole.metrics["val_loss"])
 
 
+@pytest.mark.slow
 def test_other_precisions_and_fields_made_by_hand(tmp_path):
     def half(key):
         w, lam = start(key)

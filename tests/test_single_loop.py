@@ -343,7 +343,8 @@ def solved_in_episodes(name, steps, key=KEY, **settings):
 REMEMBERING = ["masoba", "f2sa"]
 
 
-@pytest.mark.parametrize("name", slow_but(REMEMBERING, "f2sa"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REMEMBERING)
 def test_a_run_goes_on_to_the_bit_from_its_folder(name, tmp_path):
     whole = solved_in_episodes(name, 7)
     solved_in_episodes(name, 4).save(tmp_path / "part")

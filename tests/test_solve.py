@@ -168,6 +168,7 @@ def test_host_data_resumes_to_the_same_bits(name, kind):
     assert_same_bits(solve(problem, optimizer, 90, KEY, episode_length=5), resumed)
 
 
+@pytest.mark.slow
 def test_host_batches_may_hold_keys():
     """The numbers of a device batch with the same keys, typed and not."""
 
@@ -214,6 +215,7 @@ def test_host_data_that_ends_early_is_reported_and_what_was_done_is_returned():
     assert solution.eval_steps.tolist() == [70]
 
 
+@pytest.mark.slow
 def test_data_of_a_run_is_made_from_its_key():
     def data(key):
         return jnp.asarray(X), jax.random.normal(key, Y.shape)
@@ -275,6 +277,7 @@ def test_divergence_is_reported_and_the_last_finite_state_returned_to_the_bit(na
         assert_same_bits(healthy.state, solution.state)
 
 
+@pytest.mark.slow
 def test_in_a_batch_the_other_runs_go_on():
     def init(key):
         return jax.random.normal(key, (3,)), {"l": jnp.ones(3), "decay": jnp.float32(-3)}
