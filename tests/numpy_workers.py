@@ -20,6 +20,14 @@ class Crashes(Plain):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Paced(Plain):
+    """Generations take long enough for something to happen in them."""
+
+    def turn(self, state, order):
+        time.sleep(0.05)
+        return super().turn(state, order)
+
+
 class Slow(Plain):
     """Each generation of a shard takes longer than a worker may be silent."""
 
@@ -49,7 +57,7 @@ def use(name):
 
 
 def on_ray(root, **env):
-    """Return a `runtime_env` of Ray in which NUMPY_STEPS=Plain chooses the class of steps."""
+    """Return a `runtime_env` of Ray in which NUMPY_STEPS names the class of steps, if any."""
 
     def hook():
         if name := os.environ.get("NUMPY_STEPS"):

@@ -123,7 +123,7 @@ def test_sigkill_of_workers_while_they_start_and_at_random_instants(cluster, tmp
     """
     rng = np.random.default_rng(0)
     at = {1: 1, 4: 2}
-    made, kills, computed = on_ray(tmp_path, env={"NUMPY_STEPS": "Plain"}), [], []
+    made, kills, computed = on_ray(tmp_path, env={"NUMPY_STEPS": "Paced"}), [], []
 
     def strike(pids):
         kills.append(sum(kill(pid) for pid in pids))
