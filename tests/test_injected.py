@@ -1,5 +1,6 @@
 """Hyperparameters in the optimizer's state, and what an optimizer asks for beyond a gradient."""
 
+import functools
 import warnings
 
 import jax
@@ -69,13 +70,19 @@ NESTED = {
 }
 
 
+@functools.cache
+def unrolling(make):
+    """One for each optimizer, so that what several are compared with is compiled once."""
+    return UnrolledOptimizer(lambda lam: make(jnp.exp(lam["rate"])), SGD, 3)
+
+
 @pytest.mark.filterwarnings("ignore:inner_optimizer keeps numbers")
 @pytest.mark.parametrize("nested", NESTED)
 @pytest.mark.slow
 def test_an_injected_rate_follows_lambda_wherever_it_is(nested):
     found = []
     for make in NESTED[nested]:
-        optimizer = UnrolledOptimizer(lambda lam, m=make: m(jnp.exp(lam["rate"])), SGD, 3)
+        optimizer = unrolling(make)
         state = optimizer.init(problems.W0, LAM)
         for rows in problems.TRAIN[:2]:
             state = optimizer.step(state, rows, problems.VAL, *LOSSES)
