@@ -9,9 +9,9 @@ BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 COLUMNS = [
     "hypergradient",
     "by",
-    "ms a step",
+    "CPU ms a step",
     "time / ours",
-    "whole process, s",
+    "whole process, CPU s",
     "peak, MiB",
     "lines",
     "distance",

@@ -93,7 +93,7 @@ def _check(
 def _in_turns(
     running: dict[str, Turns], rows: dict[str, dict[str, Any]], rounds: int, seconds: float = 0.3
 ) -> dict[str, np.ndarray]:
-    """Return the seconds of a step, for each peer that does not fail, and round.
+    """Return the seconds of CPU of a step, for each peer that does not fail, and round.
 
     A turn is about `seconds` long; whoever began a round begins the next one last.
     """
