@@ -149,7 +149,7 @@ def test_renewing_a_cell_leaves_the_others_and_its_whole_processes(tmp_path, mon
     measured = {"gradhpo": dict(new), "hand": dict(new), "betty": {"failed": "no answer"}}
     monkeypatch.setattr(measuring, "measure", lambda *args: measured)
     options = {"models": "mlp", "cases": "darts", "rounds": 3, "wholes": 0, "steps": 1, "ways": ""}
-    options |= {"population": False, "memory_stages": False, "only_page": False}
+    options |= {"population": False, "memory_stages": False, "only_page": False, "cells": True}
     compare.main(tmp_path / "peers", **options, page=page, results=results)
     cells = json.loads(results.read_text())["cells"]
     assert cells["mlp/greedy-5"] == other
@@ -172,7 +172,7 @@ def test_agreement_is_checked():
     assert raised.value.distance == pytest.approx(4e-3)
     with pytest.raises(Disagreement, match="losses do not agree"):
         agreement.check("betty", "mlp", "darts", near | {"losses": [1.0, 1.1, 1, 1, 1]}, ours)
-    with pytest.raises(Disagreement, match="is nan from ours"):
+    with pytest.raises(Disagreement, match="its hypergradient is not finite"):
         agreement.check("betty", "mlp", "darts", ours | {"hypergradient": [np.nan, 1]}, ours)
     for peer, case, model in contenders.ANOTHER:
         far = ours | {"hypergradient": [3.0, 4.1]}

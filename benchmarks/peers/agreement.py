@@ -40,6 +40,8 @@ def check(peer: str, model: str, case: str, found: Any, expected: Any) -> float:
     another = contenders.why_another(peer, case, model)
     if agrees and another:
         raise DisagreementError(f"its hypergradient agrees, and was said not to: {another}", far)
+    if not np.isfinite(far):
+        raise DisagreementError("its hypergradient is not finite", far)
     if not (agrees or another):
         raise DisagreementError(f"its hypergradient is {far:.1e} from ours", far)
     if not (losses <= TOLERANCE or another):

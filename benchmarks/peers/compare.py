@@ -104,6 +104,7 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Of a whole process.")] = 100,
     population: Annotated[bool, typer.Option(help="Measure sweeps against Ray Tune.")] = True,
     ways: Annotated[str, typer.Option(help="Of a population, with commas; all by default.")] = "",
+    cells: Annotated[bool, typer.Option(help="Measure the cases.")] = True,
     memory_stages: Annotated[
         bool, typer.Option("--memory/--no-memory", help="Measure a process by its stages.")
     ] = True,
@@ -118,13 +119,14 @@ def main(
         (model, case)
         for model in _chosen(models, TITLES, "--models")
         for case in _chosen(cases, CASES, "--cases")
-        if model in CASES[case].models
+        if cells and model in CASES[case].models
     ]
     chosen_ways = _chosen(ways, populations.WAYS, "--ways") if population else []
 
     def keep() -> None:
-        results.write_text(json.dumps(_rounded(found), indent=1) + "\n")
-        page.write_text(filled(page.read_text(), measured(found)))
+        kept = _rounded(found)
+        results.write_text(json.dumps(kept, indent=1, allow_nan=False) + "\n")
+        page.write_text(filled(page.read_text(), measured(kept)))
 
     if not only_page:
         folder, data = environments_folder, environments_folder / "inputs.npz"

@@ -73,7 +73,9 @@ def _noting(row: dict[str, Any]) -> Generator[None]:
     except (EndedError, environments.UnavailableError) as error:
         row["failed"] = str(error)
     except DisagreementError as error:
-        row |= {"failed": str(error), "distance": error.distance}
+        row["failed"] = str(error)
+        if np.isfinite(error.distance):
+            row["distance"] = error.distance
 
 
 def _check(
