@@ -250,6 +250,8 @@ class Diagnosis:
             bold = "bold" if row.name == self.recommended.name else ""
             table.add_row(*row.cells(), style=bold)
         console = Console()
+        if not console.is_terminal:  # a file or a pipe has no width that would cut the numbers
+            console.width = max(console.width, Console(width=1000).measure(table).maximum)
         console.print(table)
         for line in self._footer():
             console.print(line, highlight=False)

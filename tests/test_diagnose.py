@@ -169,6 +169,7 @@ def test_costs_the_table_and_the_figure(tmp_path, capsys):
     assert found.row("exact").flops > found.row("one-step").flops * 0.5
     found.show()
     shown = capsys.readouterr().out
+    assert "…" not in shown, "a column was cut"
     for name in (*names, "Recommended"):
         assert name.split()[0] in shown
         assert name in str(found)
