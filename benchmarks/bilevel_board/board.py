@@ -9,6 +9,7 @@ its four IDX files are Debian's package `dataset-fashion-mnist`, or any folder w
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -104,7 +105,8 @@ def described() -> str:
     pinned = (environments.HERE / "requirements" / "board.txt").read_text()
     kept = re.findall(r"^(benchopt|jax|optax)==(\S+)", pinned, re.MULTILINE)
     versions = ", ".join(f"{name} {number}" for name, number in kept)
-    return f"{machine()}, {versions}, the board at {COMMIT[:7]}"
+    where = machine().removeprefix("one core of ")  # the board's solvers take them all
+    return f"{where}, {os.cpu_count()} cores, {versions}, the board at {COMMIT[:7]}"
 
 
 def main(
