@@ -106,8 +106,9 @@ def cost(world: World, way: Way) -> Cost:
     state = optimizer.init(*problem.start(key))
     batches = problem.draw_at(key, 0, None)
     losses = (problem.train_loss, problem.val_loss)
-    lowered = optimizer.lower_step(state, *batches, *losses)
-    memory = lowered.compile().memory_analysis()
+    train_batch, val_batch = batches
+    lowered = optimizer.lower_step(state, train_batch, val_batch, *losses)
+    memory: Any = lowered.compile().memory_analysis()
 
     def step(state: Any, batches: Any) -> Any:
         return optimizer.step(state, *batches, *losses)

@@ -99,9 +99,9 @@ def inner(lam: dict[str, jax.Array]) -> optax.GradientTransformation:
     """Return SGD with a rate and a momentum of its own for each array."""
     rates, momenta = jnp.exp(lam["log_rate"]), jax.nn.sigmoid(lam["logit_momentum"])
 
-    def update(grads: Any, trace: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        trace = [m * b + g for m, b, g in zip(momenta, trace, grads, strict=True)]
+        trace = [m * b + g for m, b, g in zip(momenta, state, updates, strict=True)]
         return [-rate * b for rate, b in zip(rates, trace, strict=True)], trace
 
     return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)
@@ -186,7 +186,7 @@ def objective(lams: Any, keys: jax.Array, data: dict[str, Images], setting: Sett
     """Return the mean validation loss of runs of T steps at λ, `(λs, keys)`, from fresh weights."""
 
     def run(lam: Any, key: jax.Array) -> jax.Array:
-        params = start(key, data["train"].x.shape[1], setting.width)[0]
+        params: Any = start(key, data["train"].x.shape[1], setting.width)[0]
         optimizer = inner(lam)
 
         def step(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
@@ -194,7 +194,7 @@ def objective(lams: Any, keys: jax.Array, data: dict[str, Images], setting: Sett
             first, second = jax.random.split(key)
             batch = drawn(first, data["train"], setting.batch)
             updates, state = optimizer.update(jax.grad(loss)(params, lam, batch), state)
-            params = optax.apply_updates(params, updates)
+            params: Any = optax.apply_updates(params, updates)
             return (params, state), loss(params, lam, drawn(second, data["val"], setting.batch))
 
         keys = jax.random.split(jax.random.fold_in(key, 1), setting.T)
