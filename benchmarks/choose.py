@@ -107,11 +107,13 @@ def cost(world: World, way: Way) -> Cost:
     batches = problem.draw_at(key, 0, None)
     losses = (problem.train_loss, problem.val_loss)
     train_batch, val_batch = batches
-    lowered = optimizer.lower_step(state, train_batch, val_batch, *losses)
+    args = (state, train_batch, val_batch)
+    lowered = optimizer.lower_step(*args, problem.train_loss, problem.val_loss)
     memory: Any = lowered.compile().memory_analysis()
 
     def step(state: Any, batches: Any) -> Any:
-        return optimizer.step(state, *batches, *losses)
+        train_batch, val_batch = batches
+        return optimizer.step(state, train_batch, val_batch, *losses)
 
     size = memory.temp_size_in_bytes + memory.argument_size_in_bytes
     return Cost(flops(step, state, batches) / way.inner_steps, size / 2**10)
