@@ -190,11 +190,6 @@ def build(name):
     return optax.chain(factory(), SGD)
 
 
-@functools.cache
-def one_step(name):
-    return OneStepOptimizer(build(name), SGD)
-
-
 # --- A layer of four units, the last of which may be dead; λ weighs the examples -----------------
 
 _RNG = np.random.default_rng(0)
@@ -239,7 +234,6 @@ def plain_loop(inner, train, w, lam, state, steps):
 
 
 def exact(inner, train, val, w, lam, state, steps):
-    """By autodiff, operation by operation: what these compile to serves all optimizers."""
     return jax.grad(lambda lam: val(plain_loop(inner, train, w, lam, state, steps)[0], lam, None))(
         lam
     )
@@ -249,16 +243,18 @@ def exact(inner, train, val, w, lam, state, steps):
 CHEAP = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3, 4), compiler_options=CHEAP)
-def of_two_steps(optimizer, w, lam, train, val):
-    """The hypergradients of the first two steps of the library, from a first state."""
+def second_step(inner, dtype, *, by_autodiff):
+    """Return a program of One-Step's second hypergradient, and autodiff's, from weights and λ."""
+    optimizer, (train, val) = OneStepOptimizer(inner, SGD), losses(dtype)
 
-    def step(state, _):
-        done = optimizer.estimate(state, Task(None, None, train, val))
-        moved = {"params": done.params, "inner_opt_state": done.inner_opt_state}
-        return state.update(**moved), done.hypergradient
+    def second(w, lam):
+        state = optimizer.init(w, lam)
+        w, s = plain_loop(inner, train, w, lam, state.inner_opt_state, 1)
+        state = state.update(params=w, inner_opt_state=s)
+        found = optimizer.estimate(state, Task(None, None, train, val)).hypergradient
+        return found, exact(inner, train, val, w, lam, s, 1) if by_autodiff else None
 
-    return jax.lax.scan(step, optimizer.init(w, lam), length=2)[1]
+    return jax.jit(second, compiler_options=CHEAP)
 
 
 def assert_near(found, expected, rtol, floor=1e-15):
@@ -267,20 +263,17 @@ def assert_near(found, expected, rtol, floor=1e-15):
 
 
 @pytest.mark.parametrize("name", slow_but(STEPS, *QUICK))
-def test_one_step_is_the_derivative_of_the_last_step(name):
+def test_one_step_is_exact_and_with_a_dead_unit_in_float32_near_float64(name):
     with jax.enable_x64(True):
-        optimizer, (train, val) = one_step(name), losses(np.float64)
-        w, lam = start(np.float64)
-        found = of_two_steps(optimizer, w, lam, train, val)[1]
-        inner = optimizer.inner_optimizer
-        w, s = plain_loop(inner, train, w, lam, inner.init(w), 1)
-        assert_near(found, exact(inner, train, val, w, lam, s, 1), 1e-9)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3, 4), compiler_options=CHEAP)
-def hypergradient(optimizer, w, lam, train, val):
-    state = optimizer.init(w, lam)
-    return optimizer.estimate(state, Task(None, None, train, val)).hypergradient
+        second = second_step(build(name), np.float64, by_autodiff=True)
+        assert_near(*second(*start(np.float64)), 1e-9)
+        if name not in ROOTED:
+            return
+        expected, _ = second(*start(np.float64, dead=True))
+    second = second_step(build(name), np.float32, by_autodiff=False)
+    found, _ = second(*start(np.float32, dead=True))
+    assert np.isfinite([found, expected]).all()
+    assert_near(found, expected, 0.02, floor=1e-7)
 
 
 @pytest.mark.parametrize("name", slow_but(STATES, "adamw"))
@@ -290,24 +283,18 @@ def test_unrolled_is_the_derivative_of_all_steps(name):
         steps = 3 if name in EVERY_OTHER | FIRST_ROOT else 2
         w, lam = start(np.float64)
         optimizer = UnrolledOptimizer(inner, SGD, unroll_steps=steps)
-        found = hypergradient(optimizer, w, lam, train, val)
-        expected = exact(inner, train, val, w, lam, inner.init(w), steps)
+
+        def both(w, lam):
+            task = Task(None, None, train, val)
+            found = optimizer.estimate(optimizer.init(w, lam), task).hypergradient
+            return found, exact(inner, train, val, w, lam, inner.init(w), steps)
+
+        found, expected = jax.jit(both, compiler_options=CHEAP)(w, lam)
         if name in FIRST_ROOT:
             assert np.isfinite(found).all()
             assert np.isnan(expected).all()
         else:
             assert_near(found, expected, 1e-9)
-
-
-@pytest.mark.parametrize("name", slow_but(ROOTED, "adamw", "adafactor"))
-def test_a_dead_unit_leaves_float32_near_float64(name):
-    found = []
-    for dtype in (np.float32, np.float64):  # the latter by the program of the test above
-        with jax.enable_x64(dtype == np.float64):
-            both = of_two_steps(one_step(name), *start(dtype, dead=True), *losses(dtype))
-            found.append(np.asarray(both[1]))
-    assert np.isfinite(found).all()
-    assert_near(*found, 0.02, floor=1e-7)
 
 
 @pytest.mark.parametrize("name", REFUSED)
