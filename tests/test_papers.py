@@ -154,11 +154,11 @@ def write_mnist(folder, compress=False):
 @pytest.mark.parametrize("compress", [False, True])
 def test_mnist_files(tmp_path, compress):
     write_mnist(tmp_path, compress)
-    images, labels = script("mnist").load(tmp_path)
-    assert images.shape == (7, 4, 4, 1)
-    assert images.dtype == np.float32
-    np.testing.assert_array_equal(images[:5, ..., 0], IMAGES.astype(np.float32) / 255)
-    assert labels.tolist() == [*LABELS, *LABELS[:2]]
+    (images, labels), (test_images, test_labels) = script("mnist").parts(tmp_path)
+    np.testing.assert_array_equal(images[..., 0], IMAGES)
+    np.testing.assert_array_equal(test_images[..., 0], IMAGES[:2] // 2)
+    assert labels.tolist() == LABELS.tolist()
+    assert test_labels.tolist() == LABELS[:2].tolist()
 
 
 def spoil(folder, how):
@@ -200,12 +200,15 @@ def spoil(folder, how):
         ("gzip", ValueError, "not a whole gzip file"),
     ],
 )
-def test_a_wrong_mnist_file_is_named(tmp_path, how, error, match):
-    write_mnist(tmp_path)
-    spoil(tmp_path, how)
+def test_a_wrong_mnist_file_is_named(tmp_path, monkeypatch, how, error, match):
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    write_mnist(folder)
+    spoil(folder, how)
     with pytest.raises(error, match=match):
-        script("mnist").load(tmp_path)
-    result = invoke("hyperclean", "--mnist", str(tmp_path), "--output", str(tmp_path / "x.png"))
+        script("mnist").parts(folder)
+    monkeypatch.setenv("GRADHPO_DATA_SETS", str(tmp_path))
+    result = invoke("hyperclean", "--data", "mnist", "--output", str(tmp_path / "x.png"))
     assert result.exit_code == 2
 
 
