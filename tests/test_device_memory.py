@@ -8,10 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from gradhpo.cluster.controller import Rules, first_plan, orders
 from gradhpo.cluster.distributions import loguniform
 from gradhpo.cluster.incarnations import Incarnations
 from gradhpo.cluster.orders import Spec
+from gradhpo.cluster.plan import Rules, first_plan, orders
 from gradhpo.cluster.shard import ShardHost
 from gradhpo.cluster.space import SearchSpace
 from gradhpo.cluster.variant import Variant

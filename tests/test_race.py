@@ -23,22 +23,13 @@ from gradhpo.cluster import (
     when,
 )
 from gradhpo.cluster import columns as names
-from gradhpo.cluster.controller import (
-    Layout,
-    Rules,
-    after,
-    decide,
-    first_plan,
-    following,
-    gather,
-    orders,
-    race,
-)
+from gradhpo.cluster.deciding import decide, race
 from gradhpo.cluster.history import History
 from gradhpo.cluster.incarnations import Incarnations
 from gradhpo.cluster.objectives import Objectives
 from gradhpo.cluster.optuna_study import _Trials
 from gradhpo.cluster.orders import Result
+from gradhpo.cluster.plan import Layout, Rules, after, first_plan, following, gather, orders
 from gradhpo.cluster.race import rung
 from gradhpo.cluster.storage import Storage
 from tests import raced_operations

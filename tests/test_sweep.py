@@ -39,8 +39,8 @@ from gradhpo.cluster import (
     loguniform,
     uniform,
 )
-from gradhpo.cluster.controller import Rules, first_plan, orders
 from gradhpo.cluster.incarnations import Incarnations, Superseded
+from gradhpo.cluster.plan import Rules, first_plan, orders
 from gradhpo.cluster.shard import ShardHost
 from gradhpo.lock import FolderLock
 from gradhpo.parallel import batching, compiled
