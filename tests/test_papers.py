@@ -227,11 +227,13 @@ def test_intervals_are_students():
 class Linear(nnx.Module):
     """A model in place of the CNN, which the demo of hyper-cleaning compiles."""
 
+    side = 8
+
     def __init__(self, strides, rngs):
-        self.out = nnx.Linear(64, 10, rngs=rngs)
+        self.out = nnx.Linear(self.side**2, 10, rngs=rngs)
 
     def __call__(self, x):
-        return self.out(x.reshape(len(x), 64))
+        return self.out(x.reshape(len(x), self.side**2))
 
 
 def few(name, monkeypatch):
@@ -249,8 +251,9 @@ def few(name, monkeypatch):
         monkeypatch.setattr(module, "READINGS", {"on": module.READINGS["on"]})
     else:
         monkeypatch.setattr(script("hypercleaning"), "CNN", Linear)
-        x, y, strides = module.images(None)
-        monkeypatch.setattr(module, "images", lambda folder: (x[:150], y[:150], strides))
+        x, y, _ = script("data_sets").read("digits")
+        small = script("data_sets").DataSet(x[:150], y[:150])
+        monkeypatch.setattr(script("data_sets"), "read", lambda name: small)
 
 
 @pytest.mark.slow
