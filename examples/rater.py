@@ -164,7 +164,8 @@ def learn(text: Text, settings: dict[str, Any], keys: jax.Array) -> tuple[Any, n
         mode="forward-over-reverse",
     )
     population = Population(problem(text, settings), tuner, len(keys))
-    state, rows = population.init(keys), []
+    state = population.init(keys)
+    rows: list[np.ndarray] = []
     between = max(1, settings["lifetime"] // models)  # steps until the next model is old
     for turn in tqdm(range(steps // between), leave=False, unit="turn"):
         state, metrics = population.run(state, between, keys)

@@ -36,6 +36,10 @@ class DataSet(NamedTuple):
     test: tuple[np.ndarray, np.ndarray] | None = None
     """Images and labels that are for test alone, in the same form."""
 
+    def some_for_test(self, most: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return the first images and labels for test; None where they are not apart."""
+        return None if self.test is None else (self.test[0][:most], self.test[1][:most])
+
 
 class MissingDataError(FileNotFoundError):
     """A data set is not on this machine; the message says how to get it."""

@@ -38,9 +38,7 @@ class Distillation:
     def found(self) -> data_sets.DataSet:
         """The images; those for test are as many as the settings say."""
         found = data_sets.read(self.settings["data"])
-        assert found.test is not None
-        x, y = (part[: self.settings["test"]] for part in found.test)
-        return found._replace(test=(x, y))
+        return found._replace(test=found.some_for_test(self.settings["test"]))
 
     @property
     def labels(self) -> jax.Array:
@@ -92,7 +90,8 @@ class Distillation:
     @property
     def test(self) -> tuple[Any, Any]:
         """The test images, as a network takes them, and their labels."""
-        x, y = self.found.test or ()
+        assert self.found.test is not None
+        x, y = self.found.test
         return mlp.flat(x.astype(np.float32) / 255), y
 
     def problem(self) -> gradhpo.Problem:
@@ -176,6 +175,11 @@ def undistilled(case: Distillation, method: str, keys: jax.Array) -> list[dict[s
         rate, steps = pairs[int(np.argmax(held))]
         each = 100 * np.asarray(accuracies(images, rate, steps, final, *case.test))
         rows.append(
-            {"test_accuracy": each.mean(), "worst": each.min(), "rate": rate, "steps": steps}
+            {
+                "test_accuracy": float(each.mean()),
+                "worst": float(each.min()),
+                "rate": rate,
+                "steps": steps,
+            }
         )
     return rows

@@ -122,7 +122,7 @@ def evidence(settings: dict[str, Any], method: str, keys: jax.Array) -> dict[str
 def problem(settings: dict[str, Any]) -> gradhpo.Problem:
     """Return the problem of a case."""
     found = data_sets.read(settings["data"])
-    test = found.test and tuple(part[: settings["test"]] for part in found.test)
+    test = found.some_for_test(settings["test"])
     strides = (2, 2, 1) if found.test is None else (2, 2, 2)
     sizes = (settings["train"], settings["validation"], strides, settings["noise"])
     return hypercleaning.problem(found.x, found.y, *sizes, test)

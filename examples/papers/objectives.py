@@ -33,7 +33,7 @@ OBJECTIVES = ("no HPO", "cross-entropy", "own temperature", "expected error")
 def problem(settings: dict[str, Any], objective: str) -> gradhpo.Problem:
     """Return the problem: λ holds `weights`, and the logarithm of the temperature."""
     found = data_sets.read(settings["data"])
-    test = found.test and tuple(part[: settings["test"]] for part in found.test)
+    test = found.some_for_test(settings["test"])
     sizes = (settings["train"], settings["validation"], (2, 2, 2), settings["noise"])
     base = hypercleaning.problem(found.x, found.y, *sizes, test)
     pixels = int(np.prod(found.x.shape[1:]))

@@ -35,7 +35,7 @@ def problem(settings: dict[str, Any], method: str) -> gradhpo.Problem:
     assert found.test is not None
     pixels, train = int(np.prod(found.x.shape[1:])), settings["train"]
     hidden = [settings["width"]] if settings["width"] else []
-    test_x, test_y = (part[: settings["test"]] for part in found.test)
+    test_x, test_y = found.test[0][: settings["test"]], found.test[1][: settings["test"]]
     test = Images(mlp.flat(test_x.astype(np.float32) / 255), test_y)
 
     def init(key: jax.Array) -> tuple[Any, jax.Array]:
@@ -87,7 +87,7 @@ def optimizer(settings: dict[str, Any], method: str) -> tuple[gradhpo.BilevelOpt
     """Return a method, and the inner steps in one of its steps."""
     inner, outer = optax.sgd(settings["rate"]), optax.adam(settings["lr_hyper"])
     T = settings["T"]
-    made = {
+    made: dict[str, Any] = {
         "no HPO": lambda: (gradhpo.FOOptimizer(inner, optax.set_to_zero()), 1),
         "validation images alone": lambda: (gradhpo.FOOptimizer(inner, optax.set_to_zero()), 1),
         "F2SA": lambda: (

@@ -27,7 +27,7 @@ def problem(settings: dict[str, Any], method: str) -> gradhpo.Problem:
     assert found.test is not None
     pixels, sizes = int(np.prod(found.x.shape[1:])), class_sizes(settings)
     total, clean = int(sizes.sum()), 10 * settings["clean"]
-    test_x, test_y = (part[: settings["test"]] for part in found.test)
+    test_x, test_y = found.test[0][: settings["test"]], found.test[1][: settings["test"]]
     test = mlp.flat(test_x.astype(np.float32) / 255), test_y
     together = method == "both, unweighted"
 
