@@ -30,6 +30,6 @@ def apply(
     return x @ matrix + bias
 
 
-def flat(x: jax.Array) -> jax.Array:
+def flat(x: Any) -> Any:
     """Return images `(n, side, side, 1)` as `(n, side²)`."""
     return x.reshape(len(x), -1)

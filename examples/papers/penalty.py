@@ -36,7 +36,7 @@ def problem(settings: dict[str, Any], method: str) -> gradhpo.Problem:
     pixels, train = int(np.prod(found.x.shape[1:])), settings["train"]
     hidden = [settings["width"]] if settings["width"] else []
     test_x, test_y = found.test[0][: settings["test"]], found.test[1][: settings["test"]]
-    test = Images(mlp.flat(test_x.astype(np.float32) / 255), test_y)
+    test = Images(mlp.flat(test_x.astype(np.float32) / 255), jnp.asarray(test_y))
 
     def init(key: jax.Array) -> tuple[Any, jax.Array]:
         return mlp.init(key, pixels, *hidden, 10), jnp.zeros(train)
