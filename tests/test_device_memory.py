@@ -39,7 +39,7 @@ def variant(batching, slots=SLOTS):
     return made, sum(x.nbytes for x in made.zeros().values())
 
 
-@pytest.mark.parametrize("batching", slow_but(["map", 4, 5], compiler=["map"]))
+@pytest.mark.parametrize("batching", slow_but(["map", 5], compiler=["map"]))
 def test_a_generation_needs_its_state_little_more_than_once(batching):
     """Arguments, results and temporaries by XLA's own account, less what results share.
 

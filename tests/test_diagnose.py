@@ -10,9 +10,11 @@ import optax
 import pytest
 
 import gradhpo
+from gradhpo.diagnose import NAMED, _named
 from gradhpo.diagnosis import Row
 from gradhpo.flops import flops
 from gradhpo.horizon import estimate_at, fresh_state
+from gradhpo.in_code import in_code
 from gradhpo.regime import Regime, noise
 from tests.small import BATCH, start, train_loss, val_loss
 
@@ -167,6 +169,7 @@ def test_costs_the_table_and_the_figure(tmp_path, capsys):
     assert found.row("exact").flops > found.row("one-step").flops * 0.5
     found.show()
     shown = capsys.readouterr().out
+    assert "…" not in shown, "a column was cut"
     for name in (*names, "Recommended"):
         assert name.split()[0] in shown
         assert name in str(found)
@@ -256,6 +259,29 @@ def test_no_horizon_is_recommended_in_which_training_is_chaotic(smooth, expected
     if expected != "a":
         told = f"training is chaotic along the hypergradient beyond {smooth} steps"
         assert found.recommendation == f"{expected}: {told}."
+
+
+def test_where_a_step_gets_what_is_promised_chaos_of_the_weights_decides_nothing():
+    rows = [row(name, 0.95, 2.0) for name in ("a", "unrolled 2")]
+    steps = np.where(np.arange(20) < 3, 1.0, 0.1) * np.ones((3, 1))
+    losses = np.asarray([1.0, 0.9, 0.8]) * np.ones((3, 20, 1))
+    regime = Regime(0.01, steps, losses, np.full(3, -0.1), losses[..., 0], 0.0)
+    found = gradhpo.Diagnosis(rows, row("exact", 1.0, 9.0), 10, 1e-3, regime=regime)
+    assert found.recommendation.startswith("a: cosine 0.950")
+
+
+@pytest.mark.parametrize("name", [*NAMED, "exact"])
+def test_each_method_is_told_in_code_that_makes_it(name):
+    made = {"exact": gradhpo.UnrolledOptimizer(INNER, unroll_steps=20)}
+    made = made if name == "exact" else _named([name], INNER, None, (0.9, 0.99), 20)
+    for own, optimizer in made.items():
+        code = in_code(own, 20).split(", K and damping")[0].replace(', solver="nystrom"', "")
+        told = eval(code, {"gradhpo": gradhpo, "inner_optimizer": INNER, "outer_optimizer": INNER})
+        assert type(told) is type(optimizer)
+        names = {field.name for field in dataclasses.fields(optimizer)}
+        for field in names & {"unroll_steps", "gamma", "directions"}:
+            assert getattr(told, field) == getattr(optimizer, field)
+    assert in_code("a method of my own", 20) is None
 
 
 def test_a_small_norm_is_said():

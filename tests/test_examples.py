@@ -148,3 +148,16 @@ def test_search_digits(tmp_path):
     again = run_example("search_digits", *sizes, *places, *some, "--resume")
     assert re.search(r"compiled: 0, for 0\s+sweeps", again)
     assert re.findall(line, again) == found
+
+
+def test_diagnose_names_the_solvers_that_it_compares():
+    import optax
+
+    made = load("diagnose").solvers(optax.sgd(0.1), 4)
+    for name, optimizer in made.items():
+        if name != "one-step":
+            solver, rank, ridge = name.split()
+            assert solver == optimizer.solver
+            assert (rank, ridge) == (f"K={optimizer.K}", f"ρ={optimizer.damping:g}")
+            assert optimizer.unroll_steps == 4
+    assert {name.split()[0] for name in made} == {"one-step", "cg", "nystrom"}

@@ -41,6 +41,16 @@ def parts(folder: Path) -> tuple[Part, Part]:
     return train, test
 
 
+def load(folder: Path) -> Part:
+    """Return all images as floats in [0, 1], those for training first, and their labels.
+
+    Raises:
+      FileNotFoundError, ValueError: as `parts`.
+    """
+    images, labels = (np.concatenate(both) for both in zip(*parts(folder), strict=True))
+    return images.astype(np.float32) / 255, labels
+
+
 def read_idx(path: Path, axes: int) -> np.ndarray:
     """Return the bytes of an IDX file with this many axes, uint8."""
     try:
