@@ -14,7 +14,7 @@ JOBS := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 # Many tests start processes: what Python compiles for one, the others read.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test quick lint bench peers extras docs clean
+.PHONY: demo test quick lint bench peers evidence extras docs clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/test.done
@@ -49,6 +49,10 @@ bench: $(VENV)/test.done
 	$(BIN)/python benchmarks/$(BENCH).py $(ARGS)
 	@echo "Others, by BENCH=…:" $(filter-out $(BENCH),$(patsubst benchmarks/%.py,%,$(sort $(shell grep -l __main__ benchmarks/*.py))))
 	@echo "Against other libraries: make peers"
+
+# Runs what is missing of examples/papers/claims/, for hours, and writes the tables of docs/evidence.md.
+evidence: $(VENV)/test.done
+	$(BIN)/python examples/papers/evidence.py $(ARGS)
 
 # The built wheel with each extra alone, in environments of their own.
 extras:

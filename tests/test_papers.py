@@ -149,11 +149,11 @@ def write_mnist(folder, compress=False):
 @pytest.mark.parametrize("compress", [False, True])
 def test_mnist_files(tmp_path, compress):
     write_mnist(tmp_path, compress)
-    images, labels = script("mnist").load(tmp_path)
-    assert images.shape == (7, 4, 4, 1)
-    assert images.dtype == np.float32
-    np.testing.assert_array_equal(images[:5, ..., 0], IMAGES.astype(np.float32) / 255)
-    assert labels.tolist() == [*LABELS, *LABELS[:2]]
+    (images, labels), (test_images, test_labels) = script("mnist").parts(tmp_path)
+    np.testing.assert_array_equal(images[..., 0], IMAGES)
+    np.testing.assert_array_equal(test_images[..., 0], IMAGES[:2] // 2)
+    assert labels.tolist() == LABELS.tolist()
+    assert test_labels.tolist() == LABELS[:2].tolist()
 
 
 def spoil(folder, how):
@@ -195,12 +195,15 @@ def spoil(folder, how):
         ("gzip", ValueError, "not a whole gzip file"),
     ],
 )
-def test_a_wrong_mnist_file_is_named(tmp_path, how, error, match):
-    write_mnist(tmp_path)
-    spoil(tmp_path, how)
+def test_a_wrong_mnist_file_is_named(tmp_path, monkeypatch, how, error, match):
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    write_mnist(folder)
+    spoil(folder, how)
     with pytest.raises(error, match=match):
-        script("mnist").load(tmp_path)
-    result = invoke("hyperclean", "--mnist", str(tmp_path), "--output", str(tmp_path / "x.png"))
+        script("mnist").parts(folder)
+    monkeypatch.setenv("GRADHPO_DATA_SETS", str(tmp_path))
+    result = invoke("hyperclean", "--data", "mnist", "--output", str(tmp_path / "x.png"))
     assert result.exit_code == 2
 
 
@@ -224,11 +227,13 @@ def test_intervals_are_students():
 class Linear(nnx.Module):
     """A model in place of the CNN, which the demo of hyper-cleaning compiles."""
 
+    side = 8
+
     def __init__(self, strides, rngs):
-        self.out = nnx.Linear(64, 10, rngs=rngs)
+        self.out = nnx.Linear(self.side**2, 10, rngs=rngs)
 
     def __call__(self, x):
-        return self.out(x.reshape(len(x), 64))
+        return self.out(x.reshape(len(x), self.side**2))
 
 
 def few(name, monkeypatch):
@@ -246,8 +251,9 @@ def few(name, monkeypatch):
         monkeypatch.setattr(module, "READINGS", {"on": module.READINGS["on"]})
     else:
         monkeypatch.setattr(script("hypercleaning"), "CNN", Linear)
-        x, y, strides = module.images(None)
-        monkeypatch.setattr(module, "images", lambda folder: (x[:150], y[:150], strides))
+        x, y, _ = script("data_sets").read("digits")
+        small = script("data_sets").DataSet(x[:150], y[:150])
+        monkeypatch.setattr(script("data_sets"), "read", lambda name: small)
 
 
 @pytest.mark.slow

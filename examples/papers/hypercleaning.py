@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +28,7 @@ class CNN(nnx.Module):
         self.out = nnx.Linear(32, 10, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map images `(n, 8, 8, 1)` to logits `(n, 10)`."""
+        """Map images `(n, side, side, 1)` to logits `(n, 10)`."""
         for conv in self.convs:
             x = nnx.relu(conv(x))
         n, half = x.shape[0], x.shape[1] // 2
@@ -35,11 +36,17 @@ class CNN(nnx.Module):
 
 
 class Images(NamedTuple):
-    """Images `(n, 8, 8, 1)` in [0, 1], the labels a model sees, and the true ones, `(n,)`."""
+    """Images `(n, side, side, 1)` in [0, 1], the labels a model sees, and the true ones, `(n,)`."""
 
     x: jax.Array
     y: jax.Array
     true_y: jax.Array
+
+
+def network(strides: tuple[int, int, int]) -> Callable[[Any, jax.Array], jax.Array]:
+    """Return `(params, images) -> logits` of the CNN."""
+    graph, _ = nnx.split(CNN(strides, nnx.Rngs(0)))
+    return lambda params, x: nnx.merge(graph, params)(x)
 
 
 def problem(
@@ -49,22 +56,25 @@ def problem(
     validation: int,
     strides: tuple[int, int, int],
     noise: float,
+    test: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> gradhpo.Problem:
     """Return the hyper-cleaning problem; split, corruption and weights are drawn from the key.
 
-    λ holds a number for each training image, whose weight in the training loss is σ(λ_i). Images
-    that are neither for training nor for validation are for test.
+    λ holds a number for each training image, whose weight in the training loss is σ(λ_i).
 
     Args:
-      images: floats in [0, 1], `(n, side, side, 1)`.
+      images: floats in [0, 1], or bytes, `(n, side, side, 1)`.
       labels: ints, `(n,)`.
       train: training images.
       validation: validation images, their labels clean.
       strides: of the three convolutions.
       noise: the probability that a training label is replaced by one of the ten at random.
+      test: images and labels for test; by default those that are neither for training nor for
+        validation.
     """
-    graph, _ = nnx.split(CNN(strides, nnx.Rngs(0)))
+    logits = network(strides)
     first, second = train, train + validation
+    kept = None if test is None else clean(*test)
 
     def init(key: jax.Array) -> tuple[Any, jax.Array]:
         params = nnx.state(CNN(strides, nnx.Rngs(key)), nnx.Param)
@@ -73,17 +83,22 @@ def problem(
     def data(key: jax.Array) -> dict[str, Images]:
         shuffle, which, what = jax.random.split(key, 3)
         order = jax.random.permutation(shuffle, len(labels))
-        parts = {"train": order[:first], "val": order[first:second], "test": order[second:]}
+        parts = {"train": order[:first], "val": order[first:second]}
+        if kept is None:
+            parts["test"] = order[second:]
         x, y = jnp.asarray(images), jnp.asarray(labels)
-        made = {name: Images(x[part], y[part], y[part]) for name, part in parts.items()}
+        made = {name: clean(x[part], y[part]) for name, part in parts.items()}
+        if kept is not None:
+            made["test"] = kept
         given = made["train"]
         corrupt = jax.random.bernoulli(which, noise, given.y.shape)
         replaced = jax.random.randint(what, given.y.shape, 0, 10)
         return made | {"train": given._replace(y=jnp.where(corrupt, replaced, given.y))}
 
     def losses(params: Any, images: Images) -> jax.Array:
-        logits = nnx.merge(graph, params)(images.x)
-        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, images.y)
+        return optax.losses.softmax_cross_entropy_with_integer_labels(
+            logits(params, images.x), images.y
+        )
 
     def train_loss(params: Any, lam: jax.Array, images: Images) -> jax.Array:
         return jnp.mean(jax.nn.sigmoid(lam) * losses(params, images))
@@ -96,9 +111,20 @@ def problem(
         del key
         return data["train"], data["val"]
 
+    def accuracy(params: Any, images: Images) -> jax.Array:
+        return jnp.mean(jnp.argmax(logits(params, images.x), axis=-1) == images.y)
+
     def metrics(params: Any, lam: jax.Array, data: dict[str, Images]) -> dict[str, Any]:
-        test = data["test"]
-        hits = jnp.argmax(nnx.merge(graph, params)(test.x), axis=-1) == test.y
-        return {"test_accuracy": hits.mean(), "val_loss": val_loss(params, lam, data["val"])}
+        return {
+            "test_accuracy": accuracy(params, data["test"]),
+            "test_loss": val_loss(params, lam, data["test"]),
+            "val_accuracy": accuracy(params, data["val"]),
+            "val_loss": val_loss(params, lam, data["val"]),
+        }
 
     return gradhpo.Problem(init, train_loss, val_loss, batch=batch, metrics=metrics, data=data)
+
+
+def clean(x: Any, y: Any) -> Images:
+    """Return images with the labels that they have; bytes become floats in [0, 1]."""
+    return Images(x.astype(np.float32) / 255 if x.dtype == np.uint8 else x, y, y)

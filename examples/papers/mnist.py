@@ -18,26 +18,37 @@ FILES = {
 }
 
 
-def load(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return all images, those for training first, and their labels.
+Part = tuple[np.ndarray, np.ndarray]
+
+
+def parts(folder: Path) -> tuple[Part, Part]:
+    """Return the images and labels for training, and those for test.
 
     Args:
       folder: where the four files are, named as MNIST names them, with or without `.gz`.
 
     Returns:
-      Images `(n, side, side, 1)`, float32 in [0, 1], and labels `(n,)`, int32.
+      Twice: images `(n, side, side, 1)`, uint8, and labels `(n,)`, int32.
 
     Raises:
       FileNotFoundError: if a file is missing; it is named.
       ValueError: if a file is cut, is no IDX file, or holds something else; it is named.
     """
-    parts = [_part(folder, *names) for names in FILES.values()]
-    shapes = [images.shape[1:] for images, _ in parts]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"{folder}: training images are {shapes[0]}, test images {shapes[1]}")
-    images = np.concatenate([images for images, _ in parts])
-    labels = np.concatenate([labels for _, labels in parts])
-    return images.astype(np.float32)[..., None] / 255, labels.astype(np.int32)
+    train, test = (_part(folder, *names) for names in FILES.values())
+    if train[0].shape[1:] != test[0].shape[1:]:
+        shapes = f"training images are {train[0].shape[1:]}, test images {test[0].shape[1:]}"
+        raise ValueError(f"{folder}: {shapes}")
+    return train, test
+
+
+def load(folder: Path) -> Part:
+    """Return all images as floats in [0, 1], those for training first, and their labels.
+
+    Raises:
+      FileNotFoundError, ValueError: as `parts`.
+    """
+    images, labels = (np.concatenate(both) for both in zip(*parts(folder), strict=True))
+    return images.astype(np.float32) / 255, labels
 
 
 def read_idx(path: Path, axes: int) -> np.ndarray:
@@ -63,7 +74,7 @@ def read_idx(path: Path, axes: int) -> np.ndarray:
     return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
 
 
-def _part(folder: Path, images: str, labels: str) -> tuple[np.ndarray, np.ndarray]:
+def _part(folder: Path, images: str, labels: str) -> Part:
     x, y = read_idx(_find(folder, images), axes=3), read_idx(_find(folder, labels), axes=1)
     if len(x) != len(y):
         raise ValueError(f"{folder}: {images} has {len(x)} images, {labels} {len(y)} labels")
@@ -71,7 +82,7 @@ def _part(folder: Path, images: str, labels: str) -> tuple[np.ndarray, np.ndarra
         raise ValueError(f"{folder}: {images} must hold square images, got shape {x.shape}")
     if y.max() > 9:
         raise ValueError(f"{folder}: {labels} must hold the labels 0 to 9, got {y.max()}")
-    return x, y
+    return x[..., None], y.astype(np.int32)
 
 
 def _find(folder: Path, name: str) -> Path:
