@@ -43,8 +43,12 @@ lint: $(VENV)/lint.done
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# One of benchmarks/ at a time, for they measure times: `make bench BENCH=sweep ARGS=--help`.
+BENCH := step_cost
 bench: $(VENV)/test.done
-	$(BIN)/python benchmarks/step_cost.py $(ARGS)
+	$(BIN)/python benchmarks/$(BENCH).py $(ARGS)
+	@echo "Others, by BENCH=…:" $(filter-out $(BENCH),$(patsubst benchmarks/%.py,%,$(sort $(shell grep -l __main__ benchmarks/*.py))))
+	@echo "Against other libraries: make peers"
 
 # The built wheel with each extra alone, in environments of their own.
 extras:

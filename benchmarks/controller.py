@@ -23,12 +23,14 @@ from gradhpo.cluster import (
     loguniform,
     uniform,
 )
-from gradhpo.cluster.controller import Columns, Controller, Layout, Rules
+from gradhpo.cluster.columns import Columns
+from gradhpo.cluster.controller import Controller
 from gradhpo.cluster.events import Event, GenerationDone
 from gradhpo.cluster.executor import Executor
 from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.objectives import Objectives
 from gradhpo.cluster.orders import Checkpoint, Order, Prepared, Result
+from gradhpo.cluster.plan import Layout, Rules
 from gradhpo.cluster.stopping import Stopping
 from gradhpo.cluster.storage import Storage
 from gradhpo.state import METRICS

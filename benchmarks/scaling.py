@@ -24,9 +24,9 @@ from measure import Report
 from gradhpo.checkpoints import Saved
 from gradhpo.cluster import journal
 from gradhpo.cluster.commands import Answered, Command, Job, Send, Start
-from gradhpo.cluster.controller import Layout
 from gradhpo.cluster.fleet import Fleet, Limits
 from gradhpo.cluster.incarnations import Incarnations
+from gradhpo.cluster.plan import Layout
 from gradhpo.cluster.storage import Storage
 
 HERE = Path(__file__).parent

@@ -263,6 +263,7 @@ def report(
             _say(f"{server.address} (Ctrl-C ends it)")
             with contextlib.suppress(KeyboardInterrupt):
                 threading.Event().wait()
+        _say("No longer served.")
         return
     made = reporting.write_report(storage, output)
     _say(f"{made}: {made.stat().st_size / 1e6:.1f} MB")

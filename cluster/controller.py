@@ -9,102 +9,40 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
-
-import numpy as np
+from collections.abc import Callable
 
 from gradhpo.checkpoints import DamagedFile, Saved
 from gradhpo.cluster import columns as names
 from gradhpo.cluster import front
-from gradhpo.cluster.columns import BORN, PARENT, TRIAL, VARIANT, Columns, decision_of
-from gradhpo.cluster.drawing import Drawing, stored_in
+from gradhpo.cluster.columns import Columns
+from gradhpo.cluster.deciding import decide, follow, race
 from gradhpo.cluster.events import CombinationEnded, Damaged, GenerationDone, Note, Tell
 from gradhpo.cluster.executor import Executor
 from gradhpo.cluster.failures import StateGone, SweepError
 from gradhpo.cluster.front import Found
 from gradhpo.cluster.history import History
 from gradhpo.cluster.journal import Entry, Journal
-from gradhpo.cluster.objectives import Objectives
-from gradhpo.cluster.orders import Import, Order, Result
-from gradhpo.cluster.race import Ended, rung
-from gradhpo.cluster.samplers import Drawn
+from gradhpo.cluster.orders import Order, Result
+from gradhpo.cluster.plan import (
+    Layout,
+    Next,
+    Plan,
+    Rules,
+    after,
+    began,
+    first_plan,
+    following,
+    gather,
+    next_of,
+    orders,
+    plan_of,
+)
 from gradhpo.cluster.samplers.past import Past
-from gradhpo.cluster.schedulers import NEW, Decision, Scheduler, Table
-from gradhpo.cluster.schedulers.decision import check as check_decision
-from gradhpo.cluster.space import LR_HYPER, Change, Changes, SearchSpace
 from gradhpo.cluster.stopping import Stopping
 from gradhpo.cluster.storage import CHECKPOINTS, Storage
 
 MOST_LOSSES = 10
 """How often in a row states may be lost before another checkpoint is durable."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Which slots belong to which shard, and at first to which variant: variant by variant."""
-
-    variants: int
-    shards: int
-    """Of all variants together."""
-    slots: int
-    """Of a shard."""
-    races: bool = False
-    """Whether variants end, and hand their shards over."""
-
-    @property
-    def population(self) -> int:
-        """All slots."""
-        return self.shards * self.slots
-
-    def beginning(self) -> np.ndarray:
-        """Return each slot's variant when a sweep begins."""
-        return np.repeat(np.arange(self.variants), self.population // self.variants)
-
-    def part(self, shard: int) -> slice:
-        """Return a shard's slots."""
-        return slice(shard * self.slots, (shard + 1) * self.slots)
-
-
-@dataclasses.dataclass(frozen=True)
-class Rules:
-    """What decides, beside the seed."""
-
-    scheduler: Scheduler
-    space: SearchSpace
-    seed: int
-    objectives: Objectives
-    drawing: Drawing = dataclasses.field(default_factory=Drawing)
-    """Where the settings of new trials come from."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What every slot does in the next generation."""
-
-    generation: int
-    trial: np.ndarray
-    """int64: the number of the trial in each slot."""
-    born: np.ndarray
-    """int64: the generation in which that trial began."""
-    parents: np.ndarray
-    """int64: from which slot it comes; `NEW` starts anew."""
-    changes: Changes
-    lr_hyper: np.ndarray | None
-    """float64; NaN where a combination has none."""
-    variant: np.ndarray
-    """int64: which combination of choices is in each slot."""
-    before: np.ndarray
-    """int64: and which one was before."""
-
-
-class Next(NamedTuple):
-    """What was decided after a generation."""
-
-    decision: Decision
-    variant: np.ndarray
-    """Which combination of choices has each slot from now on."""
-    ended: tuple[Ended, ...] = ()
 
 
 @dataclasses.dataclass
@@ -240,7 +178,7 @@ class Controller:
         given = rules.drawing.given(rules.space, n)
         beginning = self._layout.beginning()
         if self._journal.generation < 0:
-            past.begin_first(_began(first), given, beginning)
+            past.begin_first(began(first), given, beginning)
         saved = {entry["generation"]: entry["table"] for entry in self._journal.entries()}
         for generation in range(self._journal.generation + 1):
             try:
@@ -371,7 +309,7 @@ class Controller:
             if self._layout.races:
                 content[names.NEXT_VARIANT] = done.next.variant
             if generation == 0 and self._rules.drawing.own:
-                content |= names.of_first(_began(done.plan))
+                content |= names.of_first(began(done.plan))
             found = self._with_checkpoints(done, saved)
             entry: Entry = {
                 "generation": generation,
@@ -465,299 +403,3 @@ class Controller:
 def _needed(entry: Entry | None) -> list[Saved]:
     """Return the files that a generation is gone on from."""
     return [] if entry is None else [*entry["checkpoints"], entry["table"]]
-
-
-def first_plan(layout: Layout, rules: Rules) -> Plan:
-    """Return the first generation's plan: every trial is new."""
-    n, variant = layout.population, layout.beginning()
-    empty = Plan(
-        generation=-1,
-        trial=np.full(n, -1, np.int64),
-        born=np.zeros(n, np.int64),
-        parents=np.full(n, NEW, np.int64),
-        changes={},
-        lr_hyper=None if rules.space.lr_hyper is None else np.zeros(n),
-        variant=variant,
-        before=variant,
-    )
-    try:
-        changes = rules.drawing.first(rules.space, rules.objectives, rules.seed, variant)
-    except Exception as error:
-        what = "the sampler failed before the first generation"
-        raise SweepError(f"{what}: {type(error).__name__}: {error}") from error
-    return following(empty, Next(Decision(np.full(n, NEW, np.int64), changes), variant), rules)
-
-
-def _began(plan: Plan) -> dict[str, np.ndarray]:
-    """Return what the trials of the first plan begin with, by name of a setting."""
-    rate = {} if plan.lr_hyper is None else {LR_HYPER: plan.lr_hyper}
-    return {**stored_in(plan.changes), **rate}
-
-
-def follow(past: Past, plan: Plan, table: Columns, decided: Next) -> None:
-    """Take in what became of a generation's trials, and those that begin after it."""
-    _end(past, plan, table, decided)
-    _begin(past, plan, decided, decided.variant != plan.variant)
-
-
-def _end(past: Past, plan: Plan, table: Columns, decided: Next) -> None:
-    """Take in all but the trials that begin in slots that change hands, which are drawn last."""
-    past.end(table, plan.generation, decided.decision.parents)
-    _begin(past, plan, decided, decided.variant == plan.variant)
-
-
-def _begin(past: Past, plan: Plan, decided: Next, where: np.ndarray) -> None:
-    fresh = (decided.decision.parents == NEW) & where
-    stored, none = stored_in(decided.decision.changes), np.zeros(len(fresh), bool)
-    past.begin(plan.generation + 1, fresh, stored, none, decided.variant)
-
-
-def following(plan: Plan, decided: Next, rules: Rules) -> Plan:
-    """Return the next generation's plan; trials that are new or copies get new numbers."""
-    decision, slots = decided.decision, np.arange(len(plan.trial))
-    replaced = decision.parents != slots
-    numbers = plan.trial.max() + np.cumsum(replaced)  # the highest ever: a slot only goes up
-    generation = plan.generation + 1
-    return Plan(
-        generation=generation,
-        trial=np.where(replaced, numbers, plan.trial),
-        born=np.where(replaced, generation, plan.born),
-        parents=decision.parents,
-        changes={n: change for n, change in decision.changes.items() if n != LR_HYPER},
-        lr_hyper=_next_rates(plan, decided, rules.space),
-        variant=decided.variant,
-        before=plan.variant,
-    )
-
-
-def _next_rates(plan: Plan, decided: Next, space: SearchSpace) -> np.ndarray | None:
-    """Return the outer rates after a decision; NaN in combinations that have none."""
-    if plan.lr_hyper is None:
-        return None
-    parents, n = decided.decision.parents, len(plan.trial)
-    rates = plan.lr_hyper[np.where(parents < 0, np.arange(n), parents)]
-    mask, multiply, add = decided.decision.changes.get(LR_HYPER) or _unchanged(n)
-    low, high = np.full((2, n), np.nan)
-    for number, combination in enumerate(space.variants()):
-        if (one := space.of(combination).settings().get(LR_HYPER)) is not None:
-            low[decided.variant == number], high[decided.variant == number] = one.bounds
-    # What is set, and not perturbed, may come after none.
-    moved = np.where(multiply == 0, add, rates * multiply + add)
-    rates = np.where(mask, np.clip(moved, low, high), rates)
-    return np.where(np.isnan(low), np.nan, rates)
-
-
-def gather(plan: Plan, results: list[Result], layout: Layout) -> Columns:
-    """Return one table of all shards' results: every column has an entry for each slot.
-
-    Columns that only some variants have are NaN in the others.
-    """
-    assert [result.shard for result in results] == list(range(layout.shards))
-    table: Columns = {
-        TRIAL: plan.trial,
-        BORN: plan.born,
-        PARENT: plan.parents,
-        **({} if plan.lr_hyper is None else {LR_HYPER: plan.lr_hyper}),
-        **({VARIANT: plan.variant} if layout.races else {}),
-    }
-    dtypes = {name: column.dtype for result in results for name, column in result.columns.items()}
-    shapes = {name: x.shape[1:] for result in results for name, x in result.columns.items()}
-    for name, dtype in dtypes.items():
-        missing = np.full((layout.slots, *shapes[name]), np.nan if dtype.kind == "f" else 0, dtype)
-        table[name] = np.concatenate([result.columns.get(name, missing) for result in results])
-    return table
-
-
-def decide(
-    tables: Mapping[int, Table], plan: Plan, layout: Layout, rules: Rules, past: Past | None = None
-) -> Decision:
-    """Ask the scheduler about each variant's population, and draw the settings of new trials.
-
-    Args:
-      tables: of each variant that is left, after the generation.
-      plan: of the generation.
-      layout: the slots.
-      rules: what decides.
-      past: what a sampler is told of, up to the generation before.
-
-    Raises:
-      SweepError: if the scheduler or the sampler fails, or returns something that does not fit.
-    """
-    parents, changes = np.arange(layout.population), _no_changes(layout.population, rules.space)
-    for variant, table in tables.items():
-        part, space = np.flatnonzero(plan.variant == variant), _space_of(variant, rules)
-        settings = space.settings()
-        rng = np.random.default_rng([rules.seed, plan.generation + 1, variant])
-        try:
-            made = check_decision(rules.scheduler(table, space, rng), len(part), settings)
-        except SweepError:
-            raise
-        except Exception as error:
-            what = f"the scheduler failed after generation {plan.generation}"
-            raise SweepError(f"{what}: {type(error).__name__}: {error}") from error
-        fresh = made.parents == NEW
-        parents[part] = np.where(fresh, NEW, part[made.parents])
-        history = past and past.history(variant, table, parents)
-        drawn = _drawn(rules, plan, space, rng, fresh, history) if fresh.any() else {}
-        for name in settings:
-            for change in (made.changes.get(name), drawn.get(name)):
-                if change is not None:
-                    _merge(changes[name], change, part)
-    return Decision(parents, changes)
-
-
-def _drawn(
-    rules: Rules,
-    plan: Plan,
-    space: SearchSpace,
-    rng: np.random.Generator,
-    fresh: np.ndarray,
-    history: Drawn | None,
-) -> Changes:
-    try:
-        return rules.drawing.changes(space, rng, fresh, history)
-    except Exception as error:
-        what = f"the sampler failed after generation {plan.generation}"
-        raise SweepError(f"{what}: {type(error).__name__}: {error}") from error
-
-
-def race(
-    columns: Columns,
-    plan: Plan,
-    decision: Decision,
-    layout: Layout,
-    rules: Rules,
-    past: Past | None = None,
-) -> Next:
-    """Let combinations of choices end where that is due, and others have their slots.
-
-    The slots that change hands get new trials, whatever the scheduler decided for them.
-
-    Args:
-      columns: of the generation.
-      plan: of the generation.
-      decision: the schedulers'.
-      layout: the slots.
-      rules: what decides.
-      past: what a sampler is told of, up to the generation before.
-
-    Raises:
-      SweepError: if the sampler fails.
-    """
-    if rules.space.race is None:
-        return Next(decision, plan.variant)
-    score = rules.objectives.score(columns).reshape(layout.shards, layout.slots)
-    held = plan.variant[:: layout.slots]
-    found = rung(rules.space.race, plan.generation + 1, layout.variants, held, score)
-    variant = np.repeat(found.variant, layout.slots)
-    left = Next(_left(decision, variant != plan.variant), variant, found.ended)
-    if past is not None:
-        past = past.copied()
-        _end(past, plan, columns, left)
-    return left._replace(decision=_handed_over(left, plan, layout, rules, past))
-
-
-def _left(decision: Decision, taken: np.ndarray) -> Decision:
-    """Return what is left of a decision where slots change hands."""
-    changes = {
-        name: Change(change.mask & ~taken, change.multiply.copy(), change.add.copy())
-        for name, change in decision.changes.items()
-    }
-    return Decision(np.where(taken, NEW, decision.parents), changes)
-
-
-def _handed_over(
-    left: Next, plan: Plan, layout: Layout, rules: Rules, past: Past | None
-) -> Decision:
-    """Return a decision with what the trials begin with in slots that change hands."""
-    taken = left.variant != plan.variant
-    for number in np.unique(left.variant[taken]).tolist():
-        part, space = np.flatnonzero(taken & (left.variant == number)), _space_of(number, rules)
-        rng = np.random.default_rng([rules.seed, plan.generation + 1, layout.variants + number])
-        history = past and past.history(number)
-        drawn = _drawn(rules, plan, space, rng, np.ones(len(part), bool), history)
-        for name, change in drawn.items():
-            _merge(left.decision.changes[name], change, part)
-    return left.decision
-
-
-def orders(
-    plan: Plan,
-    saved: Sequence[Saved | None],
-    layout: Layout,
-    space: SearchSpace,
-    save: bool = True,
-) -> list[Order]:
-    """Return each shard's part of a plan."""
-    made: list[Order] = []
-    slots = np.arange(layout.slots, dtype=np.int32)
-    for shard in range(layout.shards):
-        part = layout.part(shard)
-        parents = plan.parents[part]
-        before, variant = int(plan.before[part.start]), int(plan.variant[part.start])
-        fresh = parents == NEW
-        inside = (parents >= part.start) & (parents < part.stop)
-        outside = np.flatnonzero(~fresh & ~inside)
-        sources = (part.tolist() for part in np.divmod(parents[outside], layout.slots))
-        imports: list[Import] = []
-        for slot, source, source_slot in zip(outside.tolist(), *sources, strict=True):
-            imports.append(Import(slot, source, source_slot, saved[source]))
-        made.append(
-            Order(
-                shard=shard,
-                variant=variant,
-                generation=plan.generation,
-                trials=plan.trial[part].astype(np.uint32),
-                parents=np.where(inside, parents - part.start, slots).astype(np.int32),
-                fresh=fresh,
-                lr_hyper=None if plan.lr_hyper is None else plan.lr_hyper[part],
-                changes={
-                    name: Change(*(x[part] for x in plan.changes[name]))
-                    for name in space.hyperparams
-                    if name in plan.changes and plan.changes[name].mask[part].any()
-                },
-                start=saved[shard],
-                before=None if before == variant else before,
-                imports=tuple(imports),
-                save=save,
-            )
-        )
-    return made
-
-
-def plan_of(generation: int, columns: Columns, layout: Layout) -> Plan:
-    """Return the plan that a table came from, but for the changes that it began with."""
-    trial, born, parents = columns[TRIAL], columns[BORN], columns[PARENT]
-    variant = columns.get(VARIANT, layout.beginning())
-    return Plan(generation, trial, born, parents, {}, columns.get(LR_HYPER), variant, variant)
-
-
-def after(generation: int, columns: Columns, layout: Layout, rules: Rules) -> Plan:
-    """Return the plan that follows a generation, by its table and the decision in it."""
-    plan = plan_of(generation, columns, layout)
-    return following(plan, next_of(plan, columns), rules)
-
-
-def next_of(plan: Plan, columns: Columns) -> Next:
-    """Return what was decided after a generation, as its table says."""
-    return Next(decision_of(columns), columns.get(names.NEXT_VARIANT, plan.variant))
-
-
-def _space_of(variant: int, rules: Rules) -> SearchSpace:
-    return rules.space.of(rules.space.variants()[variant])
-
-
-def _no_changes(n: int, space: SearchSpace) -> dict[str, Change]:
-    return {name: _unchanged(n) for name in space.names()}
-
-
-def _unchanged(n: int) -> Change:
-    return Change(np.zeros(n, bool), np.ones(n), np.zeros(n))
-
-
-def _merge(into: Change, change: Change, part: np.ndarray) -> None:
-    mask, multiply, add = change
-    mask = np.asarray(mask, bool)
-    into.mask[part] |= mask
-    into.multiply[part] = np.where(mask, multiply, into.multiply[part])
-    into.add[part] = np.where(mask, add, into.add[part])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gradhpo.cluster.controller import Layout
+from gradhpo.cluster.plan import Layout
 from gradhpo.cluster.settings import Identity
 
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from gradhpo.checkpoints import DamagedFile
 from gradhpo.cluster.columns import PARENT, TRIAL, decision_of, first_of
-from gradhpo.cluster.controller import Layout, Plan, Rules, after, first_plan, plan_of
 from gradhpo.cluster.orders import Order
+from gradhpo.cluster.plan import Layout, Plan, Rules, after, first_plan, plan_of
 from gradhpo.cluster.schedulers import NEW
 from gradhpo.cluster.space import LR_HYPER, Change, Changes
 from gradhpo.cluster.tables import Tables

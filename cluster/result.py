@@ -14,7 +14,6 @@ from gradhpo.checkpoints import DamagedFile
 from gradhpo.cluster import columns as names
 from gradhpo.cluster import front, importing, manifest, plots, programs, settings
 from gradhpo.cluster.columns import TRIAL, VARIANT, Columns
-from gradhpo.cluster.controller import Layout, Rules
 from gradhpo.cluster.division import divide
 from gradhpo.cluster.failures import SweepError
 from gradhpo.cluster.front import Found
@@ -24,6 +23,7 @@ from gradhpo.cluster.lineage import Copy, Lineage, Turn
 from gradhpo.cluster.numbers_of import column_of, number_of
 from gradhpo.cluster.objectives import Objectives
 from gradhpo.cluster.orders import Spec
+from gradhpo.cluster.plan import Layout, Rules
 from gradhpo.cluster.replay import Replay
 from gradhpo.cluster.report import Report
 from gradhpo.cluster.schedulers import RandomSearch

@@ -13,7 +13,7 @@ import numpy as np
 from gradhpo.checkpoints import DamagedFile
 from gradhpo.cluster import columns, executors, front, manifest, programs
 from gradhpo.cluster.allowed import AllowedChanges
-from gradhpo.cluster.controller import Controller, Layout, Rules
+from gradhpo.cluster.controller import Controller
 from gradhpo.cluster.events import (
     Begun,
     Changed,
@@ -32,6 +32,7 @@ from gradhpo.cluster.events import Stopping as StopAsked
 from gradhpo.cluster.executors import Executor
 from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.orders import Spec
+from gradhpo.cluster.plan import Layout, Rules
 from gradhpo.cluster.report import Report
 from gradhpo.cluster.settings import Identity, Place
 from gradhpo.cluster.stopping import Stopping

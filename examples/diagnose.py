@@ -3,6 +3,7 @@
 `toy`: the two-dimensional problem of the Greedy paper. `sinusoid`: features shared by ten
 regression tasks. `digits`: a weight for each of 1000 training images, half of their labels wrong.
 `decay`: a weight decay for each layer of an MLP on the digits, and its learning rate.
+With `--solvers` it compares solvers, ranks and ridges of implicit differentiation.
 """
 
 from __future__ import annotations
@@ -82,13 +83,35 @@ CASES = {"toy": toy_case, "sinusoid": sinusoid_case, "digits": digits_case, "dec
 Name = enum.StrEnum("Name", list(CASES))
 
 
+def solvers(inner: Any, horizon: int) -> dict[str, Any]:
+    """Return One-Step, and implicit methods by solver, products with the Hessian, and ridge."""
+    given = {
+        "cg": [(5, 0.2), (5, 0.0), (10, 0.2), (10, 0.0), (3, 0.0)],
+        "nystrom": [(10, 0.2), (20, 0.2)],
+    }
+    made: dict[str, Any] = {"one-step": gradhpo.OneStepOptimizer(inner)}
+    for solver, pairs in given.items():
+        for K, ridge in pairs:
+            settings: Any = {"solver": solver, "K": K, "damping": ridge}
+            made[f"{solver} K={K} ρ={ridge:g}"] = gradhpo.ImplicitOptimizer(
+                inner, unroll_steps=horizon, **settings
+            )
+    return made
+
+
 def main(
     case: Annotated[Name, typer.Argument(help="The problem.")],
     steps: Annotated[int, typer.Option(min=0, help="One-Step steps before the diagnosis.")] = 100,
     horizon: Annotated[int, typer.Option(min=1, help="T.")] = 20,
     samples: Annotated[int, typer.Option(min=1, help="Walks.")] = 4,
-    rounds: Annotated[int, typer.Option(min=1, help="Of timing.")] = 5,
+    rounds: Annotated[int, typer.Option(min=0, help="Of timing; 0 for none.")] = 5,
     seed: Annotated[int, typer.Option(help="Decides everything.")] = 0,
+    implicit: Annotated[
+        bool, typer.Option("--solvers", help="Compare solvers of implicit differentiation.")
+    ] = False,
+    budget: Annotated[
+        float | None, typer.Option(help="Seconds, after which methods are left out.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="The figure.")] = Path("out/diagnose.png"),
 ) -> None:
     """Train for a while, diagnose where that leads, and draw cosine against cost."""
@@ -99,11 +122,13 @@ def main(
     if steps:
         state = gradhpo.solve(problem, optimizer, steps, key).state
     output.parent.mkdir(parents=True, exist_ok=True)
-    settings: Any = {"horizon": horizon, "samples": samples, "rounds": rounds}
-    found = gradhpo.diagnose(problem, state, key, inner_optimizer=inner, **settings)
+    settings: Any = {"horizon": horizon, "samples": samples, "rounds": rounds, "budget": budget}
+    chosen: Any = {"methods": solvers(inner, horizon)} if implicit else {"inner_optimizer": inner}
+    found = gradhpo.diagnose(problem, state, key, **chosen, **settings)
     found.show()
-    found.plot(output)
-    Console().print(f"Figure: {output}", highlight=False)
+    if rounds:
+        found.plot(output)
+        Console().print(f"Figure: {output}", highlight=False)
 
 
 if __name__ == "__main__":

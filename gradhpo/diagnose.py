@@ -37,6 +37,7 @@ from gradhpo.errors import check_count, check_number, check_same_tree, stack
 from gradhpo.horizon import estimate_at, moved
 from gradhpo.host import Source, seeds_of
 from gradhpo.hypergradient import at_least_float32, norm, validation
+from gradhpo.in_code import DIRECTIONS, WINDOWS
 from gradhpo.inner import InnerStep
 from gradhpo.optimizer import BilevelOptimizer, HypergradientMethod
 from gradhpo.problem import Problem, stream
@@ -64,10 +65,6 @@ DRAWN = ("es", "pes", "nres", "forward-gradient")
 STOCHASTIC = ("soba", "masoba", "f2sa")
 """What it compares where it is asked to: methods that need many steps to be right."""
 NAMED = (*METHODS, *DRAWN, *STOCHASTIC)
-WINDOWS = 5
-"""In how many the horizon is divided for "pes", "nres" and "f2sa"."""
-DIRECTIONS = 16
-"""How many "forward-gradient" takes."""
 QUICK = ("first-order", "one-step", "t1t2", "hyperdistill")
 """What `methods="quick"` compares: what compiles soonest, with the first γ."""
 TRUNCATIONS = (2, 5, 10, 20, 50, 100)

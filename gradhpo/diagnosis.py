@@ -12,6 +12,7 @@ import numpy as np
 
 import gradhpo
 from gradhpo import notebook
+from gradhpo.in_code import in_code
 from gradhpo.regime import Regime
 
 __all__ = ["Diagnosis", "Row"]
@@ -102,11 +103,12 @@ class Diagnosis:
     def recommendation(self) -> str:
         """A method and the reason for it, in plain words.
 
-        Where training is chaotic along the hypergradient before the horizon, the longest unroll
-        that is not. Otherwise, of the methods with a mean cosine of at least 0.9 the cheapest (of
-        those within 10% of its time, the most aligned); "first-order" already where the exact
-        gradient's second-order share is below 5%; and the exact method where no estimate is
-        aligned. Without timing, the most aligned is taken.
+        Where training is chaotic along the hypergradient before the horizon, and a step does not
+        get what the hypergradient promises, the longest unroll that is not. Otherwise, of the
+        methods with a mean cosine of at least 0.9 the cheapest (of those within 10% of its time,
+        the most aligned); "first-order" already where the exact gradient's second-order share is
+        below 5%; and the exact method where no estimate is aligned. Without timing, the most
+        aligned is taken.
         """
         row, reason = self._choose()
         ratio = float(np.mean(row.norm_ratio))
@@ -122,9 +124,10 @@ class Diagnosis:
 
     def _within_smooth(self) -> tuple[Row, str] | None:
         """Return the longest unroll that is not chaotic, where T steps are."""
-        if self.regime is None or self.regime.smooth_until >= self.horizon:
+        regime = self.regime
+        if regime is None or regime.smooth_until >= self.horizon or regime.useful:
             return None
-        steps, named = self.regime.smooth_until, {row.name: row for row in self.rows}
+        steps, named = regime.smooth_until, {row.name: row for row in self.rows}
         short = [k for k in range(steps, 1, -1) if f"unrolled {k}" in named]
         name = f"unrolled {short[0]}" if short else "one-step"
         if name not in named:
@@ -169,6 +172,7 @@ class Diagnosis:
         return f" T: the last {steps} of {self.horizon} steps {shares}."
 
     def _footer(self) -> list[str]:
+        written = in_code(self.recommended.name, self.horizon)
         base = "" if np.isnan(self.seconds) else f", {1e3 * self.seconds:.3g} ms"
         return [
             f"Over {len(self.exact.cosine)} walks of T = {self.horizon} steps: mean and standard "
@@ -176,6 +180,7 @@ class Diagnosis:
             *self.notes,
             *self.advice(),
             f"Recommended: {self.recommendation}",
+            *([f"In code: {written}."] if written else []),
         ]
 
     def advice(self) -> list[str]:
@@ -245,6 +250,8 @@ class Diagnosis:
             bold = "bold" if row.name == self.recommended.name else ""
             table.add_row(*row.cells(), style=bold)
         console = Console()
+        if not console.is_terminal:  # a file or a pipe has no width that would cut the numbers
+            console.width = max(console.width, Console(width=1000).measure(table).maximum)
         console.print(table)
         for line in self._footer():
             console.print(line, highlight=False)

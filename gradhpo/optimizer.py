@@ -48,7 +48,8 @@ class Estimate(NamedTuple):
     train_loss: jax.Array
     """Scalar, at the weights before the step."""
     val_loss: jax.Array
-    """Scalar, at the weights after the step."""
+    """Scalar, at the weights after the step; before it from a method whose validation gradient is
+    taken there (SOBA, MA-SOBA, SABA, BOME)."""
     metadata: dict[str, Any] | None = None
     """What the algorithm itself remembers, by name."""
     model_state: PyTree = None

@@ -14,6 +14,8 @@ SMOOTH = 0.5
 """The mean metasmoothness below which training is chaotic along the hypergradient."""
 COSINE = 0.9
 """What the mean of enough estimates should have to that of all."""
+KEPT = (0.8, 1.25)
+"""The share of the promised fall that a step gets where the hypergradient is of use."""
 FALLING = 0.02
 """The share of itself that the training loss loses on the walks, from which it still falls."""
 
@@ -55,6 +57,11 @@ class Regime:
         return float(changes.sum() / promised) if promised else float("nan")
 
     @property
+    def useful(self) -> bool:
+        """Whether a step gets about what the exact hypergradient promises of it."""
+        return KEPT[0] <= self.kept <= KEPT[1]
+
+    @property
     def batches(self) -> float:
         """How many walks' mean has a cosine of `COSINE` to that of all; NaN for one walk."""
         return self.noise / (COSINE**-2 - 1)
@@ -80,16 +87,24 @@ class Regime:
           implicit: whether implicit methods are compared.
           alternatives: methods that need no gradient through many steps.
         """
-        found = self.smoothness.mean(0)
+        found, T = self.smoothness.mean(0), self.smoothness.shape[1] // 2
         steps = sorted({1, len(found) // 2, len(found)})
         each = ", ".join(f"{found[t - 1]:.2f} after {t}" for t in steps)
-        gets = f"; a step of {self.step:g} gets {self.kept:.0%} of what it promises"
+        gets = f"; a step of {self.step:g} on λ gets {self.kept:.0%} of what it promises"
         gets = gets if math.isfinite(self.kept) else ""
-        lines = [f"Along the hypergradient: metasmoothness {each} steps{gets}."]
-        if self.chaotic:
+        scale = f"(1: λ moves the weights as on a line; below {SMOOTH:g}: chaos)"
+        lines = [f"Along the hypergradient: metasmoothness {each} steps {scale}{gets}."]
+        k = self.smooth_until
+        if self.chaotic and k < T and self.useful:
+            lines.append(
+                f"Beyond {k} steps the weights are chaotic, but after T = {T} the validation loss "
+                "does what the hypergradient promises: it is of use."
+            )
+        elif self.chaotic and k < T:
             instead = "".join(f", or {name}" for name in alternatives)
-            k = self.smooth_until
             lines.append(f"Chaotic beyond {k} steps: truncate there{instead}.")
+        elif self.chaotic:
+            lines.append(f"Chaotic beyond {k} steps: T = {T} is below that; take no longer one.")
         if self.noise > 1:
             lines.append(f"Noise dominates: {self._more()}.")
         elif self.batches > 1:
@@ -106,9 +121,13 @@ class Regime:
         if not math.isfinite(self.noise):
             return f"{varies} more than its length; average many batches, more than were tried"
         return (
-            f"{varies} {self.noise:.2g} times its squared length; average "
+            f"{varies} {_few(self.noise)} times its squared length; average "
             f"{math.ceil(self.batches)} batches for a cosine of {COSINE}"
         )
+
+
+def _few(number: float) -> str:
+    return f"{number:.2g}" if number < 10 else f"{number:,.0f}"
 
 
 def noise(estimates: Sequence[np.ndarray]) -> float:

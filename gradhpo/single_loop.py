@@ -26,6 +26,21 @@ SOLUTION, SOLUTION_STATE = "solution", "solution_opt_state"
 """What the state keeps: `v`, shaped like the weights, and the state of what moves it."""
 
 
+class Oracles(NamedTuple):
+    """What the data of a step say at the point before it: each is a mean over examples."""
+
+    gradient: PyTree
+    """`∇_w L_train`."""
+    hessian_v: PyTree
+    """`H v`."""
+    mixed_v: PyTree
+    """`∂²L_train/∂λ∂w·v`."""
+    alpha: PyTree
+    """`∇_w L_val`."""
+    direct: PyTree
+    """`∇_λ L_val`."""
+
+
 class Directions(NamedTuple):
     """What one step finds at the point before it."""
 
@@ -36,7 +51,7 @@ class Directions(NamedTuple):
     val: Validation
     """At the weights before the step."""
     memory: dict[str, Any]
-    """`v` after a step along `D_v`, and the state of its optimizer."""
+    """`v` after a step along `D_v`, the state of its optimizer, and what `reduced` remembers."""
 
 
 class SingleLoopMethod(HypergradientMethod):
@@ -84,14 +99,24 @@ class SingleLoopMethod(HypergradientMethod):
 
         G, pull, (loss, aux) = jax.vjp(gradient, w, lam, has_aux=True)
         hessian_v, mixed_v = pull(v)
+        val = validation(task, w, s, lam)
+        found = Oracles(G, hessian_v, mixed_v, val.alpha, val.direct)
+        found, kept = self.reduced(found, state, task)
         if inner.update_fn is None:
-            new, opt_state = inner.move(G, s.opt_state, w, lam, loss)
+            new, opt_state = inner.move(found.gradient, s.opt_state, w, lam, loss)
             moved = Moved(new, inner.after(s, opt_state, aux), loss, aux.metrics)
         else:
             moved = inner(w, s, lam, batch)
-        val = validation(task, w, s, lam)
-        memory = self._solved(inner, state, optax.tree.add(hessian_v, val.alpha))
-        return Directions(optax.tree.add(mixed_v, val.direct), moved, val, memory)
+        memory = self._solved(inner, state, optax.tree.add(found.hessian_v, found.alpha))
+        hypergradient = optax.tree.add(found.mixed_v, found.direct)
+        return Directions(hypergradient, moved, val, memory | kept)
+
+    def reduced(
+        self, found: Oracles, state: BilevelState, task: Task
+    ) -> tuple[Oracles, dict[str, Any]]:
+        """Return the oracles with less variance, and what is remembered for that; as they are."""
+        del state, task
+        return found, {}
 
     def _solved(self, inner: InnerStep, state: BilevelState, residual: PyTree) -> dict[str, Any]:
         """Return `v` after a step along `D_v`, which is the gradient of `½vᵀHv + v·∇_w L_val`."""

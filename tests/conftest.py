@@ -58,6 +58,15 @@ def x64():
         yield
 
 
+@pytest.fixture
+def numpy_steps():
+    """Let generations of sweeps be a few lines of NumPy in this test: a tenth of the time."""
+    from tests import file_operations
+
+    with file_operations.numpy_steps():
+        yield
+
+
 def pytest_runtest_teardown(item, nextitem):
     """Forget what tests in float64 traced, after the last of some in a row.
 

@@ -3,10 +3,11 @@
 import numpy as np
 
 from gradhpo.cluster import RandomSearch
-from gradhpo.cluster.controller import Layout, Rules, decide, first_plan, follow, following, race
+from gradhpo.cluster.deciding import decide, follow, race
 from gradhpo.cluster.drawing import Drawing, stored_in
 from gradhpo.cluster.history import History
 from gradhpo.cluster.objectives import Objectives
+from gradhpo.cluster.plan import Layout, Rules, first_plan, following
 from gradhpo.cluster.schedulers import NEW
 
 EVERY = RandomSearch(trial_generations=1)

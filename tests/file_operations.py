@@ -5,6 +5,7 @@ is replaced by a few lines of NumPy; everything that lasts is the real thing.
 """
 
 import builtins
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -38,6 +39,7 @@ class Variant:
     """A step that is a few lines of NumPy."""
 
     host = divided = None
+    data = "a checksum"
 
     def __init__(self, spec, arguments, data):
         del arguments, data
@@ -48,7 +50,8 @@ class Variant:
 
     def prepare(self, blobs):
         del blobs
-        return Prepared(-1, "map", {"computation": "numpy"}, None, 1, 0, 0, 0, 0, [])
+        key = {"computation": "numpy"}
+        return Prepared(-1, "map", key, None, 1, 0, 0, 0, 0, [], data=self.data)
 
     def let_go(self):
         """Has nothing to let go of."""
@@ -82,7 +85,18 @@ class Variant:
             rate = np.where(mask, rate * multiply + add, rate)
         params -= (0.1 * np.exp(rate)[:, None] * np.sign(params)).astype(np.float32)
         columns = {"val_loss": np.abs(params).mean(1), "hyperparams.log_rate": rate}
+        columns["diverged_at"] = np.zeros(self.slots, np.int32)
         return {".params": params, ".rate": rate}, columns
+
+
+@contextlib.contextmanager
+def numpy_steps():
+    """Let generations of sweeps be a few lines of NumPy; what lasts and what decides stay real."""
+    made, shard.Variant = shard.Variant, Variant
+    try:
+        yield
+    finally:
+        shard.Variant = made
 
 
 def run(folder, every, rows=None, scheduler="PBT"):
@@ -153,13 +167,14 @@ def life(folder, every, slow, number=None, scheduler="PBT"):
 
 
 def main(folder, every, slow, step, scheduler):
-    """Kill at each `step`-th operation, and again while it goes on."""
+    """Kill at each `step`-th operation, and again while it goes on; print how often."""
     if scheduler == "PB2":  # once, and not in each of the lives
         importlib.import_module("gradhpo.cluster.schedulers.gaussian_process")
     lived = functools.partial(life, scheduler=scheduler)
     jax.process_index, jax.process_count = lambda: 0, lambda: 1  # they would start a backend
     shard.Variant = Variant
     folder = Path(folder)
+    shutil.rmtree(folder / "run", ignore_errors=True)
     assert lived(folder, every, slow)
     expected, kills = (folder / "found").read_text(), 0
     for number in itertools.count(1, step):
@@ -172,8 +187,16 @@ def main(folder, every, slow, step, scheduler):
         assert lived(folder, every, slow)
         found = (folder / "found").read_text()
         assert found == expected, f"another result after a kill at {number}"
-    print(kills)
+    print(kills, flush=True)
+
+
+def told(arguments):
+    """Yield folder, every, slow, step and scheduler of each group of kills on the command line."""
+    folder, *others = arguments
+    for every, slow, step, scheduler in zip(*[iter(others)] * 4, strict=True):
+        yield folder, int(every), int(slow), int(step), scheduler
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5])
+    for given in told(sys.argv[1:]):
+        main(*given)

@@ -39,9 +39,10 @@ def run(folder, every, rows, kind):
 
 
 if __name__ == "__main__":
-    if (sampler := KINDS[sys.argv[5]].get("sampler")) is not None:
-        sampler.make(0)  # imports Optuna, before the forks
-    file_operations.run = run
-    if sys.argv[5] == "race":
-        file_operations.Variant = raced_operations.Variant
-    file_operations.main(sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5])
+    file_operations.run, plain = run, file_operations.Variant
+    for given in file_operations.told(sys.argv[1:]):
+        if (sampler := KINDS[given[-1]].get("sampler")) is not None:
+            sampler.make(0)  # imports Optuna, before the forks
+        of_kind = raced_operations.Variant if given[-1] == "race" else plain
+        file_operations.Variant = of_kind
+        file_operations.main(*given)

@@ -1,9 +1,14 @@
-"""A run with a checkpoint, in a process that may be killed: run by `test_long_runs`."""
+"""A run with a checkpoint, in a process that may be killed: run by `test_long_runs`.
 
+That process is a fork of one that has imported everything, and has not started JAX's backend.
+"""
+
+import json
 import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -13,10 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradhpo import Problem, solve
+from gradhpo.program import Program
+from gradhpo.timetable import Timetable
+from gradhpo.trial import Trial
 from tests.small import OPTIMIZERS, REFERENCES, X, Y, build, start, train_loss, val_loss
 
-KEY = jax.random.key(3)
 STEPS = 60
+
+
+def key():
+    """Return the key of all runs: it would start a backend where this module is imported."""
+    return jax.random.key(3)
 
 
 def host_pairs(rng):
@@ -36,29 +48,40 @@ def batch(key):
 
 
 KINDS = {
-    "device": ("one-step", {"batch": batch}, KEY, {}),
-    "episodes": ("greedy", {"batch": batch}, jax.random.split(KEY, 2), {"episode_length": 7}),
-    "host": ("hyperdistill", {"batches": host_pairs}, KEY, {"episode_length": 5}),
+    "device": ("one-step", {"batch": batch}, 1, {}),
+    "episodes": ("greedy", {"batch": batch}, 2, {"episode_length": 7}),
+    "host": ("hyperdistill", {"batches": host_pairs}, 1, {"episode_length": 5}),
 }
+"""Method, data, how many runs there are at once, and settings."""
 
 
 def run(kind, folder=None, callback=None):
-    name, data, key, settings = KINDS[kind]
+    name, data, runs, settings = KINDS[kind]
     own = {"T": 5, "estimation_period": 2} if name == "hyperdistill" else {}
     optimizer = build(name, outer=True, **own)[0]
     problem = Problem(start, train_loss, val_loss, metrics=metrics, **data)
     if folder is not None:
         settings = settings | {"checkpoint": folder, "every": 4}
+    keys = key() if runs == 1 else jax.random.split(key(), runs)
     return solve(
-        problem, optimizer, STEPS, key, eval_every=3, metric="far", callback=callback, **settings
+        problem, optimizer, STEPS, keys, eval_every=3, metric="far", callback=callback, **settings
     )
 
 
+PLAIN = Problem(start, train_loss, val_loss, batch=batch)
+
+
 def fingerprints():
-    """What tells the program of each method, by its name."""
-    problem = Problem(start, train_loss, val_loss, batch=batch)
+    """What tells the program of each method with `PLAIN`, by its name; nothing is compiled."""
     methods = {name: build(name, outer=True)[0] for name in (*OPTIMIZERS, *REFERENCES)}
-    return {name: solve(problem, made, 1, KEY).fingerprint for name, made in methods.items()}
+    return {name: fingerprint(made) for name, made in methods.items()}
+
+
+def fingerprint(optimizer, problem=PLAIN):
+    """That of `solve`, without a run."""
+    program = Program(Trial(problem.described(), optimizer, Timetable.of(optimizer, None)), False)
+    state = jax.eval_shape(program.init, key(), None, None)
+    return program.fingerprint(state, key(), None, None)
 
 
 def killed_at(name, count):
@@ -84,5 +107,20 @@ def main(kind, folder, function="", count=0):
     assert np.isfinite(found.metrics["val_loss"]).all()
 
 
+def forks():
+    """For each line of arguments of `main` fork a process; tell its number, and how it ended."""
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            try:
+                main(*json.loads(line))
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    forks() if sys.argv[1:] == ["forks"] else main(*sys.argv[1:])

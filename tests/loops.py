@@ -100,6 +100,16 @@ MODELS = {
 }
 
 
+def together(*names):
+    """Weights and predictions of several of these: each with weights of its own, summed."""
+    made = {name: MODELS[name]() for name in names}
+
+    def predict(w, batch):
+        return sum(of_one(w[name], batch) for name, (_, of_one) in made.items())
+
+    return {name: weights for name, (weights, _) in made.items()}, predict
+
+
 def losses(predict):
     """Return the two losses: the scale of the errors and a weight decay are tuned."""
 

@@ -7,6 +7,7 @@ which has to parse. What runs in no test says why, in the line before it:
     <!-- not run: needs a cluster -->
 """
 
+import functools
 import re
 import sys
 import tomllib
@@ -40,6 +41,7 @@ class Block(NamedTuple):
         return named and named[1]
 
 
+@functools.cache
 def text(page):
     return PAGES[page].read_text()
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from gradhpo.cluster import Race, SearchSpace, loguniform
 from tests import file_operations
-from tests.file_operations import main
+from tests.file_operations import main, told
 
 SPACE = SearchSpace(
     {"log_rate": loguniform(1e-3, 3e-1, stored="log")},
@@ -40,4 +40,5 @@ class Variant(file_operations.Variant):
 if __name__ == "__main__":
     file_operations.CHANGES |= {"space": SPACE, "shards": 6}
     file_operations.Variant = Variant
-    main(sys.argv[1], *map(int, sys.argv[2:]), "PBT")
+    for given in told(sys.argv[1:]):
+        main(*given)

@@ -7,9 +7,10 @@ import functools
 
 import numpy as np
 
-from gradhpo.cluster.controller import Layout, Next, Rules, decide, first_plan, following
+from gradhpo.cluster.deciding import decide
 from gradhpo.cluster.history import History
 from gradhpo.cluster.objectives import Objectives
+from gradhpo.cluster.plan import Layout, Next, Rules, first_plan, following
 from gradhpo.cluster.schedulers import NEW
 from tests.record_sweeps import FILE, SPACE
 

@@ -4,6 +4,7 @@ Run by `test_s3` as a program, with the environment in which the server of S3 is
 `file_operations`: each life of a sweep is a fork, and the compiled step is a few lines of NumPy.
 """
 
+import functools
 import itertools
 import os
 import signal
@@ -98,6 +99,7 @@ def freezes(found, every, first, step):
     raise AssertionError
 
 
+@functools.cache
 def undisturbed(found, every):
     """Return what the sweep finds."""
     assert life(f"s3://bucket/undisturbed-{every}", found, every)[1] == 0
@@ -129,12 +131,14 @@ def compare(before, after):
     assert all("/checkpoints/" in path or "/tables/" in path for path in new), new
 
 
-def main(what, folder, every, first, step):
-    """See above; print how often."""
+def main(folder, *groups):
+    """See above; print how often, by group of `what every first step`. Freezes come last."""
     jax.process_index, jax.process_count = lambda: 0, lambda: 1  # they would start a backend
     shard.Variant = file_operations.Variant
-    print({"kills": kills, "freezes": freezes}[what](Path(folder) / "found", every, first, step))
+    for what, *numbers in zip(*[iter(groups)] * 4, strict=True):
+        of = {"kills": kills, "freezes": freezes}[what]
+        print(of(Path(folder) / "found", *map(int, numbers)), flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3], *map(int, sys.argv[3:]))
+    main(*sys.argv[1:])

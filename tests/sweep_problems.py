@@ -74,48 +74,14 @@ def ends_its_process():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def reads_a_missing_file():
-    """A problem whose data are not where it looks."""
-    with open("/nonexistent/data.npz") as file:
-        return file.read()
-
-
-def crashes_in_its_first_step():
-    """A problem whose step ends its process, as a fault in native code would."""
-
-    def crash(x):
-        os.kill(os.getpid(), signal.SIGKILL)
-        return x
-
-    def batch(key, data):
-        train, val = problem().batch(key, data)
-        return jax.pure_callback(crash, train, train), val
-
-    return dataclasses.replace(problem(), batch=batch)
-
-
 def prints_and_fails():
     """A problem that prints, and whose training loss raises an error of many lines."""
 
     def loss(w, lam, x):
-        raise RuntimeError("the loss fails on purpose\n" + "and says more than fits\n" * 20)
+        raise FileNotFoundError("the loss fails on purpose\n" + "and says more than fits\n" * 20)
 
     print("printed by a problem")
     return dataclasses.replace(problem(), train_loss=loss)
-
-
-def slow():
-    """A problem whose steps take their time, in Python that does not keep the interpreter."""
-
-    def wait(x):
-        time.sleep(0.2)
-        return x
-
-    def batch(key, data):
-        train, val = problem().batch(key, data)
-        return jax.pure_callback(wait, train, train), val
-
-    return dataclasses.replace(problem(), batch=batch)
 
 
 def slow_disk_problem():

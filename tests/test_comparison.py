@@ -1,5 +1,6 @@
 """The page that compares with peers: what its script counts, checks and writes."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -15,8 +16,10 @@ import comparison_page  # noqa: E402
 import contenders  # noqa: E402
 import counted_lines  # noqa: E402
 import inputs  # noqa: E402
+import measuring  # noqa: E402
+import memory  # noqa: E402
 import numpy as np  # noqa: E402
-import populations  # noqa: E402
+import processes  # noqa: E402
 
 PAGE = ROOT / "docs" / "comparison.md"
 MEASURED = {
@@ -66,6 +69,11 @@ def test_a_row_has_quartiles_and_what_was_measured():
     assert len(row) == len(comparison_page.COLUMNS)
 
 
+def test_a_row_of_a_failure_has_no_figures_but_its_distance():
+    row = comparison_page.row("CG", "Betty", {"failed": "it is off", "distance": 0.5}, 14)
+    assert row == ["CG", "Betty", "–", "–", "–", "–", "14", "5e-01"]
+
+
 def test_filling_keeps_the_prose():
     page = f"before\n{comparison_page.BEGIN}\nold\n{comparison_page.END}\nafter\n"
     once = comparison_page.filled(page, "new")
@@ -94,43 +102,128 @@ def rows_of(page):
     return rows
 
 
+def cell(case):
+    return {"on": "a machine", "peers": {peer: dict(MEASURED) for peer in case.peers}}
+
+
 def test_all_that_is_measured_is_written():
-    found = {
-        f"{model}/{name}": dict.fromkeys(case.peers, MEASURED)
+    cells = {
+        f"{model}/{name}": cell(case)
         for name, case in contenders.CASES.items()
         for model in case.models
     }
-    found["machine"] = compare.machine()
+    cells["cnn/neumann-10"]["peers"]["betty"] = {"failed": "ended with 1: no memory"}
     rate = {"rate": 7000.0, "startup": 20.0, "mebibytes": 900.0}
-    found["population"] = dict.fromkeys(populations.WAYS, rate)
+    stages = dict.fromkeys(memory.STAGES, 99.6)
+    found = {
+        "cells": cells,
+        "population": {"gradhpo": rate, "tune": {"failed": "not done within 900 s"}},
+        "memory": {"mlp/one-step": {"gradhpo": stages, "func": {"failed": "ended with 1"}}},
+    }
     page = comparison_page.filled(PAGE.read_text(), compare.measured(found))
     expected = sum(len(case.peers) * len(case.models) for case in contenders.CASES.values())
     assert len(rows_of(page)) == expected
-    assert "| Ray Tune | 7,000 | 20.0 | 900 |" in page
+    assert "\nMeasured on a machine.\n" in page
+    assert "\n- implicit, Neumann by Betty: ended with 1: no memory.\n" in page
+    assert page.count("- T1–T2 by gradhpo 0.1.3: another hypergradient; every coordinate") == 3
+    assert page.count("- implicit, CG by jaxopt: another hypergradient; the Hessian") == 1
+    assert "| **gradhpo** | 7,000 | 20.0 | 900 |" in page
+    assert "| Ray Tune: not done within 900 s | – | – | – |" in page
+    assert f"| mlp, one-step | **gradhpo** |{' 100 |' * len(memory.STAGES)}" in page
+    assert "| mlp, one-step | torch.func |" not in page
 
 
 def test_the_page_is_what_the_script_writes():
-    """The tables of the page are those of the script: its columns, its cases, its counted lines."""
     page = PAGE.read_text()
-    rows_of(page)
-    assert comparison_page.filled(page, "x").count(comparison_page.END) == 1
+    assert len(rows_of(page)) > 20
+    found = json.loads(compare.RESULTS.read_text())
+    assert comparison_page.filled(page, compare.measured(found)) == page
 
 
-def test_agreement_is_checked_by_name():
+def test_renewing_a_cell_leaves_the_others_and_its_whole_processes(tmp_path, monkeypatch):
+    results, page = tmp_path / "results.json", tmp_path / "page.md"
+    other, old = cell(contenders.CASES["greedy-5"]), cell(contenders.CASES["darts"])
+    results.write_text(json.dumps({"cells": {"mlp/greedy-5": other, "mlp/darts": old}}))
+    page.write_text(f"{comparison_page.BEGIN}{comparison_page.END}")
+    new = {key: MEASURED[key] for key in ("distance", "ms")} | {"ratio": [7.0, 8.12345, 9.0]}
+    measured = {"gradhpo": dict(new), "hand": dict(new), "betty": {"failed": "no answer"}}
+    monkeypatch.setattr(measuring, "measure", lambda *args: measured)
+    options = {"models": "mlp", "cases": "darts", "rounds": 3, "wholes": 0, "steps": 1, "ways": ""}
+    options |= {"population": False, "memory_stages": False, "only_page": False, "cells": True}
+    compare.main(tmp_path / "peers", **options, page=page, results=results)
+    cells = json.loads(results.read_text())["cells"]
+    assert cells["mlp/greedy-5"] == other
+    assert cells["mlp/darts"]["peers"] == {
+        **dict.fromkeys(["gradhpo", "hand"], MEASURED | {"ratio": [7.0, 8.123, 9.0]}),
+        "betty": {"failed": "no answer"},
+    }
+    assert len(rows_of(page.read_text())) == 6
+
+
+def test_agreement_is_checked():
     ours = {"hypergradient": [3.0, 4.0], "losses": [1.0, 1.0, 1.0, 1.0, 1.0]}
     near = {"hypergradient": [3.0, 4.001], "losses": ours["losses"]}
-    assert 1e-4 < agreement.check("betty", "mlp", "darts", near, ours) < 1e-3
-    far = ours | {"hypergradient": [3.0, 4.1]}
-    with pytest.raises(SystemExit, match="betty's hypergradient of darts on mlp does not agree"):
-        agreement.check("betty", "mlp", "darts", far, ours)
-    with pytest.raises(SystemExit, match=r"betty's losses .* do not agree"):
+    assert 1e-4 < agreement.check("betty", "mlp", "neumann-10", near, ours) < 1e-3
+    off = {"hypergradient": [3.0, 4.02], "losses": ours["losses"]}
+    assert 1e-3 < agreement.check("betty", "mlp", "darts", off, ours) < 1e-2
+    Disagreement = agreement.DisagreementError
+    with pytest.raises(Disagreement, match=r"its hypergradient is 4\.0e-03 from ours") as raised:
+        agreement.check("betty", "mlp", "neumann-10", off, ours)
+    assert raised.value.distance == pytest.approx(4e-3)
+    with pytest.raises(Disagreement, match="losses do not agree"):
         agreement.check("betty", "mlp", "darts", near | {"losses": [1.0, 1.1, 1, 1, 1]}, ours)
-    with pytest.raises(SystemExit, match="does not agree"):
+    with pytest.raises(Disagreement, match="its hypergradient is not finite"):
         agreement.check("betty", "mlp", "darts", ours | {"hypergradient": [np.nan, 1]}, ours)
-    for peer, case in contenders.ANOTHER:
-        assert agreement.check(peer, "mlp", case, far, ours) > 1e-3
-    with pytest.raises(SystemExit, match=r"0\.1\.3's hypergradient of t1-t2 on mlp agrees"):
+    for peer, case, model in contenders.ANOTHER:
+        far = ours | {"hypergradient": [3.0, 4.1]}
+        assert agreement.check(peer, model or "mlp", case, far, ours) > 1e-3
+    with pytest.raises(Disagreement, match="agrees, and was said not to: every coordinate"):
         agreement.check("0.1.3", "mlp", "t1-t2", ours, ours)
+
+
+ANSWER = """
+import json, sys
+answer = {"hypergradient": [1.0, %s], "losses": [1, 1, 1, 1, 1]}
+if "--steps" in sys.argv:
+    sys.exit(%s)
+print(json.dumps(answer), flush=True)
+for line in sys.stdin:
+    print(int(line) * 0.01, flush=True)
+"""
+
+
+def test_a_peer_that_fails_or_disagrees_leaves_the_others(tmp_path, monkeypatch):
+    texts = {
+        "gradhpo": ANSWER % (1, 0),
+        "hand": "raise ValueError('no such thing')",
+        "torchopt": ANSWER % (2, 0),
+        "func": ANSWER % (1, "'too much memory'"),
+    }
+    for name, text in texts.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    commands = {contenders.PEERS[name]: [sys.executable, f"{tmp_path}/{name}.py"] for name in texts}
+    monkeypatch.setattr(measuring, "command", lambda folder, peer, *rest: commands[peer])
+    rows = measuring.measure(tmp_path, tmp_path, "mlp", "unrolled-5", 3, 1, 10)
+    assert rows["gradhpo"]["ms"] == pytest.approx([10, 10, 10])
+    assert rows["gradhpo"]["ratio"] == [1, 1, 1]
+    assert rows["gradhpo"]["mebibytes"] > 1
+    assert rows["hand"] == {"failed": "ended with 1: ValueError: no such thing"}
+    assert rows["torchopt"]["failed"] == "its hypergradient is 7.1e-01 from ours"
+    assert rows["torchopt"].keys() == {"failed", "distance"}
+    assert rows["func"]["failed"] == "ended with 1: too much memory"
+    (tmp_path / "gradhpo.py").write_text("import sys; sys.exit(3)")
+    rows = measuring.measure(tmp_path, tmp_path, "mlp", "unrolled-5", 3, 0, 10)
+    assert rows["gradhpo"] == {"failed": "ended with 3: it told nothing"}
+    assert rows["func"] == {"failed": "gradhpo failed, which it is held against"}
+
+
+def test_a_peer_that_does_not_answer_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "LIMIT", 0.1)
+    line = [sys.executable, "-c", "import time; time.sleep(100)"]
+    turns = processes.Turns(line, {})
+    with pytest.raises(processes.EndedError, match="no answer within"):
+        turns.answer()
+    turns.end()
 
 
 def test_all_peers_read_the_same_inputs(tmp_path):

@@ -15,9 +15,9 @@ from gradhpo.cluster import (
     uniform,
     when,
 )
-from gradhpo.cluster.controller import Layout, Rules, first_plan
 from gradhpo.cluster.objectives import Objectives
 from gradhpo.cluster.optuna_study import _Setting
+from gradhpo.cluster.plan import Layout, Rules, first_plan
 from tests import pages
 from tests.sweeps import sweep
 

@@ -96,7 +96,6 @@ def test_the_server_tells_of_the_sweep_what_its_table_says(exported):
 def test_a_browser_shows_the_study_and_its_trials(exported, tmp_path):
     _, study, address = exported
     number = asked(f"{address}/api/studies")["study_summaries"][0]["study_id"]
-    assert "digits" in page(f"{address}/dashboard", tmp_path)
     best = study.best_trial
     shown = page(f"{address}/dashboard/studies/{number}/trials?numbers={best.number}", tmp_path)
     assert f"digits (id={number})" in shown

@@ -16,6 +16,7 @@ import pytest
 
 from gradhpo.cluster import Sweep
 from tests.devices import flags
+from tests.test_cli import gradhpo
 
 jsonschema = pytest.importorskip("jsonschema")
 yaml = pytest.importorskip("yaml")
@@ -190,10 +191,11 @@ def test_the_command_runs_here_and_again(tmp_path):
     write_programs(tmp_path, gradhpo=PYTHON + 'gradhpo.cluster "$@"\n')
     command = [*ENTRY.split(), "--executor", "local"]
     options = {"cwd": tmp_path, "env": environment(tmp_path), "capture_output": True, "text": True}
-    for _ in range(2):  # a retry finds that all is done
-        done = subprocess.run(command, check=False, **options)
-        assert done.returncode == 0, done.stderr
-        assert "Best: trial" in done.stdout
+    done = subprocess.run(command, check=False, **options)
+    again = gradhpo(*command[1:], cwd=tmp_path)  # a retry finds that all is done
+    for one in (done, again):
+        assert one.returncode == 0, one.stderr
+        assert "Best: trial" in one.stdout
     assert len((tmp_path / "runs/example/journal.jsonl").read_text().splitlines()) == 2
 
 

@@ -1,7 +1,6 @@
 """DARTS and coordinate differences against the exact vector-Jacobian product."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +63,6 @@ def update(params, lam, batch):
 
 INNER = {
     "sgd": {"inner_optimizer": optax.sgd(0.1)},
-    "momentum": {"inner_optimizer": optax.sgd(0.1, momentum=0.9)},
     "nesterov": {"inner_optimizer": optax.sgd(0.1, momentum=0.9, nesterov=True)},
     "adam": {"inner_optimizer": optax.adam(0.05, eps=0.01)},
     "polyak": {"inner_optimizer": optax.polyak_sgd(10.0, f_min=-2.0)},  # looks at the loss
@@ -78,24 +76,36 @@ INNER = {
 }
 
 
-def both(inner, losses=(train, val), steps=3, **settings):
-    """The differences and the exact product, after steps that fill the optimizer's state."""
-    exact, differences = OneStepOptimizer(**inner), T1T2Optimizer(**inner, **settings)
-    step = jax.jit(lambda state: exact.estimate(state, Task(BATCH, VAL, *losses))[:3])
-    state = exact.init(PARAMS, LAM)
+@functools.cache
+def exact(name, losses=(train, val), steps=3):
+    """A state after steps that fill the optimizer's, and the exact product there."""
+    optimizer = OneStepOptimizer(**INNER[name])
+    step = jax.jit(lambda state: optimizer.estimate(state, Task(BATCH, VAL, *losses))[:3])
+    state = optimizer.init(PARAMS, LAM)
     for _ in range(steps):
         _, params, opt_state = step(state)
         state = state.update(params=params, inner_opt_state=opt_state)
-    return differences.compute_hypergradient(state, BATCH, VAL, *losses), step(state)[0]
+    return state, step(state)[0]
+
+
+def differences(inner, state, losses=(train, val), **settings):
+    """What differences give at a state."""
+    optimizer = T1T2Optimizer(**inner, **settings)
+    return optimizer.compute_hypergradient(state, BATCH, VAL, *losses)
+
+
+def started(inner):
+    """The state before the first step."""
+    return T1T2Optimizer(**inner).init(PARAMS, LAM)
 
 
 @pytest.mark.parametrize("name", slow_but(INNER, "adam", "update_fn"))
 def test_differences_equal_the_exact_product_in_every_coordinate(name):
-    differences, exact = both(INNER[name])
-    assert_close(differences, exact, rtol=1e-8, atol=1e-9)
-    assert np.unique(exact["nested"][0]).size == 4  # a whole leaf shifted at once would show
+    state, expected = exact(name)
+    assert_close(differences(INNER[name], state), expected, rtol=1e-8, atol=1e-9)
+    assert np.unique(expected["nested"][0]).size == 4  # a whole leaf shifted at once would show
     if name in ("sgd of λ", "adamw of λ", "update_fn"):
-        assert abs(exact["lr"]) > 1e-3  # the optimizer's own, direct term
+        assert abs(expected["lr"]) > 1e-3  # the optimizer's own, direct term
 
 
 def sama(w, lam, adam, batch, val_batch, *, lr, b1=0.9, b2=0.999, eps=1e-8):
@@ -151,12 +161,12 @@ def test_with_adam_it_is_sama():
     assert 1e-9 < optax.tree.norm(optax.tree.sub(found, exact)) < 0.05 * optax.tree.norm(exact)
 
 
-@pytest.mark.parametrize("name", ["sgd", "update_fn"])
-@pytest.mark.parametrize("eps", slow_but([1e-1, 1e-4], 1e-4))
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "eps"), [("sgd", 1e-1), ("update_fn", 1e-4)])
 def test_differences_hold_for_any_reasonable_eps(name, eps):
-    differences, exact = both(INNER[name], eps=eps)
+    state, expected = exact(name)
     error = 1e-9 / eps if name == "sgd" else max(eps**2, 1e-9 / eps)  # cubic in λ: O(ε²)
-    assert_close(differences, exact, rtol=0, atol=error)
+    assert_close(differences(INNER[name], state, eps=eps), expected, rtol=0, atol=error)
 
 
 def test_eps_is_the_step_along_u():
@@ -176,24 +186,21 @@ def test_eps_is_the_step_of_a_coordinate():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", slow_but(["sgd", "adam", "update_fn"], "adam"))
+@pytest.mark.parametrize("name", ["adam", "update_fn"])
 def test_without_a_second_order_term_the_rest_is_exact_and_not_nan(name):
     inner = {"update_fn": lambda w, lam, batch: w} if name == "update_fn" else INNER[name]
     # No λ in the inner step: the second-order term is zero; no w in the validation loss: u = 0.
     for losses in [(train_without_lambda, val), (train, val_without_params)]:
-        differences, _ = both(inner, losses, steps=0)
         expected = {**jax.tree.map(np.zeros_like, LAM), "matrix": 2 * LAM["matrix"]}
-        assert_same_bits(differences, expected)
+        assert_same_bits(differences(inner, started(inner), losses), expected)
 
 
-@pytest.mark.parametrize("eps", [1e-30, 1e-310])
-@pytest.mark.parametrize("name", ["sgd", "update_fn"])
+@pytest.mark.parametrize(("name", "eps"), [("sgd", 1e-30), ("update_fn", 1e-310)])
 @pytest.mark.slow
 def test_an_eps_lost_in_rounding_gives_a_zero_term(name, eps):
     # What is left of a difference is then rounding noise, over a tiny (or subnormal) 2ε.
-    differences, _ = both(INNER[name], steps=0, eps=eps)
     expected = {**jax.tree.map(np.zeros_like, LAM), "matrix": 2 * LAM["matrix"]}
-    assert_same_bits(differences, expected)
+    assert_same_bits(differences(INNER[name], started(INNER[name]), eps=eps), expected)
 
 
 def test_a_nan_in_the_validation_gradient_is_seen():
@@ -201,22 +208,22 @@ def test_a_nan_in_the_validation_gradient_is_seen():
     assert np.isnan(found).all()
 
 
-@pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "sgd of λ"])
+@pytest.mark.parametrize("name", ["adam", "sgd of λ"])
 @pytest.mark.slow
 def test_bfloat16_weights_with_float32_hyperparameters(name):
     with jax.enable_x64(False):
         half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), PARAMS)
-        differences, exact = T1T2Optimizer(**INNER[name]), OneStepOptimizer(**INNER[name])
+        t1t2, one_step = T1T2Optimizer(**INNER[name]), OneStepOptimizer(**INNER[name])
+        data = (BATCH, VAL, train, val)
         rounded = jax.tree.map(lambda x: x.astype(jnp.float32), half)
-        found = differences.compute_hypergradient(
-            differences.init(half, LAM), BATCH, VAL, train, val
-        )
-        expected = exact.compute_hypergradient(exact.init(rounded, LAM), BATCH, VAL, train, val)
+        found = t1t2.compute_hypergradient(t1t2.init(half, LAM), *data)
+        expected = one_step.compute_hypergradient(one_step.init(rounded, LAM), *data)
         assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float32")}
         scale = optax.tree.norm(expected)
         assert optax.tree.norm(optax.tree.sub(found, expected)) < 0.03 * scale
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_under_an_update_fn_stay_finite():
     # Φ returns bfloat16, which rounds away most of a small shift of λ: only finite is promised.
     def half_update(w, lam, batch):
@@ -229,21 +236,23 @@ def test_bfloat16_weights_under_an_update_fn_stay_finite():
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
 
 
-@pytest.mark.parametrize("chunk", slow_but([1, 7, 64, 1000], 7))
+@pytest.mark.parametrize("chunk", slow_but([1, 7, 1000], 7))
 def test_coordinates_evaluated_in_chunks_equal_the_exact_product(chunk):
     # 150 coordinates in three leaves: chunks end inside leaves, and the last one is not full.
     lam = {"a": rng.normal(size=(10, 10)), "b": [rng.normal(size=49), rng.normal(size=())]}
     lam = problems.as_jax(lam)
-    mixing = jnp.asarray(rng.normal(size=(5, 150)))
+    mixing = rng.normal(size=(5, 150))
 
     def phi(lam):
         flat = jnp.concatenate([x.ravel() for x in jax.tree.leaves(lam)])
         return {"w": jnp.sin(mixing @ flat / 10)}
 
-    alpha = {"w": jnp.asarray(rng.normal(size=5))}
-    exact = jax.jit(jax.vjp(phi, lam)[1])(alpha)[0]
+    alpha = {"w": rng.normal(size=5)}
+    flat = np.concatenate([np.ravel(x) for x in jax.tree.leaves(lam)])
+    expected = alpha["w"] * np.cos(mixing @ flat / 10) @ mixing / 10
     found = jax.jit(lambda lam: coordinate_differences(phi, alpha, lam, None, chunk))(lam)
-    assert_close(found, exact, rtol=0, atol=1e-9)
+    found = np.concatenate([np.ravel(x) for x in jax.tree.leaves(found)])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)
 
 
 def test_more_hyperparameters_than_a_chunk_through_the_optimizer():
@@ -272,9 +281,7 @@ def switched_val(w, lam, batch):
     return jnp.sum((w["on"] - 0.3) ** 2) + jnp.sum((w["off"] - 2) ** 2) + jnp.sum(w["empty"])
 
 
-@pytest.mark.parametrize(
-    ("lam", "slots"), slow_but(itertools.product([0.0, 0.1], [None, 2]), (0.0, None))
-)
+@pytest.mark.parametrize(("lam", "slots"), slow_but([(0.0, None), (0.1, 2)], (0.0, None)))
 def test_a_term_switched_off_by_lambda_is_seen_behind_adam(lam, slots):
     weights = {
         "on": jnp.array([0.5, 0.2]),
@@ -301,36 +308,41 @@ def test_a_term_switched_off_by_lambda_is_seen_behind_adam(lam, slots):
     np.testing.assert_allclose(found[1], found[0], rtol=1e-2)
 
 
-@pytest.mark.parametrize("wide", [False, True])
-@pytest.mark.parametrize("eps", [None, 1e-2, 1e-4])
+X_TRAIN, X_VAL = np.array([[1.0], [2.0], [1.5]]), np.array([[-1.0], [2.0]])
+Y_TRAIN, Y_VAL = np.array([0.5, 1.0, 0.2]), np.array([1.0, 0.3])
+
+
+def dead_errors(w, x, y):
+    """Squared errors of two units, of which one is dead for positive inputs."""
+    x, y = x.astype(w["o"].dtype), y.astype(w["o"].dtype)
+    return (jax.nn.relu(x @ w["a"]) @ w["o"] - y) ** 2
+
+
+def dead_train(w, lam, batch):
+    return jnp.mean(jax.nn.sigmoid(lam) * dead_errors(w, X_TRAIN, Y_TRAIN))
+
+
+def dead_val(w, lam, batch):
+    return jnp.mean(dead_errors(w, X_VAL, Y_VAL))
+
+
+@pytest.mark.parametrize(("eps", "wide"), [(None, False), (1e-2, True)])
 @pytest.mark.slow
 def test_a_unit_dead_on_the_training_batch_alone_adds_nothing(eps, wide):
     """Its weights have no gradient and no mixed derivative, and a validation gradient."""
-    x_train, x_val = np.array([[1.0], [2.0], [1.5]]), np.array([[-1.0], [2.0]])
-    y_train, y_val = np.array([0.5, 1.0, 0.2]), np.array([1.0, 0.3])
-
-    def predict(w, x):
-        return jax.nn.relu(x @ w["a"]) @ w["o"]
-
-    def train(w, lam, batch):
-        errors = (predict(w, x_train.astype(w["o"].dtype)) - y_train.astype(w["o"].dtype)) ** 2
-        return jnp.mean(jax.nn.sigmoid(lam) * errors)
-
-    def val(w, lam, batch):
-        return jnp.mean((predict(w, x_val.astype(w["o"].dtype)) - y_val.astype(w["o"].dtype)) ** 2)
-
-    found = []
+    losses = (0.0, 0.0, dead_train, dead_val)
     with jax.enable_x64(wide):
-        for kind, more in ((OneStepOptimizer, {}), (T1T2Optimizer, {"eps": eps})):
-            optimizer = kind(optax.adam(0.1), **more)
-            w = {"a": jnp.array([[0.5, -0.7]]), "o": jnp.array([0.6, 0.8])}
-            state = optimizer.init(w, jnp.array([0.1, -0.2, 0.3]))
-            for _ in range(3):
-                state = optimizer.step(state, 0.0, 0.0, train, val, 0.0)
-            found.append(optimizer.compute_hypergradient(state, 0.0, 0.0, train, val))
-    np.testing.assert_allclose(found[1], found[0], rtol=0.02, atol=3e-4)
+        one_step, t1t2 = OneStepOptimizer(optax.adam(0.1)), T1T2Optimizer(optax.adam(0.1), eps=eps)
+        w = {"a": jnp.array([[0.5, -0.7]]), "o": jnp.array([0.6, 0.8])}
+        state = one_step.init(w, jnp.array([0.1, -0.2, 0.3]))
+        for _ in range(3):
+            state = one_step.step(state, *losses, 0.0)
+        expected = one_step.compute_hypergradient(state, *losses)
+        found = t1t2.compute_hypergradient(state, *losses)
+    np.testing.assert_allclose(found, expected, rtol=0.02, atol=3e-4)
 
 
+@pytest.mark.slow
 def test_the_exact_part_stays_a_branch_under_vmap():
     optimizer = T1T2Optimizer(optax.adam(0.1), optax.sgd(0.0))
     weights = {"on": jnp.ones(2), "off": jnp.ones(2), "empty": jnp.zeros(0)}

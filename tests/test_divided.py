@@ -49,8 +49,8 @@ def on_device(tree, device):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", problems.METHODS)
-def test_every_method_gives_the_numbers_of_an_undivided_trial(x64, method):
+@pytest.mark.parametrize("method", ["one-step", "greedy", "hyperdistill"])
+def test_methods_of_each_kind_give_the_numbers_of_an_undivided_trial(x64, method):
     optimizer, keys = problems.small_optimizer(method), jax.random.split(jax.random.key(3), 2)
     mesh = make_mesh()
     made = data_parallel(optimizer, mesh, backend="auto", rules=fully_sharded(mesh))

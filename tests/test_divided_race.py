@@ -54,7 +54,7 @@ def test_shards_that_change_hands_lie_over_the_devices_too(tmp_path):
     whole = raced(tmp_path / "whole", 4)
     assert len(whole.ended) == 1
     np.testing.assert_array_equal(whole.replay().params["w"], whole.best.params["w"])
-    for generations in (1, 2, 4):  # the race ends its loser after the first
+    for generations in (1, 4):  # the race ends its loser after the first
         parts = raced(tmp_path / "parts", generations)
     assert_same_tables(parts, whole)
     assert all(finding.whole for finding in check_storage(tmp_path / "parts"))

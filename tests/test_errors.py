@@ -26,6 +26,8 @@ from tests.small import (
     val_loss,
 )
 
+PROBLEM = Problem(start, train_loss, val_loss, batch=lambda key: (BATCH, BATCH))
+
 
 def step(name, *, train=train_loss, val=val_loss, batch=BATCH, **settings):
     optimizer, rate = build(name, **settings)
@@ -50,7 +52,6 @@ def test_neither_or_both_of_outer_optimizer_and_lr_hyper(name):
     losses = (train_loss, val_loss)
     plain, outer = build(name)[0], build(name, outer=True)[0]
     draw, T = (lambda: BATCH, lambda: BATCH), run_arguments(name, 2)
-    problem = Problem(start, *losses, batch=lambda key: (BATCH, BATCH))
     key = jax.random.key(0)
     with pytest.raises(ValueError, match="outer_optimizer and lr_hyper; got neither"):
         plain.step(plain.init(*start()), BATCH, BATCH, *losses)
@@ -61,9 +62,9 @@ def test_neither_or_both_of_outer_optimizer_and_lr_hyper(name):
     with pytest.raises(ValueError, match="got both"):
         outer.run(outer.init(*start()), 1, *T, *draw, *losses, lr_hyper=0.1)
     with pytest.raises(ValueError, match="got neither"):
-        solve(problem, plain, 3, key)
+        solve(PROBLEM, plain, 3, key)
     with pytest.raises(ValueError, match="got both"):
-        solve(problem, outer, 3, key, lr_hyper=0.1)
+        solve(PROBLEM, outer, 3, key, lr_hyper=0.1)
 
 
 def test_greedy_needs_an_outer_optimizer():
@@ -201,8 +202,7 @@ def test_arguments_of_run():
 
 def test_arguments_of_solve():
     optimizer, _ = build("one-step", outer=True)
-    problem = Problem(start, train_loss, val_loss, batch=lambda key: (BATCH, BATCH))
-    good = {"problem": problem, "optimizer": optimizer, "steps": 3, "key": jax.random.key(0)}
+    good = {"problem": PROBLEM, "optimizer": optimizer, "steps": 3, "key": jax.random.key(0)}
     bad = {
         "steps must be at least 1, got 0": {"steps": 0},
         "key must be made by jax.random.key, .* got 0": {"key": 0},
@@ -221,9 +221,8 @@ def test_arguments_of_solve():
 
 def test_legacy_keys_are_taken():
     optimizer, _ = build("one-step", outer=True)
-    problem = Problem(start, train_loss, val_loss, batch=lambda key: (BATCH, BATCH))
-    old = solve(problem, optimizer, 3, jax.random.PRNGKey(5))
-    new = solve(problem, optimizer, 3, jax.random.key(5))
+    old = solve(PROBLEM, optimizer, 3, jax.random.PRNGKey(5))
+    new = solve(PROBLEM, optimizer, 3, jax.random.key(5))
     np.testing.assert_array_equal(old.state.params, new.state.params)
 
 

@@ -8,7 +8,7 @@ import pytest
 from gradhpo.cluster import event_log, events
 from gradhpo.cluster.display import Display
 from gradhpo.cluster.objectives import Objectives
-from tests import pages
+from tests import file_operations, pages
 from tests.sweeps import sweep
 
 
@@ -26,8 +26,9 @@ class Kept:
 def ran(tmp_path_factory):
     """A sweep of two generations, gone on with for two more; its storage and both runs' events."""
     storage, first, second = tmp_path_factory.mktemp("ran"), Kept(), Kept()
-    sweep(storage, generations=2).run(observers=[first])
-    result = sweep(storage, generations=4).run(observers=[second])
+    with file_operations.numpy_steps():
+        sweep(storage, generations=2).run(observers=[first])
+        result = sweep(storage, generations=4).run(observers=[second])
     return storage, first.told, second.told, result
 
 
@@ -35,7 +36,6 @@ def kinds(told):
     return [type(event).__name__ for event in told]
 
 
-@pytest.mark.slow
 def test_observers_are_told_of_everything_in_order(ran):
     _, first, second, _ = ran
     done = ["GenerationDone"] * 2
@@ -71,7 +71,7 @@ def test_the_log_has_all_but_generations(ran):
     assert event_log.read(storage) == logged
 
 
-def test_what_an_observer_raises_is_told_once_and_stops_nothing(tmp_path):
+def test_what_an_observer_raises_is_told_once_and_stops_nothing(tmp_path, numpy_steps):
     class Full:
         def observe(self, event):
             if isinstance(event, events.GenerationDone):
@@ -85,7 +85,7 @@ def test_what_an_observer_raises_is_told_once_and_stops_nothing(tmp_path):
     assert "observer failed" in {facts["event"] for facts in event_log.read(tmp_path)}
 
 
-def test_what_a_callback_raises_ends_the_run_and_what_is_saved_stays(tmp_path):
+def test_what_a_callback_raises_ends_the_run_and_what_is_saved_stays(tmp_path, numpy_steps):
     def full(generation, table):
         raise RuntimeError("no more")
 
@@ -122,7 +122,7 @@ def test_the_display_shows_the_best_so_far_and_no_escapes(capfd):
     assert "generation 2/2: loss best 3, median 5, 1 diverged" in shown
 
 
-def test_the_observer_of_the_page(tmp_path):
+def test_the_observer_of_the_page(tmp_path, numpy_steps):
     made = {}
     exec(pages.block("cluster", "def observe").split("sweep.run")[0], made)
     path = tmp_path / "losses.jsonl"

@@ -23,11 +23,10 @@ INNER, OUTER = optax.sgd(0.05, momentum=0.9), optax.adam(0.05)
 SMALL = {"particles": 16, "sigma": 0.1, "unroll_steps": 2}
 
 
-def small_problem():
-    """The small regression problem."""
-    return gradhpo.Problem(
-        small.start, small.train_loss, small.val_loss, batch=lambda key: (small.BATCH, small.BATCH)
-    )
+PROBLEM = gradhpo.Problem(
+    small.start, small.train_loss, small.val_loss, batch=lambda key: (small.BATCH, small.BATCH)
+)
+"""The small regression problem."""
 
 
 # --- Against closed forms -----------------------------------------------------------------------
@@ -60,6 +59,29 @@ def expected(name):
     total, squares = np.array([x.sum() for x in c]), np.array([x @ x for x in c])
     spread = total**2 if name == "nres" else squares
     return -np.sin(weights) * total * np.exp(-(SIGMA**2) * spread / 2)
+
+
+@pytest.mark.slow
+def test_forward_gradients_are_the_exact_one_in_the_mean_and_of_a_basis(x64):
+    del x64
+    given = {"inner_optimizer": INNER, "unroll_steps": 3}
+    exact = gradhpo.UnrolledOptimizer(**given)
+    drawn = ForwardGradientOptimizer(**given, directions=4)
+    task = Task(small.BATCH, small.BATCH, small.train_loss, small.val_loss)
+    state = exact.init(*small.start())
+    truth = jax.flatten_util.ravel_pytree(exact.hypergradient(state, task))[0]
+
+    def estimate(key):
+        state = drawn.init(*small.start(), key=key)
+        return jax.flatten_util.ravel_pytree(drawn.hypergradient(state, task))[0]
+
+    found = np.asarray(jax.jit(jax.vmap(estimate))(jax.random.split(jax.random.key(0), 400)))
+    error = found.std(axis=0, ddof=1) / np.sqrt(len(found))
+    assert np.abs((found.mean(axis=0) - truth) / error).max() < 3.5
+    # ⟨g, v⟩ v: its product with the gradient is never negative, and 4 numbers of λ add up so.
+    assert (found @ truth >= 0).all()
+    variance = (truth @ truth - truth**2) / 4
+    np.testing.assert_allclose(found.var(axis=0, ddof=1), variance, rtol=0.3)
 
 
 @pytest.mark.parametrize("name", slow_but(["pes", "nres"], "nres"))
@@ -120,44 +142,21 @@ def test_reused_noise_has_the_lower_variance():
     assert whole["nres"] < whole["pes"]
 
 
-@pytest.mark.slow
-def test_forward_gradients_are_the_exact_one_in_the_mean_and_of_a_basis(x64):
-    del x64
-    given = {"inner_optimizer": INNER, "unroll_steps": 3}
-    exact = gradhpo.UnrolledOptimizer(**given)
-    drawn = ForwardGradientOptimizer(**given, directions=4)
-    task = Task(small.BATCH, small.BATCH, small.train_loss, small.val_loss)
-    state = exact.init(*small.start())
-    truth = jax.flatten_util.ravel_pytree(exact.hypergradient(state, task))[0]
-
-    def estimate(key):
-        state = drawn.init(*small.start(), key=key)
-        return jax.flatten_util.ravel_pytree(drawn.hypergradient(state, task))[0]
-
-    found = np.asarray(jax.jit(jax.vmap(estimate))(jax.random.split(jax.random.key(0), 400)))
-    error = found.std(axis=0, ddof=1) / np.sqrt(len(found))
-    assert np.abs((found.mean(axis=0) - truth) / error).max() < 3.5
-    # ⟨g, v⟩ v: its product with the gradient is never negative, and 4 numbers of λ add up so.
-    assert (found @ truth >= 0).all()
-    variance = (truth @ truth - truth**2) / 4
-    np.testing.assert_allclose(found.var(axis=0, ddof=1), variance, rtol=0.3)
-
-
 @pytest.mark.compiler
 @pytest.mark.slow
 def test_memory_of_forward_gradients_does_not_grow_with_the_horizon():
-    def bytes_of(kind, T):
+    T = 400
+
+    def bytes_of(kind):
         optimizer = kind(INNER, OUTER, T)
         state = optimizer.init(*small.start())
         losses = (small.train_loss, small.val_loss)
         lowered = optimizer.lower_step(state, small.BATCH, small.BATCH, *losses)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
-    def growth(kind):
-        return (bytes_of(kind, 400) - bytes_of(kind, 50)) / 350
-
-    assert growth(ForwardGradientOptimizer) <= 8  # the step's number, and its training loss
-    assert growth(gradhpo.UnrolledOptimizer) >= 12  # the weights of each
+    # Of a step its number and its training loss; and what needs no more for more steps.
+    assert bytes_of(ForwardGradientOptimizer) <= 8 * T + 1024
+    assert bytes_of(gradhpo.UnrolledOptimizer) >= 12 * T  # the weights of each
 
 
 # --- Without a derivative -----------------------------------------------------------------------
@@ -190,9 +189,8 @@ def accuracy(w, lam, batch):
 MASKED = {"mask": jnp.asarray([0.02, 0.03, -0.02]), "rate": jnp.asarray(-2.0)}
 
 
-@pytest.mark.parametrize("name", slow_but(KINDS, "pes"))
-def test_masks_loops_and_accuracies_are_tuned(name):
-    optimizer = KINDS[name](None, OUTER, update_fn=halved, **(SMALL | {"particles": 64}))
+def test_masks_loops_and_accuracies_are_tuned():
+    optimizer = PESOptimizer(None, OUTER, update_fn=halved, **(SMALL | {"particles": 64}))
     state = optimizer.init(-jnp.ones(3), MASKED)
     state = optimizer.step(state, small.BATCH, small.BATCH, accuracy, accuracy)
     moved = jax.tree.map(lambda a, b: jnp.abs(a - b), state.hyperparams, MASKED)
@@ -247,11 +245,11 @@ def test_forward_mode_goes_through_a_loop_without_a_reverse():
 # --- Episodes, resuming, doors ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", slow_but(["pes", "nres"], "nres"))
-def test_a_run_that_goes_on_within_an_episode_has_the_same_bits(name):
-    optimizer = KINDS[name](INNER, OUTER, **SMALL)
+@pytest.mark.slow
+def test_a_run_that_goes_on_within_an_episode_has_the_same_bits():
+    optimizer = NRESOptimizer(INNER, OUTER, **SMALL)
     solve = functools.partial(
-        gradhpo.solve, small_problem(), optimizer, key=jax.random.key(1), episode_length=3,
+        gradhpo.solve, PROBLEM, optimizer, key=jax.random.key(3), episode_length=3,
         lr_reptile=0.0, progress=False,
     )  # fmt: skip
     whole, part = solve(8), solve(4)
@@ -264,23 +262,21 @@ def test_a_run_that_goes_on_within_an_episode_has_the_same_bits(name):
 @pytest.mark.slow
 def test_particles_start_anew_with_an_episode_and_walk_as_the_weights_do():
     """With one perturbation that is 0, a particle's weights are the state's own."""
-    held = optax.chain(optax.set_to_zero())
-    for kind in (PESOptimizer, NRESOptimizer):
-        optimizer = kind(INNER, held, **SMALL)
-        found = gradhpo.solve(
-            small_problem(), optimizer, 5, jax.random.key(0), episode_length=3, progress=False
-        )
-        walkers = found.state.metadata["particles"]
-        each = np.broadcast_to(found.state.params, walkers.params.shape)
-        np.testing.assert_allclose(walkers.params, each, rtol=1e-6)
-        assert not jax.flatten_util.ravel_pytree(found.state.metadata["perturbations"])[0].any()
+    optimizer = PESOptimizer(INNER, optax.chain(optax.set_to_zero()), **SMALL)
+    found = gradhpo.solve(
+        PROBLEM, optimizer, 5, jax.random.key(0), episode_length=3, progress=False
+    )
+    walkers = found.state.metadata["particles"]
+    each = np.broadcast_to(found.state.params, walkers.params.shape)
+    np.testing.assert_allclose(walkers.params, each, rtol=1e-6)
+    assert not jax.flatten_util.ravel_pytree(found.state.metadata["perturbations"])[0].any()
 
 
 @pytest.mark.slow
 def test_one_slot_of_a_population_is_a_solve():
-    optimizer, key = PESOptimizer(INNER, OUTER, **SMALL), jax.random.key(3)
-    alone = gradhpo.solve(small_problem(), optimizer, 4, key, episode_length=2, progress=False)
-    trials = Population(small_problem(), optimizer, 2, batching="map", episode_length=2)
+    optimizer, key = NRESOptimizer(INNER, OUTER, **SMALL), jax.random.key(3)
+    alone = gradhpo.solve(PROBLEM, optimizer, 4, key, episode_length=3, progress=False)
+    trials = Population(PROBLEM, optimizer, 2, batching="map", episode_length=3)
     keys = jnp.stack([key, jax.random.key(4)])
     state, _ = trials.run(trials.init(keys), 4, keys)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
@@ -311,7 +307,7 @@ def test_methods_of_a_sweep_by_name_go_on_after_a_generation(tmp_path):
     def sweep(folder, generations):
         space = SearchSpace({"decay": uniform(-4.0, -2.0)}, choices={"method": ["pes"]})
         return Sweep(
-            problem=small_problem(), optimizer=method, space=space, population=2,
+            problem=PROBLEM, optimizer=method, space=space, population=2,
             generations=generations, steps_per_generation=2, episode_length=3,
             scheduler=PBT(), storage=tmp_path / folder, executor="local", batching="map",
             progress=False,
@@ -349,40 +345,31 @@ def test_losses_may_remember_and_draw():
     assert np.isfinite(found.metrics["train_largest"]).all()
 
 
-@pytest.mark.slow
-def test_diagnose_measures_them():
-    state = gradhpo.UnrolledOptimizer(INNER).init(*small.start())
-    found = gradhpo.diagnose(
-        small_problem(), state, jax.random.key(0), inner_optimizer=INNER, horizon=5, samples=2,
-        methods=["pes", "forward-gradient"], rounds=0, progress=False,
-    )  # fmt: skip
-    assert not found.notes
-    assert [row.aligned for row in found.rows] == [True, True]
-    assert len({*found.row("pes").cosine}) == 2  # each walk draws anew
-
-
 # --- Layouts ------------------------------------------------------------------------------------
+
+
+TASK = (small.BATCH, small.BATCH, small.train_loss, small.val_loss)
 
 
 @functools.cache
 def stepped(devices=None, chunk=None, kind=PESOptimizer):
-    """A state after three steps, and the program of one."""
+    """An optimizer, and its state after three steps."""
     mesh = None if devices is None else make_mesh(trial=devices, data=1)
     given = {"directions": 16, "unroll_steps": 2} if kind is ForwardGradientOptimizer else SMALL
     if kind is not ForwardGradientOptimizer:
         given = given | {"particles": 32}
     optimizer = kind(INNER, OUTER, chunk=chunk, mesh=mesh, **given)
     state = optimizer.init(*small.start(), key=jax.random.key(5))
-    losses = (small.BATCH, small.BATCH, small.train_loss, small.val_loss)
     for _ in range(3):
-        state = optimizer.step(state, *losses)
-    return state, optimizer.lower_step(state, *losses).compile().as_text()
+        state = optimizer.step(state, *TASK)
+    return optimizer, state
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [PESOptimizer, ForwardGradientOptimizer])
 def test_eight_devices_give_the_numbers_of_one_with_one_reduction(kind):
-    (one, _), (eight, program) = stepped(kind=kind), stepped(8, kind=kind)
+    (_, one), (optimizer, eight) = stepped(kind=kind), stepped(8, kind=kind)
+    program = optimizer.lower_step(eight, *TASK).compile().as_text()
     assert program.count(" all-reduce(") + program.count(" all-reduce-start(") == 1
     assert not any(f" {name}(" in program for name in ("all-gather", "all-to-all"))
     jax.tree.map(
@@ -401,7 +388,7 @@ def test_eight_devices_give_the_numbers_of_one_with_one_reduction(kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [None, 2])
 def test_chunks_change_nothing_but_rounding(devices):
-    whole, chunked = stepped()[0], stepped(devices, chunk=4)[0]
+    whole, chunked = stepped()[1], stepped(devices, chunk=4)[1]
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
     jax.tree.map(close, chunked.hyperparams, whole.hyperparams)
     assert_same_bits(chunked.metadata["perturbations"], whole.metadata["perturbations"])
@@ -431,14 +418,14 @@ def test_batches_or_slots_and_particles_are_not_divided_both():
     with pytest.raises(ValueError, match=r"divides batches, and .* give one of the two"):
         data_parallel(optimizer, mesh)
     with pytest.raises(ValueError, match=r"divides slots, and .* give one of the two"):
-        Population(small_problem(), optimizer, 8, mesh)
+        Population(PROBLEM, optimizer, 8, mesh)
 
 
 @pytest.mark.slow
 def test_a_population_whose_particles_lie_over_devices():
     def states(mesh):
         optimizer = PESOptimizer(INNER, OUTER, mesh=mesh, **SMALL)
-        trials = Population(small_problem(), optimizer, 2, batching="vmap")
+        trials = Population(PROBLEM, optimizer, 2, batching="vmap")
         state, keys = trials.init(jax.random.key(0)), jax.random.split(jax.random.key(1), 2)
         for _ in range(2):
             state, _ = trials.run(state, 2, keys)

@@ -1,15 +1,19 @@
 """The examples run on a small budget."""
 
 import difflib
+import functools
 import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from typer.testing import CliRunner
+
+import gradhpo
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,41 +39,16 @@ def test_the_tuned_training_loop_is_the_plain_one_with_few_changed_lines():
 @pytest.mark.slow
 def test_the_tuned_training_loop_runs(monkeypatch, capsys):
     tuned, plain = load("training_loop"), load("training_loop_plain")
+    tune, made = tuned.tune, []
+    monkeypatch.setattr(tuned, "tune", lambda *given: made.append(tune(*given)) or made[-1])
     for module in (plain, tuned):
         monkeypatch.setattr(module, "STEPS", 20)
         module.main(seeds=1)
     found = re.findall(r"test accuracy (0\.\d+) ± 0\.0000, 1 seeds", capsys.readouterr().out)
     assert len(found) == 2
     assert all(float(accuracy) > 0.2 for accuracy in found)
-    settings = tuned.tune(0, tuned.USUAL)
+    (settings,) = made
     assert all(settings[name] != tuned.USUAL[name] for name in settings)
-
-
-@pytest.mark.slow
-def test_hyperclean_digits(tmp_path):
-    """A method of the demo, a sweep on a Ray that it starts and stops; resumed, beside another."""
-    figure = tmp_path / "figure.png"
-    command = [sys.executable, "examples/hyperclean_digits.py", "--protocol", "tiny"]
-    command += ["--method", "one-step", "--trials", "4"]
-    command += ["--storage", str(tmp_path / "sweeps"), "--output", str(figure)]
-
-    def demo(*more):
-        done = subprocess.run(
-            [*command, *more], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout, done.stderr
-
-    output, _ = demo()
-    assert len(re.findall(r"│ +1 \+ 1 │", output)) == 1  # one compile, one load
-    assert figure.stat().st_size > 20_000
-    again, shown = demo("--resume", "--executor", "local", "--method", "first-order")
-    assert shown.count("2 generations are done") == 1
-    assert re.search(r"weights\s+unmoved:\s+yes", again)
-    numbers = [
-        re.findall(r"One-Step.*?│(.*?)│(.*?)│(.*?)│(.*?)│", text) for text in (output, again)
-    ]
-    assert numbers[0] == numbers[1] != []
 
 
 @pytest.mark.slow
@@ -90,6 +69,46 @@ def run_example(name, *arguments):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     return result.output
+
+
+@pytest.mark.slow
+def test_hyperclean_digits(tmp_path):
+    """A method of the demo, a sweep on a Ray that it starts and stops; and resumed."""
+    figure = tmp_path / "figure.png"
+    some = ["--protocol", "tiny", "--trials", "2", "--workers", "1", "--method", "first-order"]
+    some += ["--storage", str(tmp_path / "sweeps"), "--output", str(figure)]
+    command = [sys.executable, "examples/hyperclean_digits.py", *some]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"│ +1 \+ 0 │", done.stdout)) == 1  # one compile, and no load
+    assert figure.stat().st_size > 20_000
+    figure.unlink()
+    again = run_example("hyperclean_digits", *some, "--resume", "--executor", "local")
+    assert again.count("2 generations are done") == 1
+    assert figure.exists()
+    for output in (done.stdout, again):
+        assert re.search(r"weights\s+unmoved:\s+yes", output)
+    numbers = [
+        re.findall(r"PBT alone.*?│(.*?)│(.*?)│(.*?)│(.*?)│", text) for text in (done.stdout, again)
+    ]
+    assert numbers[0] == numbers[1] != []
+
+
+@pytest.mark.slow
+def test_every_method_of_the_demo_gives_its_weights_a_hypergradient():
+    demo = load("hyperclean_digits")
+    problem = demo.problem("tiny", 0.3)
+    for method in {*demo.METHODS.values()} - {"first-order"}:
+        found = jax.eval_shape(functools.partial(moved, demo.optimizer(method), problem))
+        assert found["weights"].shape == (80,)
+
+
+def moved(optimizer, problem):
+    """λ after a step; a λ without a hypergradient would be told there."""
+    key = jax.random.key(0)
+    batches = problem.draw_at(key, 0, problem.start_data(key))
+    task = gradhpo.Task(*batches, problem.train_loss, problem.val_loss)
+    return optimizer.advance(optimizer.init(*problem.start(key)), task).hyperparams
 
 
 @pytest.mark.slow
@@ -129,3 +148,16 @@ def test_search_digits(tmp_path):
     again = run_example("search_digits", *sizes, *places, *some, "--resume")
     assert re.search(r"compiled: 0, for 0\s+sweeps", again)
     assert re.findall(line, again) == found
+
+
+def test_diagnose_names_the_solvers_that_it_compares():
+    import optax
+
+    made = load("diagnose").solvers(optax.sgd(0.1), 4)
+    for name, optimizer in made.items():
+        if name != "one-step":
+            solver, rank, ridge = name.split()
+            assert solver == optimizer.solver
+            assert (rank, ridge) == (f"K={optimizer.K}", f"ρ={optimizer.damping:g}")
+            assert optimizer.unroll_steps == 4
+    assert {name.split()[0] for name in made} == {"one-step", "cg", "nystrom"}

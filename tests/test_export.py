@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 # What a person has beside the script: a loss, an optimizer and data, none of which is gradhpo's.
 PLAIN = """
-import sys
+import importlib, sys
 import jax, jax.numpy as jnp, numpy as np, optax
 
 
@@ -41,11 +41,11 @@ START = {"w": jnp.ones(3)}
 """
 ALONE = """
 sys.modules["gradhpo"] = None  # an import of it would fail
-import retrain
-w = retrain.train(START, loss, optimizer, batches)
-np.save("w.npy", w["w"])
-assert retrain.hyperparams(10**6)["decay"]["of"].shape == (3,)
-assert float(retrain.schedule("log_rate")(0)) == float(retrain.hyperparams(0)["log_rate"])
+for name in ("solved", "swept"):
+    retrain = importlib.import_module(name)
+    np.save(f"{name}.npy", retrain.train(START, loss, optimizer, batches)["w"])
+    assert retrain.hyperparams(10**6)["decay"]["of"].shape == (3,)
+    assert float(retrain.schedule("log_rate")(0)) == float(retrain.hyperparams(0)["log_rate"])
 """
 made = {}
 exec(compile(PLAIN, "plain", "exec"), made)
@@ -68,14 +68,18 @@ PROBLEM = gradhpo.Problem(init, made["loss"], val_loss, batch=batch)
 TUNER = gradhpo.OneStepOptimizer(made["optimizer"], optax.adam(0.05))
 
 
-def retrained(folder, *, always_the_first):
-    """Run the script where gradhpo cannot be imported; return the weights."""
-    text = PLAIN.replace("step % 4", "0") if always_the_first else PLAIN
-    (folder / "plain.py").write_text(text + ALONE)
-    done = subprocess.run([sys.executable, "plain.py"], cwd=folder, capture_output=True, text=True,
-                          check=False)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return np.load(folder / "w.npy")
+def problem():
+    """The problem, as the command finds it by reference."""
+    return PROBLEM
+
+
+def optimizer():
+    """One that leaves the rate alone, which the sweep's scheduler moves."""
+    outer = optax.multi_transform(
+        {"tuned": optax.adam(0.1), "fixed": optax.set_to_zero()},
+        {"decay": "tuned", "log_rate": "fixed"},
+    )
+    return gradhpo.OneStepOptimizer(made["optimizer"], outer)
 
 
 @pytest.fixture(scope="module")
@@ -85,37 +89,38 @@ def solution():
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory):
+def storage(tmp_path_factory):
+    return tmp_path_factory.mktemp("swept")
+
+
+@pytest.fixture(scope="module")
+def swept(storage):
     """A sweep in which rates are perturbed, whose winner has copied another trial."""
-    outer = optax.multi_transform(
-        {"tuned": optax.adam(0.1), "fixed": optax.set_to_zero()},
-        {"decay": "tuned", "log_rate": "fixed"},
-    )
     space = SearchSpace(hyperparams={"log_rate": loguniform(1e-3, 3e-1, stored="log")})
     return sweep(
-        tmp_path_factory.mktemp("swept"), problem=PROBLEM, space=space, scheduler=PBT(0.34),
-        optimizer=gradhpo.OneStepOptimizer(made["optimizer"], outer), generations=5, shards=2,
+        storage, problem=f"{__name__}:problem", optimizer=f"{__name__}:optimizer", space=space,
+        scheduler=PBT(0.34), generations=5, shards=2,
     ).run()  # fmt: skip
 
 
-@pytest.mark.slow
-def test_the_script_of_a_solve_gives_its_weights_without_gradhpo(tmp_path, solution):
-    write_script(tmp_path / "retrain.py", solution.trajectory())
-    found = retrained(tmp_path, always_the_first=True)
-    np.testing.assert_allclose(found, solution.state.params["w"], rtol=1e-5)
-
-
-@pytest.mark.slow
-def test_the_script_of_a_sweeps_winner_gives_its_weights_without_gradhpo(tmp_path, swept):
+def test_scripts_give_the_weights_of_a_solve_and_of_a_sweeps_winner_without_gradhpo(
+    tmp_path, solution, swept
+):
     assert any(turn.changes for turn in swept.schedule[1:]), "the winner was perturbed"
     trajectory = swept.trajectory()
     assert trajectory["log_rate"].shape == (5 * (swept.best.generation + 1) + 1,)
     assert len(set(trajectory["log_rate"].tolist())) > 1
     best = swept.best.hyperparams
     np.testing.assert_allclose(trajectory["decay.of"][-1], best["decay"]["of"], rtol=1e-5)
-    write_script(tmp_path / "retrain.py", trajectory)
-    found = retrained(tmp_path, always_the_first=True)
-    np.testing.assert_allclose(found, swept.best.params["w"], rtol=1e-4)
+    write_script(tmp_path / "swept.py", trajectory)
+    write_script(tmp_path / "solved.py", solution.trajectory())
+    (tmp_path / "plain.py").write_text(PLAIN.replace("step % 4", "0") + ALONE)
+    done = subprocess.run([sys.executable, "plain.py"], cwd=tmp_path, capture_output=True,
+                          text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = {name: np.load(tmp_path / f"{name}.npy") for name in ("solved", "swept")}
+    np.testing.assert_allclose(found["solved"], solution.state.params["w"], rtol=1e-5)
+    np.testing.assert_allclose(found["swept"], swept.best.params["w"], rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -162,16 +167,15 @@ def test_orbax_restores_the_trees(tmp_path, solution, swept, whose):
         save_orbax(tmp_path / "a", found)
 
 
-@pytest.mark.slow
-def test_the_command_exports_the_best_trial(tmp_path):
+@pytest.mark.usefixtures("swept")
+def test_the_command_exports_the_best_trial(tmp_path, storage):
     pytest.importorskip("safetensors", reason="safetensors is not installed")
-    sweep(tmp_path / "a", generations=2).run()
-    said, status = command("export", tmp_path / "a", "--safetensors", tmp_path / "b.safetensors",
+    said, status = command("export", storage, "--safetensors", tmp_path / "b.safetensors",
                            "--script", tmp_path / "retrain.py")  # fmt: skip
     assert status == 0, said
     assert "params" in said
-    assert "importing tests.sweep_problems:problem, tests.sweep_problems:optimizer, looked" in said
+    assert f"importing {__name__}:problem, {__name__}:optimizer, looked" in said
     assert (tmp_path / "retrain.npz").exists()
-    said, status = command("export", tmp_path / "a")
+    said, status = command("export", storage)
     assert "say what to export" in said
     assert status == 1

@@ -32,6 +32,7 @@ ONE_STEP, _ = build("one-step", outer=True)
 HYPERDISTILL, _ = build("hyperdistill", outer=True, T=4, estimation_period=2)
 REPTILE = {"episode_length": 4, "lr_reptile": 0.5}
 CASES = [*((name, ONE_STEP, {}) for name in SOURCES), ("start", HYPERDISTILL, REPTILE)]
+SWEPT = ["start", "of none", "loader"]  # a stream a trial, one for all, one with a state
 LEFT = {"executor": "local", "progress": False, "seed": 3, "batching": "map"}
 
 
@@ -69,6 +70,8 @@ def test_a_trial_takes_the_same_pairs_at_every_door(name, optimizer, episodes, t
     _, rows = generations(trials, trials.init(key[None]), key[None], 3, 6)
     for metric in gradhpo.state.METRICS:
         assert_same_bits(rows[metric][:, 0], solution.metrics[metric])
+    if name not in SWEPT:
+        return
     result = Sweep(
         problem(name), optimizer, SearchSpace(), population=1, generations=3,
         steps_per_generation=6, storage=tmp_path, **episodes, **LEFT,
@@ -109,10 +112,10 @@ def test_a_shared_stream_is_read_once_for_all_slots():
 def test_slots_of_different_ages_keep_their_own_time(name, layout):
     trials = Population(problem(name), HYPERDISTILL, 3, batching=layout, episode_length=4)
     first = trials.init(KEYS)
-    older, _ = trials.run(first, 5, KEYS)
+    older, _ = trials.run(first, 7, KEYS)
     mixed = jax.tree.map(lambda a, b: a.at[2:].set(b[2:]), older, first)
-    state, _ = trials.run(mixed, 11, KEYS)
-    for slot, steps in ((0, 16), (2, 11)):
+    state, _ = trials.run(mixed, 7, KEYS)  # the same program
+    for slot, steps in ((0, 14), (2, 7)):
         alone = gradhpo.solve(problem(name), HYPERDISTILL, steps, KEYS[slot], episode_length=4)
         found = jax.tree.map(lambda x: x[slot], jax.device_get(state))  # noqa: B023
         assert found.metadata["trial_step"] == steps
@@ -406,6 +409,8 @@ def test_the_recipes_of_the_page(name):
     whole = gradhpo.solve(given, ONE_STEP, 20, KEY)
     part = gradhpo.solve(given, ONE_STEP, 9, KEY)
     assert_same_bits(gradhpo.solve(given, ONE_STEP, 20, KEY, resume=part).state, whole.state)
+    if "dataset" in name:  # which read far ahead for every slot
+        return
     trials = Population(given, ONE_STEP, 3, batching="map")
     _, rows = trials.run(trials.init(KEYS), 4, KEYS)
     alone = gradhpo.solve(given, ONE_STEP, 4, KEYS[2])

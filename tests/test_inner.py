@@ -1,7 +1,6 @@
 """The inner step: its optimizer's state, hyperparameters inside the optimizer, roots at zero."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -67,31 +66,29 @@ COMPOSED = {
 # --- The optimizer's state ---------------------------------------------------------------------
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def plain_step(inner, w, s, rows):
+    return problems.optax_loop(inner, QUADRATIC[0], w, problems.LAM0, [rows], s)
+
+
 def plain_loop(inner, batches):
     """The weights and the optimizer's state after steps of optax alone."""
-    step = jax.jit(
-        lambda w, s, rows: problems.optax_loop(inner, QUADRATIC[0], w, problems.LAM0, [rows], s)
-    )
     w, s = problems.as_jax(problems.W0), inner.init(problems.as_jax(problems.W0))
     for rows in batches:
-        w, s = step(w, s, rows)
+        w, s = plain_step(inner, w, s, rows)
     return w, s
 
 
 @pytest.mark.parametrize(
     ("name", "inner"),
-    slow_but(
-        itertools.product(["FO", "One-Step", "T1-T2", "T1-T2 at w*", "HyperDistill"], PLAIN),
-        *(("One-Step", inner) for inner in PLAIN),
-        *((name, "adam") for name in ("FO", "T1-T2 at w*", "HyperDistill")),
-    ),
+    [("One-Step", inner) for inner in PLAIN]
+    + [("FO", "adam"), ("T1-T2 at w*", "adamw"), ("HyperDistill", "momentum")],
 )
 def test_ten_steps_are_those_of_a_plain_optax_loop(name, inner):
     inner = PLAIN[inner]
     optimizer = {
         "FO": FOOptimizer(inner),
         "One-Step": OneStepOptimizer(inner),
-        "T1-T2": T1T2Optimizer(inner),
         "T1-T2 at w*": T1T2Optimizer(inner, gamma=0.9),
         "HyperDistill": OnlineHypergradientOptimizer(inner, gamma=0.9),
     }[name]
@@ -103,8 +100,8 @@ def test_ten_steps_are_those_of_a_plain_optax_loop(name, inner):
     assert_close(state.hyperparams, problems.LAM0, rtol=0)
 
 
-@pytest.mark.parametrize("inner", slow_but(PLAIN, "adam"))
-def test_ten_steps_of_greedy_are_those_of_a_plain_optax_loop(inner):
+def test_ten_steps_of_greedy_are_those_of_a_plain_optax_loop():
+    inner = "adam"
     settings = {"outer_optimizer": FROZEN, "unroll_steps": 5, "batches": "stack"}
     optimizer = GreedyOptimizer(PLAIN[inner], **settings)
     state = optimizer.init(problems.W0, problems.LAM0)
@@ -137,6 +134,7 @@ def estimate(optimizer, losses, state, batch, val_batch):
     return done.hypergradient, state.update(**moved, **memory)
 
 
+@functools.cache
 def exact_last_step(optimizer_of, *losses):
     """The gradient through one step of optax, from the optimizer's state, by autodiff."""
 
@@ -177,8 +175,14 @@ def tuned_val(w, lam, y):
 TUNED_LOSSES = (tuned_train, tuned_val)
 
 
-@pytest.mark.parametrize("inner", slow_but(TUNED, "adamw"))
-@pytest.mark.parametrize("name", ["One-Step", "HyperDistill", "Greedy"])
+@pytest.mark.parametrize(
+    ("name", "inner"),
+    slow_but(
+        [(name, "adamw") for name in ("One-Step", "HyperDistill", "Greedy")]
+        + [("One-Step", "sgd")],
+        *((name, "adamw") for name in ("One-Step", "HyperDistill", "Greedy")),
+    ),
+)
 def test_learning_rate_momentum_and_decay_get_the_gradient_of_the_exact_step(name, inner):
     inner = TUNED[inner]
     optimizer = {
@@ -196,6 +200,7 @@ def test_learning_rate_momentum_and_decay_get_the_gradient_of_the_exact_step(nam
     assert min(abs(found[key]) for key in ("log_lr", "momentum", "decay_rate")) > 1e-4
 
 
+@functools.cache
 def product_at(inner):
     """`w_t`, `s_t`, `g_FO` and `α·B`, with α at `w_t` and B at `(at, s_{t-1})`, by autodiff."""
 
@@ -213,8 +218,7 @@ def product_at(inner):
     return jax.jit(parts)
 
 
-@pytest.mark.parametrize("name", ["HyperDistill", "T1-T2"])
-@pytest.mark.parametrize("inner", slow_but(TUNED, "adamw"))
+@pytest.mark.parametrize(("inner", "name"), [("adamw", "HyperDistill"), ("sgd", "T1-T2")])
 def test_the_product_at_w_star_is_taken_with_the_present_state_of_the_optimizer(inner, name):
     gamma, inner = 0.7, TUNED[inner]
     method = {"HyperDistill": OnlineHypergradientOptimizer, "T1-T2": T1T2Optimizer}[name]
@@ -230,7 +234,7 @@ def test_the_product_at_w_star_is_taken_with_the_present_state_of_the_optimizer(
         state = new
 
 
-@pytest.mark.parametrize("inner", TUNED)
+@pytest.mark.parametrize("inner", ["adamw"])
 def test_greedy_accumulates_equation_6_while_the_optimizer_state_advances(inner):
     gamma, T, inner = 0.7, 4, TUNED[inner]
     optimizer = GreedyOptimizer(inner, FROZEN, unroll_steps=T, gamma=gamma, batches="stack")
@@ -246,15 +250,11 @@ def test_greedy_accumulates_equation_6_while_the_optimizer_state_advances(inner)
 
 # --- Square roots at zero ----------------------------------------------------------------------
 
+# Of each kind of root one; every optimizer of optax is in `test_optax`.
 DEAD = {
     "adam": ADAM,
-    "nadam": optax.nadam(0.05, eps=0.01),
-    "rmsprop": optax.rmsprop(0.05, momentum=0.9),
     "rmsprop, eps outside": optax.rmsprop(0.05, eps=0.01, eps_in_sqrt=False),
-    "adagrad": optax.adagrad(0.05),
     "clip and sgd": optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1)),
-    "clip and adam": COMPOSED["clip and adam"],
-    "inject_hyperparams": COMPOSED["inject_hyperparams"],
     # Adam inside a branch.
     "apply_if_finite": COMPOSED["apply_if_finite"],
     "MultiSteps": COMPOSED["MultiSteps"],

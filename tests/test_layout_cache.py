@@ -4,8 +4,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
+import gradhpo
 from gradhpo.cluster import SearchSpace, loguniform
 from gradhpo.cluster.shard import ShardHost
 from gradhpo.parallel import Population, batching, compiled, layout_cache, population, working_set
@@ -15,12 +17,22 @@ from tests.sweeps import sweep
 SLOTS = 8
 
 
+def loss(w, lam, batch):
+    return jnp.sum((w - lam) ** 2)
+
+
+PROBLEM = gradhpo.Problem(
+    lambda key: (jnp.zeros(3), jnp.zeros(3)), loss, loss, batch=lambda key: (None, None)
+)
+OPTIMIZER = gradhpo.FOOptimizer(optax.sgd(0.1), optax.sgd(0.1))
+
+
 def resolved():
     """The layout of a population in what is, to it, another process; and what that compiled."""
     population._FASTEST.clear()
     compiled.clear()
     before = compiled.counts()
-    trials = Population(wide_problems.problem(), wide_problems.optimizer(), SLOTS)
+    trials = Population(PROBLEM, OPTIMIZER, SLOTS)
     return trials.resolve(), compiled.counts().since(before).compiles
 
 
@@ -33,8 +45,9 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Measure, as on a GPU."""
+    """Measure, as on a GPU, and no longer than it takes to call each program once a round."""
     monkeypatch.setattr(batching, "MODELLED", ())
+    monkeypatch.setattr(batching, "ROUND_SECONDS", 0)
 
 
 @pytest.mark.slow

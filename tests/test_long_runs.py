@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from tests import long_program
 from tests.full_disk import full_disk
 from tests.long_program import KINDS, STEPS
 from tests.small import BATCH, INNER, build, start, train_loss, val_loss
+from tests.sweeps import alive
 
 KEY = jax.random.key(7)
 KEYS = jax.random.split(KEY, 3)
@@ -261,9 +263,19 @@ def pairs_of(rng):
     return itertools.islice(long_program.host_pairs(rng), 500)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("kept", [True, False], ids=["folder", "none"])
-@pytest.mark.parametrize("data", [{"batch": long_program.batch}, {"batches": pairs_of}])
+DEVICE, HOST = {"batch": long_program.batch}, {"batches": pairs_of}
+
+
+@pytest.mark.parametrize(
+    ("number", "kept", "data"),
+    [
+        (signal.SIGINT, True, DEVICE),
+        (signal.SIGINT, False, HOST),
+        (signal.SIGTERM, True, HOST),
+        (signal.SIGTERM, False, DEVICE),
+    ],
+    ids=["folder", "none, host", "folder, host", "none"],
+)
 def test_a_signal_returns_what_there_is_and_the_run_goes_on(tmp_path, number, kept, data, capfd):
     problem = Problem(start, train_loss, val_loss, metrics=long_program.metrics, **data)
     before = signal.getsignal(number)
@@ -331,26 +343,38 @@ def test_other_threads_leave_signals_alone(tmp_path):
 # --- real kills ---------------------------------------------------------------------------------
 
 
-def start_program(kind, folder, *kill, env=None):
-    arguments = [kind, str(folder), *map(str, kill)]
-    return subprocess.Popen([*PROGRAM, *arguments], stderr=subprocess.PIPE, text=True, env=env)
+class Life:
+    """A process that takes a run on, as far as it comes."""
+
+    def __init__(self, forks, kind, folder, *kill):
+        print(json.dumps([kind, str(folder), *kill]), file=forks.stdin, flush=True)
+        self.pid, self._forks = int(forks.stdout.readline()), forks
+
+    def alive(self):
+        return alive(self.pid)
+
+    def kill(self):
+        os.kill(self.pid, signal.SIGKILL)
+
+    def finished(self):
+        """Whether it came to its end, and was not killed."""
+        status = int(self._forks.stdout.readline())
+        assert status in (0, -signal.SIGKILL), "see what it printed"
+        return status == 0
 
 
 @pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory):
-    """An environment in which only the first of the processes that go on compiles."""
+def forks(tmp_path_factory):
+    """A process that forks others, of which only the first that goes on compiles."""
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-    return {**os.environ, **cache}
-
-
-def finished(process):
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode in (0, -signal.SIGKILL), errors
-    return process.returncode == 0
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*PROGRAM, "forks"], env={**os.environ, **cache}, **pipes) as process:
+        yield process
+        process.stdin.close()
 
 
 @pytest.fixture(scope="module")
@@ -379,23 +403,21 @@ def assert_result(folder, expected):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_sigkill_at_random_instants(tmp_path, kind, undisturbed, compiled_once):
+def test_sigkill_at_random_instants(tmp_path, kind, undisturbed, forks):
     chance, kills = np.random.default_rng(len(kind)), 0
     while True:
-        before, process = files(tmp_path), start_program(kind, tmp_path, env=compiled_once)
+        before, life = files(tmp_path), Life(forks, kind, tmp_path)
         if kills == 2:
-            assert finished(process)
+            assert life.finished()
             break
         deadline = time.monotonic() + 120
-        while files(tmp_path) == before and process.poll() is None:
+        while files(tmp_path) == before and life.alive():
             assert time.monotonic() < deadline
             time.sleep(0.002)
         time.sleep(chance.uniform(0, 0.12))
-        process.kill()
-        if finished(process):
-            break
+        life.kill()
+        assert not life.finished()
         kills += 1
-    assert kills >= 2
     assert_result(tmp_path, undisturbed(kind))
 
 
@@ -404,12 +426,9 @@ def test_sigkill_at_random_instants(tmp_path, kind, undisturbed, compiled_once):
     ("function", "count"),
     [("fsync", 5), ("replace", 4), ("replace", 1), ("unlink", 2)],
 )
-def test_sigkill_while_a_checkpoint_is_written(
-    tmp_path, function, count, undisturbed, compiled_once
-):
+def test_sigkill_while_a_checkpoint_is_written(tmp_path, function, count, undisturbed, forks):
     """Before a file is on the disk, before it has its name, and before an older one is removed."""
-    killed = start_program("device", tmp_path, function, count, env=compiled_once)
-    assert not finished(killed)
+    assert not Life(forks, "device", tmp_path, function, count).finished()
     left = [path for path in tmp_path.iterdir() if path.suffix == UNFINISHED]
     assert bool(left) == (function != "unlink")
     long_program.run("device", tmp_path).save(tmp_path / "result")  # any process goes on

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from gradhpo.cluster import PBT, SearchSpace, choice, loguniform
+from gradhpo.cluster import PBT, SearchSpace, choice, loguniform, shard
+from tests import file_operations
 from tests.sweeps import sweep
 from tests.test_stopping import command
 
@@ -11,8 +12,7 @@ optuna = pytest.importorskip("optuna", reason="optuna is not installed (the extr
 pytestmark = pytest.mark.filterwarnings("default")  # of other people's packages
 
 
-@pytest.mark.slow
-def test_a_running_sweep_and_then_the_finished_one(tmp_path):
+def test_a_running_sweep_and_then_the_finished_one(tmp_path, numpy_steps):
     storage, url = tmp_path / "digits", f"sqlite:///{tmp_path}/study.db"
     space = SearchSpace(
         hyperparams={"log_rate": loguniform(1e-3, 3e-1, stored="log")},
@@ -50,8 +50,14 @@ def test_a_running_sweep_and_then_the_finished_one(tmp_path):
     assert copied == {(copy.trial, copy.source) for copy in result.copies}
 
 
-@pytest.mark.slow
-def test_diverged_trials_fail_and_another_study_is_not_replaced(tmp_path):
+def test_diverged_trials_fail_and_another_study_is_not_replaced(tmp_path, monkeypatch):
+    class Diverging(file_operations.Variant):
+        def turn(self, state, order):
+            state, columns = super().turn(state, order)
+            loss = np.where(columns["hyperparams.log_rate"] > 0, np.nan, columns["val_loss"])
+            return state, {**columns, "val_loss": loss}
+
+    monkeypatch.setattr(shard, "Variant", Diverging)
     url = f"sqlite:///{tmp_path}/study.db"
     optuna.create_study(study_name="mine", storage=url)
     space = SearchSpace(hyperparams={"log_rate": choice([-3.0, 60.0])})

@@ -5,8 +5,10 @@ import sys
 
 import pytest
 
+import gradhpo
 from tests.public import ROOT
 
+BASE = "BilevelOptimizer"
 DOCS, BENCHMARKS = ROOT / "docs", ROOT / "benchmarks"
 
 
@@ -30,6 +32,13 @@ def test_every_file_that_the_page_on_contributing_names_is_there():
     assert len(named) > 40
     for path in named:
         assert "NAME" in path or (ROOT / path).exists(), path
+
+
+def test_the_page_on_choosing_has_a_row_for_every_method():
+    rows = table((DOCS / "how-to-choose.md").read_text(), "All methods")[2:]
+    made = [name for name in gradhpo.__all__ if name.endswith("Optimizer")]
+    assert sorted(row[0] for row in rows) == sorted(f"`{n}`" for n in made if n != BASE)
+    assert all(row[1] and row[2] for row in rows)
 
 
 def test_the_page_on_scaling_has_the_tables_that_were_computed():

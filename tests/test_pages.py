@@ -1,5 +1,6 @@
 """The code of README and docs/ runs as it stands there, and what does not run says why."""
 
+import functools
 import importlib.util
 import re
 
@@ -215,6 +216,7 @@ def _broken(page):
             yield f"{page}: {file}#{part}"
 
 
+@functools.cache
 def _anchors(path):
     """The names that headings get: lower case, words joined by hyphens."""
     heads = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)

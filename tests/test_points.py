@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from gradhpo.cluster import SearchSpace, Sweep, choice, loguniform, points, uniform
-from gradhpo.cluster.controller import Layout, Rules, first_plan
 from gradhpo.cluster.drawing import Drawing
 from gradhpo.cluster.manifest import OLDER, digest
 from gradhpo.cluster.objectives import Objectives
+from gradhpo.cluster.plan import Layout, Rules, first_plan
 from gradhpo.cluster.settings import Identity, read
 from tests.sweeps import SETTINGS, sweep
 

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from gradhpo.cluster import SuccessiveHalving, Sweep, SweepError, executors
+from gradhpo.cluster import Sweep, SweepError, executors, local_processes
 from gradhpo.cluster.commands import Again
+from gradhpo.cluster.fleet import Fleet
 from gradhpo.cluster.this_process import ThisProcess
-from tests import sweep_problems
-from tests.sweeps import SPACE, alive, assert_same_tables, lost, sweep, wait_until, workers
+from tests import file_operations, sweep_problems
+from tests.numpy_workers import boot
+from tests.sweeps import alive, assert_same_tables, lost, sweep, wait_until, workers
 
 ROOT = Path(__file__).parent.parent
 LONG = 10
@@ -24,6 +26,24 @@ LONG = 10
 def reference(tmp_path_factory):
     """The small sweep, undisturbed, in this process."""
     return sweep(tmp_path_factory.mktemp("reference"), generations=LONG).run()
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """The same with steps in NumPy."""
+    with file_operations.numpy_steps():
+        return sweep(tmp_path_factory.mktemp("expected"), generations=LONG).run()
+
+
+@pytest.fixture
+def numpy_workers(monkeypatch, numpy_steps):
+    """Let steps be a few lines of NumPy in workers, too; return what chooses of which class."""
+
+    def of(name):
+        monkeypatch.setattr(local_processes, "BOOT", boot(name))
+
+    of("Plain")
+    return of
 
 
 def on_processes(storage, **changes):
@@ -52,7 +72,7 @@ def test_a_killed_and_a_stopped_worker_change_nothing(tmp_path, reference):
 
 
 @pytest.mark.slow
-def test_a_worker_that_hangs_is_replaced(tmp_path, reference):
+def test_a_worker_that_hangs_is_replaced(tmp_path, expected, numpy_workers):
     """After a SIGSTOP, by a deadline; its process is ended too."""
     made, stopped = on_processes(tmp_path, deadline=4), []
 
@@ -66,11 +86,13 @@ def test_a_worker_that_hangs_is_replaced(tmp_path, reference):
     assert any("did not answer" in reason for reason in lost(made))
     assert len(stopped) == 1
     assert not any(map(alive, stopped))
-    assert_same_tables(result, reference)
+    assert_same_tables(result, expected)
 
 
 @pytest.mark.slow
-def test_another_number_of_workers_goes_on_after_a_kill_at_the_end(tmp_path, reference):
+def test_another_number_of_workers_goes_on_after_a_kill_at_the_end(
+    tmp_path, expected, numpy_workers
+):
     """A worker is killed after the last generation, which is whole without it."""
     made = on_processes(tmp_path, workers=2, generations=5)
 
@@ -80,7 +102,7 @@ def test_another_number_of_workers_goes_on_after_a_kill_at_the_end(tmp_path, ref
             os.kill(workers(made)[0], signal.SIGKILL)
 
     assert made.run(strike).generations == 5
-    assert_same_tables(on_processes(tmp_path, workers=1).run(), reference)
+    assert_same_tables(on_processes(tmp_path, workers=1).run(), expected)
 
 
 @pytest.mark.slow
@@ -91,31 +113,24 @@ def test_workers_take_the_program_from_a_compilation_cache(tmp_path):
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     changes = {"generations": 2, "env": env}
-    cold, warm = (on_processes(tmp_path / name, **changes).run() for name in ("cold", "warm"))
+    cold = on_processes(tmp_path / "cold", **changes).run()
+    warm = on_processes(tmp_path / "warm", **changes, workers=1).run()
     counts = [(r.report.compiles, r.report.loads, r.report.restores) for r in (cold, warm)]
-    assert counts == [(1, 1, 0), (0, 0, 2)]
-    assert warm.report.worker_compiles == [0, 0]
+    assert counts == [(1, 1, 0), (0, 0, 1)]
+    assert warm.report.worker_compiles == [0]
     assert_same_tables(warm, cold)
 
 
 @pytest.mark.slow
-def test_choices_and_another_scheduler(tmp_path):
-    space = dataclasses.replace(SPACE, choices={"method": ["first-order", "one-step"]})
-    changes = {"space": space, "scheduler": SuccessiveHalving(reduction=2), "generations": 4}
-    result = on_processes(tmp_path / "processes", **changes).run()
-    assert result.report.compiles == 2
-    assert_same_tables(result, sweep(tmp_path / "local", **changes).run())
-
-
-@pytest.mark.slow
-def test_a_crowded_worker_and_a_slow_disk_end_in_the_same_checkpoints(tmp_path, monkeypatch):
+def test_a_crowded_worker_and_a_slow_disk_end_in_the_same_checkpoints(
+    tmp_path, monkeypatch, numpy_workers
+):
     """They are never at the same generation: one writes what does not fit, the other comes late."""
     slow, killed = tmp_path / "slow", []
     monkeypatch.setenv("SLOW_DISK", str(slow))
+    numpy_workers("SlowDisk")
     changes = {"shards": 3, "checkpoint_every": 3, "generations": LONG}
-    made = on_processes(
-        tmp_path / "sweep", problem="tests.sweep_problems:slow_disk_problem", **changes
-    )
+    made = on_processes(tmp_path / "sweep", **changes)
 
     def disturb(generation, table):
         del table
@@ -130,7 +145,9 @@ def test_a_crowded_worker_and_a_slow_disk_end_in_the_same_checkpoints(tmp_path, 
     assert result.report.workers_lost >= 2
     undisturbed = sweep(tmp_path / "reference", **changes).run()
     assert_same_tables(result, undisturbed)
-    resumed = Sweep.from_storage(tmp_path / "sweep", generations=LONG + 2).run()
+    resumed = Sweep.from_storage(
+        tmp_path / "sweep", generations=LONG + 2, executor="local", progress=False
+    ).run()
     assert len(resumed.table["generation"]) > len(result.table["generation"])
 
 
@@ -148,21 +165,22 @@ class LosesRows(ThisProcess):
             super().send(worker, call, what, arguments)
 
 
-@pytest.mark.slow
-def test_rows_that_are_lost_on_their_way_change_nothing(tmp_path, reference, monkeypatch):
+def test_rows_that_are_lost_on_their_way_change_nothing(
+    tmp_path, expected, numpy_steps, monkeypatch
+):
     """As with the node that held them: they are in a checkpoint, or are computed again."""
     monkeypatch.setattr(executors, "ThisProcess", LosesRows)
     made = sweep(tmp_path, generations=LONG)
-    assert_same_tables(made.run(), reference)
+    assert_same_tables(made.run(), expected)
     assert LosesRows.lost > 7
     assert lost(made) == []
 
 
 @pytest.mark.slow
-def test_slow_is_not_dead(tmp_path):
+def test_slow_is_not_dead(tmp_path, numpy_workers):
     """Each shard's generation takes longer than a worker may be silent."""
-    changes = {"problem": "tests.sweep_problems:slow", "population": 2, "shards": 2}
-    changes |= {"generations": 1}
+    numpy_workers("Slow")
+    changes = {"population": 2, "shards": 2, "generations": 1}
     made = on_processes(tmp_path / "processes", **changes, heartbeat=0.6)
     result = made.run()
     assert min(entry["seconds"] for entry in result._entries) > 0.6
@@ -172,19 +190,25 @@ def test_slow_is_not_dead(tmp_path):
 
 FAILING = {
     "import": ({"problem": "tests.sweep_problems:does_not_exist"}, "has no 'does_not_exist'"),
-    "file": (
-        {"problem": "tests.sweep_problems:reads_a_missing_file"},
-        "failed to (trace|compile).*FileNotFound",
+    "crash": ({}, "2 workers in a row were lost while shard . ran"),
+    "memory": (
+        {"problem": "tests.sweep_problems:ends_its_process"},
+        "2 workers in a row were lost",
     ),
-    "crash": ({"problem": "tests.sweep_problems:crashes_in_its_first_step"}, "while shard . ran"),
-    "memory": ({"problem": "tests.sweep_problems:ends_its_process"}, "in a row were lost"),
-    "step": ({"problem": "tests.sweep_problems:prints_and_fails"}, "compile.*fails on purpose"),
+    "step": (
+        {"problem": "tests.sweep_problems:prints_and_fails"},
+        "failed to (trace|compile).*FileNotFound.*fails on purpose",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) for c in FAILING])
-def test_errors_name_the_storage_and_the_log_in_ten_lines(tmp_path, case):
+def test_errors_name_the_storage_and_the_log_in_ten_lines(tmp_path, monkeypatch, case):
     changes, message = FAILING[case]
+    few = functools.partial(dataclasses.replace, most_losses=1)
+    monkeypatch.setattr(executors, "Fleet", lambda limits, *args: Fleet(few(limits), *args))
+    if case == "crash":
+        monkeypatch.setattr(local_processes, "BOOT", boot("Crashes"))
     made = on_processes(tmp_path / "storage", workers=1, **changes)
     with pytest.raises(SweepError, match=message) as caught:
         made.run()
@@ -202,7 +226,11 @@ def test_errors_name_the_storage_and_the_log_in_ten_lines(tmp_path, case):
 DRIVER = """
 import os, sys
 sys.path.insert(0, {root!r})
+from gradhpo.cluster import local_processes
+from tests.numpy_workers import boot, use
 from tests.sweeps import sweep
+use("Plain")
+local_processes.BOOT = boot("Plain")
 made = sweep({storage!r}, executor="processes", workers=2, generations=1000)
 made.run(lambda g, table: print(g, *[e.pid for e in made.events if e.name == "worker ready"],
                                 flush=True))

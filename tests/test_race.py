@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import itertools
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -23,22 +24,13 @@ from gradhpo.cluster import (
     when,
 )
 from gradhpo.cluster import columns as names
-from gradhpo.cluster.controller import (
-    Layout,
-    Rules,
-    after,
-    decide,
-    first_plan,
-    following,
-    gather,
-    orders,
-    race,
-)
+from gradhpo.cluster.deciding import decide, race
 from gradhpo.cluster.history import History
 from gradhpo.cluster.incarnations import Incarnations
 from gradhpo.cluster.objectives import Objectives
 from gradhpo.cluster.optuna_study import _Trials
 from gradhpo.cluster.orders import Result
+from gradhpo.cluster.plan import Layout, Rules, after, first_plan, following, gather, orders
 from gradhpo.cluster.race import rung
 from gradhpo.cluster.storage import Storage
 from tests import raced_operations
@@ -209,15 +201,29 @@ def raced(storage, **changes):
     return sweep(storage, **{**given, **changes})
 
 
-@pytest.mark.slow
-def test_a_race_is_in_the_table_the_journal_the_events_and_the_result(tmp_path):
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """All generations at once, and what an observer was told."""
     told = []
 
     class Observer:
         def observe(self, event):
             told.append(event)
 
-    result = raced(tmp_path / "a").run(observers=[Observer()])
+    return raced(tmp_path_factory.mktemp("straight")).run(observers=[Observer()]), told
+
+
+@pytest.fixture(scope="module")
+def three(straight, tmp_path_factory):
+    """The storage of three generations, and what they gave: interrupted where the race ends."""
+    storage = tmp_path_factory.mktemp("three")
+    raced(storage, generations=2).run()
+    return storage, raced(storage, generations=3).run()
+
+
+@pytest.mark.slow
+def test_a_race_is_in_the_table_the_journal_the_events_and_the_result(tmp_path, straight, three):
+    result, told = straight
     assert result.report.compiles == 2, "shapes stay: once for each combination"
     table, (ended,) = result.table, result.ended
     lost = 1 - table["variant"][-1]
@@ -235,7 +241,7 @@ def test_a_race_is_in_the_table_the_journal_the_events_and_the_result(tmp_path):
         there = np.isfinite(table[f"hyperparams.{name}"])
         assert (there == (table["variant"] == number)).all()
     assert result.best.choices == {"method": ["first-order", "one-step"][1 - lost]}
-    from_storage = SweepResult.from_storage(tmp_path / "a")
+    from_storage = SweepResult.from_storage(result.where)
     assert from_storage.ended == result.ended
     replayed = result.replay()
     np.testing.assert_array_equal(replayed.params, result.best.params)
@@ -243,10 +249,9 @@ def test_a_race_is_in_the_table_the_journal_the_events_and_the_result(tmp_path):
     if importlib.util.find_spec("optuna") is not None:
         assert_study_has_what_was_drawn(result)
 
-    # Started again after every generation, it ends equal to the bit.
-    for generations in (1, 2, 3, 4):
-        made = raced(tmp_path / "b", generations=generations)
-        again = made.run()
+    # Started again after some generations, it ends equal to the bit.
+    made = raced(shutil.copytree(three[0], tmp_path / "b"))
+    again = made.run()
     assert_same_tables(again, result)
     assert again.ended == result.ended
     assert len([one for one in made.events if isinstance(one, events.Prepared)]) == 1, "who is left"
@@ -264,9 +269,9 @@ def assert_study_has_what_was_drawn(result):
 
 
 @pytest.mark.slow
-def test_two_workers_share_what_is_left_of_a_race(tmp_path):
+def test_two_workers_share_what_is_left_of_a_race(tmp_path, three):
     """Each compiles a method; then both hold shards of one, which the other one loads."""
-    alone = raced(tmp_path / "a", generations=3).run()
+    alone = three[1]
     made = raced(tmp_path / "b", generations=3, executor="processes", workers=2)
     result = made.run()
     assert_same_tables(result, alone)
@@ -308,4 +313,5 @@ def test_a_shard_that_changes_hands_begins_with_nothing_and_what_is_kept_of_it_s
 
 @pytest.mark.slow
 def test_a_kill_while_shards_change_hands_changes_no_bit(tmp_path):
-    assert kills_of("raced_operations", tmp_path, 2, 0, 23) > 4
+    (killed,) = kills_of("raced_operations", tmp_path, (2, 0, 23, "PBT"))
+    assert killed > 4

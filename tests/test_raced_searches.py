@@ -23,11 +23,12 @@ from gradhpo.cluster import (
     when,
 )
 from gradhpo.cluster.columns import first_of, of_first
-from gradhpo.cluster.controller import Layout, Plan, Rules, first_plan, follow
+from gradhpo.cluster.deciding import follow
 from gradhpo.cluster.dominance import places
 from gradhpo.cluster.drawing import Drawing
 from gradhpo.cluster.objectives import Objectives
 from gradhpo.cluster.optuna_kinds import spanning
+from gradhpo.cluster.plan import Layout, Plan, Rules, first_plan
 from tests import raced_operations
 from tests.decisions import Decided
 from tests.sweeps import assert_same_tables, sweep

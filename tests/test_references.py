@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("only_x64")
 QUADRATIC = (problems.quadratic_train, problems.quadratic_val)
 NETWORK = (problems.mlp_train, problems.mlp_val)
 LINEAR = (problems.linear_train, problems.linear_val)
-T = 5
+T = 3
 STACK, VAL = problems.TRAIN[:T], problems.VAL
 
 
@@ -112,7 +112,11 @@ def build(kind, inner, **settings):
 # --- Exact through T steps ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", slow_but([*INNER, "update_fn"], "sgd"))
+# Momentum is in "sgd of λ" too, and Adam behind a clip.
+EXACT = [name for name in INNER if name not in ("momentum", "adam")]
+
+
+@pytest.mark.parametrize("name", slow_but([*EXACT, "update_fn"], "sgd"))
 def test_unrolled_and_forward_are_the_exact_hypergradient(name):
     inner = clipped if name == "update_fn" else INNER[name]
     losses, *start = problem_of(name)
@@ -138,16 +142,22 @@ def test_of_a_network():
         assert_close(found, expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize("steps", [7, 9])
+@pytest.mark.parametrize(
+    ("steps", "others"),
+    # A length that leaves a shorter segment, and a square.
+    [
+        (7, [("sqrt", "reverse-over-reverse"), ("step", "auto"), ("sqrt", "auto")]),
+        (9, [("sqrt", "reverse-over-reverse")]),
+    ],
+)
 @pytest.mark.slow
-def test_rematerialization_changes_nothing_at_any_length(steps):
-    # A length that leaves a shorter segment, and a square. The same batch at every step is a stack
-    # of its copies.
+def test_rematerialization_changes_nothing_at_any_length(steps, others):
+    # The same batch at every step is a stack of its copies.
     stack = np.repeat(STACK[:1], steps, axis=0)
     kept = UnrolledOptimizer(ADAM, unroll_steps=steps, batches="stack")
     state = kept.init(problems.W0, problems.LAM0)
     expected = kept.compute_hypergradient(state, stack, VAL, *QUADRATIC)
-    for remat, mode in (("sqrt", "reverse-over-reverse"), ("step", "auto"), ("sqrt", "auto")):
+    for remat, mode in others:
         repeat = UnrolledOptimizer(ADAM, unroll_steps=steps, remat=remat, mode=mode)
         found = repeat.compute_hypergradient(state, STACK[0], VAL, *QUADRATIC)
         assert_close(found, expected)
@@ -247,7 +257,8 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but(METHODS, "One-Step"))
+# Greedy and HyperDistill differentiate one step at a time, as One-Step does.
+@pytest.mark.parametrize("name", slow_but(["One-Step", "Unrolled", "DrMAD"], "One-Step"))
 def test_modes_agree_with_hyperparameters_in_the_loss_and_the_optimizer(name):
     found = []
     for mode in ("reverse-over-reverse", *MIXED):
@@ -398,7 +409,7 @@ def test_conjugate_gradients_give_the_exact_gradient_at_a_minimum():
     assert_close(series.compute_hypergradient(*arguments), expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize("K", [1, 2, 5])
+@pytest.mark.parametrize("K", [1, 4])
 def test_k_terms_of_neumann_are_k_unrolled_steps_at_a_minimum(K):
     # Lorraine et al. 2020, the limit of truncated unrolling.
     w, *_ = minimum(problems.LAM0, STACK[0])
@@ -425,10 +436,10 @@ def test_more_iterations_come_closer():
                 implicit(**settings, K=K).compute_hypergradient(state, STACK[0], VAL, *QUADRATIC)
                 - exact
             )
-            for K in (1, 2, 3)
+            for K in (1, 2)
         ]
-        assert errors[0] > errors[1] > errors[2]
-    assert errors[2] > 1e-4  # three terms of the series are not yet exact
+        assert errors[0] > errors[1]
+    assert errors[1] > 1e-4  # two terms of the series are not yet exact
 
 
 def test_conjugate_gradients_stop_at_rounding_and_where_the_curvature_is_negative():
@@ -520,26 +531,28 @@ def test_a_hyperparameter_that_the_training_gradient_shows_is_accepted():
     assert_same_bits(found["nowhere"], np.zeros(2))
 
 
+def flat_train(w, lam, batch):
+    x, y = batch
+    return jnp.mean((x @ w - y * jnp.exp(lam)) ** 2)
+
+
+def flat_val(w, lam, v):
+    return jnp.mean((v @ w - 1) ** 2)
+
+
 @pytest.mark.parametrize("K", slow_but([5, 10, 50], 10))
-@pytest.mark.parametrize("seed", range(3))
-def test_implicit_at_a_minimum_with_flat_directions(seed, K):
+def test_implicit_at_a_minimum_with_flat_directions(K):
     """In float32 and with more weights than rows: the minimum-norm solution's derivative."""
-    rng = np.random.default_rng(seed)
-    x, y, v = (rng.normal(size=shape).astype(np.float32) for shape in ((5, 20), (5,), (8, 20)))
-    w = np.linalg.pinv(x) @ y  # of targets y exp(λ), at λ = 0; so dw/dλ is w
-    expected = 2 / 8 * (v @ w - 1) @ v @ w
-
-    def train(w, lam, batch):
-        return jnp.mean((x @ w - y * jnp.exp(lam)) ** 2)
-
-    def val(w, lam, batch):
-        return jnp.mean((v @ w - 1) ** 2)
-
-    with jax.enable_x64(False):
-        optimizer = ImplicitOptimizer(optax.sgd(1e-9), optax.sgd(0.0), K=K)
-        state = optimizer.init(jnp.asarray(w), jnp.zeros(()))
-        found = optimizer.compute_hypergradient(state, 0.0, 0.0, train, val)
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    optimizer = ImplicitOptimizer(optax.sgd(1e-9), optax.sgd(0.0), K=K)
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        x, y, v = (rng.normal(size=shape).astype(np.float32) for shape in ((5, 20), (5,), (8, 20)))
+        w = np.linalg.pinv(x) @ y  # of targets y exp(λ), at λ = 0; so dw/dλ is w
+        expected = 2 / 8 * (v @ w - 1) @ v @ w
+        with jax.enable_x64(False):
+            state = optimizer.init(jnp.asarray(w), jnp.zeros(()))
+            found = optimizer.compute_hypergradient(state, (x, y), v, flat_train, flat_val)
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("split", [lambda v: (v[0], v[1]), jnp.unstack, lambda v: jnp.split(v, 2)])
@@ -590,7 +603,7 @@ def test_a_stack_of_another_length_is_refused():
         optimizer = build(kind, problems.SGD)
         state = optimizer.init(problems.W0, problems.LAM0)
         with pytest.raises(ValueError, match=f"train_batch must have a leading axis of length {T}"):
-            optimizer.step(state, STACK[:3], VAL, *QUADRATIC, 0.1)
+            optimizer.step(state, STACK[:2], VAL, *QUADRATIC, 0.1)
 
 
 @pytest.mark.slow
@@ -600,7 +613,7 @@ def test_greedy_with_more_of_the_past_comes_closer_to_the_exact_hypergradient():
     state = UnrolledOptimizer(slow).init(problems.W0, problems.LAM0)
     expected = exact(slow, QUADRATIC, state, as_jax(STACK), VAL)
     errors = []
-    for gamma in (0.1, 0.5, 0.9, 1.0):
+    for gamma in (0.1, 0.9, 1.0):
         greedy = build(GreedyOptimizer, slow, outer_optimizer=optax.sgd(0.1), gamma=gamma)
         found = greedy.compute_hypergradient(state, STACK, VAL, *QUADRATIC)
         errors.append(np.linalg.norm(found - expected))

@@ -79,19 +79,20 @@ def test_the_length_of_training_is_that_of_its_learning_rates(rate):
     np.testing.assert_allclose(found, 7 * rate, rtol=1e-5)
 
 
-def regime(smooth=(1.0,) * 8, noise=0.0, falls=0.0, samples=3):
+def regime(smooth=(1.0,) * 8, noise=0.0, falls=0.0, samples=3, promised=-0.2):
     steps = len(smooth)
     train = np.linspace(1, 1 - falls, steps) * np.ones((samples, 1))
     losses = np.asarray([5.0, 4.9, 4.85]) * np.ones((samples, steps, 1))
     each = np.asarray(smooth) * np.ones((samples, 1))
-    return Regime(0.01, each, losses, np.full(samples, -0.2), train, noise)
+    return Regime(0.01, each, losses, np.full(samples, promised), train, noise)
 
 
 def test_nothing_is_advised_where_nothing_is_wrong():
     lines = regime().advice(True, ())
     assert lines == [
-        "Along the hypergradient: metasmoothness 1.00 after 1, 1.00 after 4, 1.00 after 8 steps; "
-        "a step of 0.01 gets 50% of what it promises."
+        "Along the hypergradient: metasmoothness 1.00 after 1, 1.00 after 4, 1.00 after 8 steps "
+        "(1: λ moves the weights as on a line; below 0.5: chaos); "
+        "a step of 0.01 on λ gets 50% of what it promises."
     ]
 
 
@@ -101,6 +102,17 @@ def test_chaos_is_told_with_where_it_begins():
     told = "Chaotic beyond 3 steps: truncate there"
     assert f"{told}." in found.advice(False, ())
     assert f"{told}, or PESOptimizer." in found.advice(False, ("PESOptimizer",))
+    later = regime((1.0,) * 6 + (0.1,) * 2).advice(False, ("PESOptimizer",))
+    assert later[1] == "Chaotic beyond 6 steps: T = 4 is below that; take no longer one."
+
+
+@pytest.mark.parametrize(("promised", "useful"), [(-0.1, True), (-0.2, False), (-0.05, False)])
+def test_chaotic_weights_with_a_loss_that_falls_as_promised_are_told_apart(promised, useful):
+    found = regime((1.0, 1.0) + (0.1,) * 6, promised=promised)
+    assert found.useful is useful
+    (told,) = found.advice(False, ())[1:]
+    assert told.startswith("Beyond 2 steps" if useful else "Chaotic beyond 2 steps: truncate")
+    assert told.endswith("it is of use." if useful else "there.")
 
 
 @pytest.mark.parametrize(
@@ -151,20 +163,19 @@ def test_a_falling_training_loss_is_no_minimum():
 
 
 def test_signs_of_life_come_until_it_is_over(monkeypatch):
-    lines, twice = [], threading.Event()
+    lines, told_so = [], threading.Event()
 
     def write(text):
         lines.append(text)
-        if len(lines) == 2:
-            twice.set()
+        if text.startswith("slow work, for "):
+            told_so.set()
 
     bar = Bar(False, total=1, unit="estimate")
     monkeypatch.setattr(bar, "write", write)
     with Spoken(bar, every=1e-3) as spoken:
         spoken.doing("slow work")
-        assert twice.wait(60)
+        assert told_so.wait(60)
     told = len(lines)
-    assert lines[1].startswith("slow work, for ")
     assert not spoken._thread.is_alive()
     assert len(lines) == told
 

@@ -6,6 +6,8 @@ import http.client
 import importlib.util
 import json
 import os
+import re
+import types
 
 import numpy as np
 import pytest
@@ -216,6 +218,20 @@ def test_the_page_holds_the_data_and_asks_for_nothing(result, data, tmp_path):
     assert not {"img", "iframe", "object", "form"} & set(parts.tags)
     assert "connect-src 'none'" in page
     assert page.index("default-src 'none'") < page.index("<title>")
+
+
+@with_plotly
+def test_ctrl_c_ends_a_watch_with_a_line(result, monkeypatch):
+    class Pressed:
+        def wait(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "threading", types.SimpleNamespace(Event=Pressed))
+    done = CliRunner().invoke(cli.app, ["report", str(result.where), "--watch"])
+    assert done.exit_code == 0
+    address, ended = done.output.splitlines()
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/ \(Ctrl-C ends it\)", address)
+    assert ended == "No longer served."
 
 
 def test_without_plotly_the_error_says_what_to_install(monkeypatch):

@@ -55,7 +55,7 @@ def test_a_port_that_is_none_is_named(port):
 def test_a_port_in_use_is_named():
     with PageServer("", lambda after, epoch: {}) as server:
         port = server.port
-        with pytest.raises(OSError, match=f"port {port} of 127.0.0.1 cannot be had: ") as raised:
+        with pytest.raises(OSError, match=f"^port {port} of 127.0.0.1 cannot be had: ") as raised:
             PageServer("", lambda after, epoch: {}, port)
     assert raised.value.errno == errno.EADDRINUSE
 

@@ -60,16 +60,34 @@ def near(page, name):
     page.until(f"({go}, document.querySelector('{parts}'))")
 
 
-@pytest.mark.parametrize(("width", "dark"), [(1280, False), (412, True)])
-def test_it_opens_is_clicked_and_read_back(page, result, tmp_path, width, dark):
+def test_it_fits_a_small_screen_and_is_dark_where_others_are(page, result, tmp_path):
+    page.open(write_report(result.where, tmp_path / "report.html").as_uri(), width=412, dark=True)
+    assert float(shown(page, "#best")) == pytest.approx(result.best.score, rel=1e-3)
+    near(page, "curves")
+    assert page.value("document.documentElement.scrollWidth") <= 412
+    turns_the_theme(page, "dark")
+    assert page.errors == []
+
+
+def turns_the_theme(page, before):
+    """Click for the other theme, and see another color."""
+    assert page.value("document.documentElement.dataset.theme") == before
+    paper = "getComputedStyle(document.body).backgroundColor"
+    color = page.value(paper)
+    page.click("#theme")
+    assert page.value("document.documentElement.dataset.theme") != before
+    assert page.value(paper) != color
+
+
+def test_it_opens_is_clicked_and_read_back(page, result, tmp_path):
     path = write_report(result.where, tmp_path / "report.html")
     page.requests.clear()
-    page.open(path.as_uri(), width=width, dark=dark)
+    page.open(path.as_uri(), width=1280, dark=False)
     assert shown(page, "h1") == "a <b onmouseover=alert(1)>sweep&lt;"
     assert float(shown(page, "#best")) == pytest.approx(result.best.score, rel=1e-3)
     assert shown(page, "#done") == "8 / 8"
     assert shown(page, "#lineage") == " → ".join(map(str, result.best.lineage))
-    assert page.value("document.documentElement.scrollWidth") <= width
+    assert page.value("document.documentElement.scrollWidth") <= 1280
 
     near(page, "curves")
     best = page.value(f"{drawn('curves')}.find(t => t.name === 'best so far').y")
@@ -90,15 +108,7 @@ def test_it_opens_is_clicked_and_read_back(page, result, tmp_path, width, dark):
     page.click("#chosen button")
     assert page.value("document.getElementById('chosen').style.display") == "none"
 
-    # Light and dark.
-    before = page.value("document.documentElement.dataset.theme")
-    assert before == ("dark" if dark else "light")
-    paper = "getComputedStyle(document.body).backgroundColor"
-    color = page.value(paper)
-    page.click("#theme")
-    assert page.value("document.documentElement.dataset.theme") != before
-    assert page.value(paper) != color
-
+    turns_the_theme(page, "light")
     asked = [url for url in page.requests if not url.startswith(("data:", "blob:"))]
     assert asked == [path.as_uri()]
     assert page.errors == []

@@ -34,9 +34,14 @@ def test_a_schedule_is_exact_at_every_step(x64):
     rate = found.schedule("rate")
     optimizer, w = optax.adam(rate), jnp.ones(3)
     state = optimizer.init(w)
-    for _ in range(9):
+
+    @jax.jit
+    def step(w, state):
         updates, state = optimizer.update(jax.grad(loss)(w, None, BATCH), state, w)
-        w = optax.apply_updates(w, updates)
+        return optax.apply_updates(w, updates), state
+
+    for _ in range(9):
+        w, state = step(w, state)
     np.testing.assert_allclose(w, found.state.params, rtol=1e-12)
     assert rate(0) == 0.01
     assert rate(100) == found.record["rate"][-1]

@@ -320,7 +320,7 @@ class OfThisTest:
         return {name: np.full(n, kind.high) for name, kind in space.searched().items()}
 
 
-def test_a_result_is_read_without_the_program_that_has_the_sampler(tmp_path):
+def test_a_result_is_read_without_the_program_that_has_the_sampler(tmp_path, numpy_steps):
     class Local(OfThisTest):
         """Which no name leads to."""
 

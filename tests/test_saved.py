@@ -18,7 +18,8 @@ from gradhpo import DamagedFile, Problem, Solution, solve
 from gradhpo.saved import Packer, Unpacker
 from gradhpo.solution import packed
 from tests import long_program
-from tests.small import BATCH, INNER, OPTIMIZERS, REFERENCES, build, start, train_loss, val_loss
+from tests.quick import slow_but
+from tests.small import BATCH, INNER, OPTIMIZERS, build, start, train_loss, val_loss
 
 KEY = jax.random.key(7)
 OPTIMIZER = build("one-step", outer=True)[0]
@@ -49,26 +50,30 @@ def plain(leaf):
     return jax.random.key_data(leaf) if keys else leaf
 
 
-ONE, MANY = KEY, jax.random.split(KEY, 2)
+@pytest.mark.slow
+def test_another_precision_is_named(tmp_path, x64):
+    made = solve(PROBLEM, OPTIMIZER, 3, KEY)
+    assert made.metrics["val_loss"].dtype == np.float64
+    made.save(tmp_path / "solution")
+    with jax.enable_x64(False), pytest.raises(ValueError, match="jax_enable_x64=True"):
+        Solution.load(tmp_path / "solution", PROBLEM, OPTIMIZER)
 
 
+KEYS = {"one": KEY, "batch": jax.random.split(KEY, 2)}
+
+
+# Greedy and HyperDistill, for what their states hold beside the weights of the others.
 @pytest.mark.parametrize(
-    ("name", "key"),
-    [("one-step", ONE), ("one-step", MANY)]
-    + [
-        pytest.param(name, key, marks=pytest.mark.slow)
-        for names, key in (
-            ([n for n in (*OPTIMIZERS, *REFERENCES) if n != "one-step"], ONE),
-            (["greedy", "hyperdistill"], MANY),
-        )
-        for name in names
-    ],
-    ids=lambda given: given if isinstance(given, str) else "batch" if given.shape else "one",
+    ("name", "runs"),
+    slow_but(
+        [("one-step", "one"), ("one-step", "batch"), ("hyperdistill", "one"), ("greedy", "batch")],
+        ("one-step", "one"),
+    ),
 )
-def test_a_solution_comes_back_to_the_bit(tmp_path, name, key):
+def test_a_solution_comes_back_to_the_bit(tmp_path, name, runs):
     settings = {"T": 3} if name == "hyperdistill" else {}
     optimizer = build(name, outer=True, **settings)[0]
-    made = solve(PROBLEM, optimizer, 4, key, eval_every=2, episode_length=3)
+    made = solve(PROBLEM, optimizer, 4, KEYS[runs], eval_every=2, episode_length=3)
     made.save(tmp_path / "new" / "solution.npz")
     found = Solution.load(tmp_path / "new" / "solution.npz", PROBLEM, optimizer)
     assert_same(found, made)
@@ -83,16 +88,19 @@ def keyed(**data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("key", [KEY, jax.random.key(1, impl="rbg")], ids=["threefry", "rbg"])
-def test_keys_in_a_state_come_back(tmp_path, key):
+def test_keys_in_a_state_come_back(tmp_path):
     problem, optimizer = keyed(batch=long_program.batch)
-    made = solve(problem, optimizer, 4, key, lr_hyper=0.01)
+    made = solve(problem, optimizer, 4, jax.random.key(1, impl="rbg"), lr_hyper=0.01)
     assert any(plain(x) is not x for x in jax.tree.leaves(made))
     made.save(tmp_path / "solution")
     found = Solution.load(tmp_path / "solution", problem, optimizer)
     assert_same(found, made)
+
+
+@pytest.mark.slow
+def test_keys_in_a_state_of_a_run_on_host_data_come_back(tmp_path):
     on_host, optimizer = keyed(batches=[(BATCH, BATCH)] * 20)
-    made = solve(on_host, optimizer, 4, key, lr_hyper=0.01)
+    made = solve(on_host, optimizer, 4, KEY, lr_hyper=0.01)
     made.save(tmp_path / "host")
     assert_same(Solution.load(tmp_path / "host", on_host, optimizer), made)
     once = dataclasses.replace(on_host, batches=iter([(BATCH, BATCH)]))
@@ -110,6 +118,7 @@ def test_a_loaded_solution_goes_on_to_the_same_bits(tmp_path):
     np.testing.assert_array_equal(found.metrics["val_loss"], whole.metrics["val_loss"])
 
 
+@pytest.mark.slow
 def test_other_precisions_and_fields_made_by_hand(tmp_path):
     def half(key):
         w, lam = start(key)
@@ -191,14 +200,6 @@ def test_a_solution_of_something_else_is_refused(tmp_path, problem, optimizer, m
         Solution.load(tmp_path / "solution", other, method)
 
 
-def test_another_precision_is_named(tmp_path, x64):
-    made = solve(PROBLEM, OPTIMIZER, 3, KEY)
-    assert made.metrics["val_loss"].dtype == np.float64
-    made.save(tmp_path / "solution")
-    with jax.enable_x64(False), pytest.raises(ValueError, match="jax_enable_x64=True"):
-        Solution.load(tmp_path / "solution", PROBLEM, OPTIMIZER)
-
-
 def test_damage_is_named_and_nothing_is_unpickled(tmp_path):
     with pytest.raises(DamagedFile, match=r"solution: cannot be read"):
         Solution.load(tmp_path / "solution", PROBLEM, OPTIMIZER)
@@ -210,8 +211,8 @@ def test_damage_is_named_and_nothing_is_unpickled(tmp_path):
 # --- fingerprints -------------------------------------------------------------------------------
 
 
-def fingerprint(optimizer=OPTIMIZER, **changes):
-    return solve(dataclasses.replace(PROBLEM, **changes), optimizer, 1, KEY).fingerprint
+def fingerprint(**changes):
+    return long_program.fingerprint(OPTIMIZER, dataclasses.replace(PROBLEM, **changes))
 
 
 TARGET = np.arange(3.0, dtype=np.float32)
@@ -235,6 +236,7 @@ def test_what_is_closed_over_counts_and_names_do_not():
         return train_loss(a, b, c)
 
     assert fingerprint(train_loss=renamed_loss) == fingerprint()
+    assert fingerprint() == solve(PROBLEM, OPTIMIZER, 1, KEY).fingerprint
 
 
 @pytest.mark.slow
@@ -273,6 +275,6 @@ def test_another_process_gives_the_same_fingerprints(tmp_path):
     program = [sys.executable, long_program.__file__, "fingerprints", str(tmp_path / "there")]
     env = {"PYTHONHASHSEED": "1", "XLA_FLAGS": os.environ["XLA_FLAGS"]}
     subprocess.run(program, check=True, env=env, timeout=300)
-    text = repr(long_program.fingerprints())
-    assert (tmp_path / "there").read_text() == text
-    assert len(set(text.split("step="))) > len(OPTIMIZERS)
+    made = long_program.fingerprints()
+    assert (tmp_path / "there").read_text() == repr(made)
+    assert len({found.step for found in made.values()}) == len(made) > len(OPTIMIZERS)

@@ -10,13 +10,11 @@ import pytest
 
 import gradhpo
 from gradhpo import BOMEOptimizer, F2SAOptimizer, MASOBAOptimizer, SOBAOptimizer, Task
-from gradhpo.cluster import PBT, SearchSpace, Sweep, uniform
 from gradhpo.horizon import moved
 from gradhpo.parallel import Population, data_parallel, make_mesh
 from tests import problems, small
 from tests.problems import Exact, assert_close, assert_same_bits
 from tests.quick import slow_but
-from tests.sweeps import assert_same_tables
 
 KINDS = {
     "soba": SOBAOptimizer,
@@ -96,10 +94,9 @@ def trained(optimizer, batches):
 # --- Truth --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", slow_but(["soba", "masoba"], "masoba"))
-def test_the_linear_system_is_solved_and_the_hypergradient_is_that_of_the_value_function(name, x64):
+def test_the_linear_system_is_solved_and_the_hypergradient_is_that_of_the_value_function(x64):
     del x64
-    optimizer = KINDS[name](optax.sgd(0.3))
+    optimizer = MASOBAOptimizer(optax.sgd(0.3))  # SOBA, and an average of it
     state, found = walked(optimizer, 400)(started(optimizer))
     w, v, truth = solved(problems.LAM0)
     assert_close(state.params, w, 1e-10)
@@ -238,14 +235,13 @@ def falling(first):
 
 
 CONVERGENT = {
-    "soba": (SOBAOptimizer, {}),
     "masoba": (MASOBAOptimizer, {}),
     "f2sa": (F2SAOptimizer, {"unroll_steps": 5, "growth": 0.01}),
     "bome": (BOMEOptimizer, {"search_optimizer": optax.sgd(0.2)}),
 }
 
 
-@pytest.mark.parametrize("name", slow_but(CONVERGENT, "soba"))
+@pytest.mark.parametrize("name", slow_but(CONVERGENT))
 def test_falling_rates_come_to_a_stationary_point(name, x64):
     """By batches; BOME, which is deterministic, by all data."""
     del x64
@@ -261,6 +257,32 @@ def test_falling_rates_come_to_a_stationary_point(name, x64):
     walk = jax.jit(lambda state: jax.lax.scan(step, state, jnp.asarray(drawn))[0])
     found = walk(started(optimizer))
     assert slope(np.asarray(found.hyperparams)) < 0.05 * slope(problems.LAM0)
+
+
+# --- Several devices ----------------------------------------------------------------------------
+
+INNER, OUTER = optax.sgd(0.05, momentum=0.9), optax.adam(0.05)
+SETTINGS = {"f2sa": {"unroll_steps": 2}, "bome": {"search_steps": 2}}
+
+
+def method(method):
+    """An optimizer by its name."""
+    return KINDS[method](INNER, OUTER, **SETTINGS.get(method, {}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_four_devices_give_the_numbers_of_one(name, x64):
+    del x64
+    batch = jax.tree.map(np.float64, small.BATCH)
+    states = []
+    for one in (method(name), data_parallel(method(name), make_mesh(data=4))):
+        state = one.init(*jax.tree.map(lambda x: np.asarray(x, float), small.start()))
+        for _ in range(3):
+            state = one.step(state, batch, batch, small.train_loss, small.val_loss)
+        states.append(state)
+    assert_close(states[1].hyperparams, states[0].hyperparams, 1e-9)
+    assert_close(states[1].params, states[0].params, 1e-9)
 
 
 # --- No second derivative -----------------------------------------------------------------------
@@ -300,90 +322,47 @@ def test_a_loss_needs_no_second_derivative(name):
 
 # --- Doors --------------------------------------------------------------------------------------
 
-INNER, OUTER = optax.sgd(0.05, momentum=0.9), optax.adam(0.05)
-SETTINGS = {"f2sa": {"unroll_steps": 2}, "bome": {"search_steps": 2}}
+
+def drawn(key):
+    """Batches drawn by a key."""
+    rows = jax.random.choice(key, 12, (8,))
+    return jax.tree.map(lambda x: jnp.asarray(x)[rows], small.BATCH), small.BATCH
 
 
-def method(method):
-    """An optimizer by its name, as a choice of a sweep gives it."""
-    return KINDS[method](INNER, OUTER, **SETTINGS.get(method, {}))
+PROBLEM = gradhpo.Problem(small.start, small.train_loss, small.val_loss, batch=drawn)
 
 
-def small_problem():
-    """The small regression problem, in batches drawn by a key."""
-
-    def batch(key):
-        rows = jax.random.choice(key, 12, (8,))
-        return jax.tree.map(lambda x: jnp.asarray(x)[rows], small.BATCH), small.BATCH
-
-    return gradhpo.Problem(small.start, small.train_loss, small.val_loss, batch=batch)
-
-
-@pytest.mark.parametrize("name", slow_but(KINDS, "f2sa"))
-def test_a_run_goes_on_to_the_bit_from_its_folder(name, tmp_path):
-    problem, optimizer = small_problem(), method(name)
-    solve = functools.partial(
-        gradhpo.solve, problem, optimizer, key=KEY, episode_length=3, progress=False
+def solved_in_episodes(name, steps, key=KEY, **settings):
+    """A solution, in episodes of three steps."""
+    return gradhpo.solve(
+        PROBLEM, method(name), steps, key, episode_length=3, progress=False, **settings
     )
-    whole = solve(7)
-    solve(4).save(tmp_path / "part")
-    part = gradhpo.Solution.load(tmp_path / "part", problem, optimizer)
-    assert_same_bits(solve(7, resume=part).state, whole.state)
+
+
+# Of what these two remember, the others remember a part.
+REMEMBERING = ["masoba", "f2sa"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KINDS)
-def test_four_devices_give_the_numbers_of_one(name, x64):
-    del x64
-    batch = jax.tree.map(np.float64, small.BATCH)
-    states = []
-    for one in (method(name), data_parallel(method(name), make_mesh(data=4))):
-        state = one.init(*jax.tree.map(lambda x: np.asarray(x, float), small.start()))
-        for _ in range(3):
-            state = one.step(state, batch, batch, small.train_loss, small.val_loss)
-        states.append(state)
-    assert_close(states[1].hyperparams, states[0].hyperparams, 1e-9)
-    assert_close(states[1].params, states[0].params, 1e-9)
+@pytest.mark.parametrize("name", REMEMBERING)
+def test_a_run_goes_on_to_the_bit_from_its_folder(name, tmp_path):
+    whole = solved_in_episodes(name, 7)
+    solved_in_episodes(name, 4).save(tmp_path / "part")
+    part = gradhpo.Solution.load(tmp_path / "part", PROBLEM, method(name))
+    assert_same_bits(solved_in_episodes(name, 7, resume=part).state, whole.state)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", REMEMBERING)
 def test_a_slot_of_a_population_is_a_solve(name):
-    optimizer, keys = method(name), jax.random.split(KEY, 2)
-    trials = Population(small_problem(), optimizer, 2, batching="vmap")
-    state, _ = trials.run(trials.init(keys), 3, keys)
-    alone = gradhpo.solve(small_problem(), optimizer, 3, keys[1], progress=False).state
+    keys = jax.random.split(KEY, 2)
+    trials = Population(PROBLEM, method(name), 2, batching="vmap", episode_length=3)
+    state, _ = trials.run(trials.init(keys), 4, keys)
+    alone = solved_in_episodes(name, 4, keys[1]).state
     for got, truth in ((state.hyperparams, alone.hyperparams), (state.params, alone.params)):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-4, atol=1e-6), got, truth
         )
-
-
-@pytest.mark.slow
-def test_methods_of_a_sweep_by_name_go_on_after_a_generation(tmp_path):
-    def sweep(folder, generations):
-        space = SearchSpace({"decay": uniform(-4.0, -2.0)}, choices={"method": ["f2sa"]})
-        return Sweep(
-            problem=small_problem(), optimizer=method, space=space, population=2,
-            generations=generations, steps_per_generation=2, scheduler=PBT(),
-            storage=tmp_path / folder, executor="local", batching="map", progress=False,
-        )  # fmt: skip
-
-    whole = sweep("whole", 3).run()
-    sweep("parts", 1).run()
-    assert_same_tables(sweep("parts", 3).run(), whole)
-
-
-@pytest.mark.slow
-def test_diagnose_measures_them():
-    state = SOBAOptimizer(optax.sgd(0.05)).init(*small.start())
-    found = gradhpo.diagnose(
-        small_problem(), state, KEY, inner_optimizer=optax.sgd(0.05), horizon=10, samples=1,
-        rounds=0, methods=["soba", "masoba", "f2sa"], progress=False,
-    )  # fmt: skip
-    cosines = {row.name: row.cosine[0] for row in found.rows}
-    assert cosines.keys() == {"soba", "masoba", "f2sa"}
-    assert min(cosines.values()) > 0.5
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,18 @@ import gradhpo
 from gradhpo.cluster import Sweep, events
 from gradhpo.cluster.cli import app
 from gradhpo.cluster.storage import Storage
-from tests.quick import slow_but
+from tests import file_operations
 from tests.sweeps import SETTINGS, assert_same_tables, sweep
 from tests.test_events import Kept
+
+pytestmark = pytest.mark.usefixtures("numpy_steps")
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """The sweep without a stop."""
-    return sweep(tmp_path_factory.mktemp("straight")).run()
+    with file_operations.numpy_steps():
+        return sweep(tmp_path_factory.mktemp("straight")).run()
 
 
 def best_by_generation(result):
@@ -30,8 +33,7 @@ def run(storage, **settings):
     return result, [event for event in kept.told if isinstance(event, events.Stopped)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("every", slow_but([1, 3], 3))
+@pytest.mark.parametrize("every", [1, 3])
 def test_a_target_ends_it_and_going_on_gives_the_same_bits(tmp_path, straight, every):
     best = best_by_generation(straight)
     done = int(np.argmax(best <= best[3])) + 1
@@ -52,19 +54,17 @@ def test_a_target_ends_it_and_going_on_gives_the_same_bits(tmp_path, straight, e
     assert_same_tables(whole, straight)
 
 
-@pytest.mark.slow
 def test_patience_counts_generations_without_a_best(tmp_path, straight):
     best = best_by_generation(straight)
     fine = max(best) - best
     assert fine[-1] > 0, "the metric gets better"
-    about = {"metric": "param_norm", "stop": gradhpo.Stop(patience=2)}
+    about = {"metric": "hyperparams.log_rate", "stop": gradhpo.Stop(patience=2)}
     result, (told,) = run(tmp_path, generations=30, **about)
-    norms = result.table["param_norm"].reshape(result.generations, -1).min(axis=1)
-    assert result.generations - (1 + int(np.argmin(norms))) == 2
+    rates = result.table["hyperparams.log_rate"].reshape(result.generations, -1).min(axis=1)
+    assert result.generations - (1 + int(np.argmin(rates))) == 2
     assert told.reason == "2 generations without a best so far, patience=2"
 
 
-@pytest.mark.slow
 def test_seconds_end_it_after_the_generation_in_flight(tmp_path, straight):
     result, (told,) = run(tmp_path, stop=gradhpo.Stop(seconds=1e-6))
     assert (result.generations, told.left) == (1, 7)
@@ -75,7 +75,6 @@ def test_seconds_end_it_after_the_generation_in_flight(tmp_path, straight):
     assert_same_tables(run(tmp_path)[0], straight)
 
 
-@pytest.mark.slow
 def test_a_request_ends_it_once(tmp_path, straight):
     class Asks:
         def observe(self, event):
@@ -125,7 +124,6 @@ def command(*arguments):
     return done.output + (str(done.exception) if done.exception else ""), done.exit_code
 
 
-@pytest.mark.slow
 def test_the_commands_stop_and_status(tmp_path):
     sweep(tmp_path, generations=2, stop=gradhpo.Stop(seconds=1e-6)).run()
     said, status = command("stop", tmp_path)
@@ -148,7 +146,6 @@ def test_the_commands_stop_and_status(tmp_path):
     assert Storage(tmp_path).stop_request() is None
 
 
-@pytest.mark.slow
 def test_a_request_reaches_the_driver_of_a_sweep_in_a_store():
     pytest.importorskip("fsspec", reason="fsspec is not installed (the extra cluster)")
     where = "memory://test-stopping/run"

@@ -13,7 +13,7 @@ from gradhpo.cluster.journal import Journal
 from gradhpo.cluster.shard import ShardHost
 from gradhpo.cluster.storage import Storage
 from gradhpo.cluster.writer import Writer
-from tests.quick import slow_but
+from tests import file_operations
 from tests.sweeps import GENERATIONS, assert_same_tables, sweep
 
 
@@ -21,6 +21,13 @@ from tests.sweeps import GENERATIONS, assert_same_tables, sweep
 def reference(tmp_path_factory):
     """The small sweep, undisturbed, with checkpoints after every generation."""
     return sweep(tmp_path_factory.mktemp("reference")).run()
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """The same with steps in NumPy."""
+    with file_operations.numpy_steps():
+        return sweep(tmp_path_factory.mktemp("expected")).run()
 
 
 def stopped_after(storage, generation, **changes):
@@ -41,12 +48,14 @@ def written(storage):
     return [entry["generation"] for entry in entries if entry["checkpoints"]]
 
 
-@pytest.mark.parametrize("generation", slow_but(range(1, GENERATIONS)))
-def test_with_fewer_checkpoints_the_same_is_computed_again(tmp_path, reference, generation):
+@pytest.mark.parametrize("generation", range(1, GENERATIONS))
+def test_with_fewer_checkpoints_the_same_is_computed_again(
+    tmp_path, expected, numpy_steps, generation
+):
     stopped_after(tmp_path, generation, checkpoint_every=3)
     assert written(tmp_path) == [g for g in (2, 5) if g < generation]
     made = sweep(tmp_path, checkpoint_every=3)
-    assert_same_tables(made.run(), reference)
+    assert_same_tables(made.run(), expected)
     assert written(tmp_path) == [2, 5, GENERATIONS - 1]
     assert not [
         e for e in made.events if isinstance(e, events.Note)
@@ -55,24 +64,22 @@ def test_with_fewer_checkpoints_the_same_is_computed_again(tmp_path, reference, 
     assert there <= {"000005", "000006", f"{GENERATIONS - 1:06d}"}
 
 
-@pytest.mark.slow
-def test_checkpoint_every_may_change_and_the_sweep_may_be_extended(tmp_path, reference):
+def test_checkpoint_every_may_change_and_the_sweep_may_be_extended(tmp_path, expected, numpy_steps):
     for generations, every in ((2, 5), (4, 1), (7, 3), (GENERATIONS, 2)):
         sweep(tmp_path, generations=generations, checkpoint_every=every).run()
         assert written(tmp_path)[-1] == generations - 1
-    assert_same_tables(sweep(tmp_path).result(), reference)
+    assert_same_tables(sweep(tmp_path).result(), expected)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "file", ["tables/000003", "tables/000002", "checkpoints/000002/shard-0001"]
 )
-def test_damage_among_fewer_checkpoints(tmp_path, reference, file):
+def test_damage_among_fewer_checkpoints(tmp_path, expected, numpy_steps, file):
     stopped_after(tmp_path, 5, checkpoint_every=3)
     path = next(tmp_path.glob(f"{file}*"))
     path.write_bytes(path.read_bytes()[:-7])
     made = sweep(tmp_path, checkpoint_every=3)
-    assert_same_tables(made.run(), reference)
+    assert_same_tables(made.run(), expected)
     assert any(isinstance(e, events.Damaged) for e in made.events)
 
 
@@ -91,10 +98,9 @@ class Forgetful(executors.FleetExecutor):
         return super().run(orders)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("every", slow_but([1, 3], 3))
+@pytest.mark.parametrize("every", [1, 3])
 def test_a_lost_worker_is_made_up_for_from_the_last_checkpoints(
-    tmp_path, reference, monkeypatch, every
+    tmp_path, expected, numpy_steps, monkeypatch, every
 ):
     monkeypatch.setattr(executors, "FleetExecutor", Forgetful)
     monkeypatch.setattr(Forgetful, "lost_before", [1, 5, 6])
@@ -102,7 +108,7 @@ def test_a_lost_worker_is_made_up_for_from_the_last_checkpoints(
     seen = []
     result = made.run(lambda generation, table: seen.append(generation))
     assert not Forgetful.lost_before
-    assert_same_tables(result, reference)
+    assert_same_tables(result, expected)
     assert seen == list(range(1, GENERATIONS + 1))  # each was told once
     told = [e.what for e in made.events if isinstance(e, events.Note)]
     assert len(told) == 3

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 
 from gradhpo.cluster import PBT, SearchSpace, Sweep, loguniform
+from tests.numpy_workers import on_ray
+
+ROOT = Path(__file__).parent.parent
 
 SPACE = SearchSpace({"log_rate": loguniform(1e-3, 1e-1, stored="log")})
 SETTINGS = {
@@ -42,7 +45,7 @@ def ray():
     ray = pytest.importorskip("ray")
     ray.init(
         address="local", num_cpus=2, include_dashboard=False, log_to_driver=False,
-        logging_level="error",
+        logging_level="error", runtime_env=on_ray(str(ROOT), NUMPY_STEPS="Plain"),
     )  # fmt: skip
     yield ray
     ray.shutdown()
@@ -50,7 +53,7 @@ def ray():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # Ray's own
-def test_a_tune_trial_is_a_sweep(ray, tmp_path):
+def test_a_tune_trial_is_a_sweep(ray, tmp_path, numpy_steps):
     from ray import tune
 
     from gradhpo.cluster.tune import population_trainable
@@ -101,9 +104,10 @@ def test_where_it_runs_is_not_a_setting(name, tmp_path):
 
 @pytest.mark.slow
 def test_without_tune_the_error_says_what_to_install():
+    """And libraries that a program may do without are imported where they are used."""
     code = (
         "import sys, gradhpo.cluster\n"
-        "assert 'gradhpo.cluster.tune' not in sys.modules and 'ray' not in sys.modules\n"
+        "assert not {'gradhpo.cluster.tune', 'ray', 'flax', 'equinox'} & set(sys.modules)\n"
         "sys.modules['ray.tune'] = None\n"
         "try:\n    import gradhpo.cluster.tune\n"
         "except ImportError as error:\n    print(error)\n"

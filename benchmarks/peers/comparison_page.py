@@ -9,9 +9,9 @@ BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 COLUMNS = [
     "hypergradient",
     "by",
-    "ms a step",
+    "CPU ms a step",
     "time / ours",
-    "whole process, s",
+    "whole process, CPU s",
     "peak, MiB",
     "lines",
     "distance",
@@ -19,17 +19,17 @@ COLUMNS = [
 
 
 def row(title: str, peer: str, measured: dict[str, Any], lines: int) -> list[str]:
-    """Return a row of the table: one peer on one case."""
-    return [
-        title,
-        peer,
-        _with_quartiles(measured["ms"], 2),
-        _with_quartiles(measured["ratio"], 2),
-        f"{measured['whole']:.1f}",
-        f"{measured['mebibytes']:.0f}",
-        str(lines),
-        f"{measured['distance']:.0e}" if measured["distance"] else "–",
-    ]
+    """Return a row of the table: one peer on one case; without figures where it failed."""
+    far = measured.get("distance")
+    figures = ["–"] * 4
+    if "failed" not in measured:
+        figures = [
+            _with_quartiles(measured["ms"], 2),
+            _with_quartiles(measured["ratio"], 2),
+            f"{measured['whole']:.1f}" if "whole" in measured else "–",
+            f"{measured['mebibytes']:.0f}" if "mebibytes" in measured else "–",
+        ]
+    return [title, peer, *figures, str(lines), f"{far:.0e}" if far else "–"]
 
 
 def table(columns: list[str], rows: Iterable[list[str]]) -> str:

@@ -16,8 +16,16 @@ NOT_DECLARED = {"betty-ml"}
 """Packages that say they need an older Python than this, and run on it all the same."""
 
 
+class UnavailableError(Exception):
+    """An environment cannot be made here."""
+
+
 def python(folder: Path, name: str) -> Path:
-    """Return the interpreter of an environment, made first if it is not there as pinned."""
+    """Return the interpreter of an environment, made first if it is not there as pinned.
+
+    Raises:
+      UnavailableError: if it cannot be made.
+    """
     wanted = (HERE / "requirements" / f"{name}.txt").read_text()
     environment = folder.resolve() / name
     found, done = environment / "bin" / "python", environment / "done.txt"
@@ -52,4 +60,6 @@ def _install(found: Path, requirements: list[str]) -> None:
     ):
         if lines:
             command = [found, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-            subprocess.run([*command, *options, *lines], check=True, stdout=sys.stderr)
+            done = subprocess.run([*command, *options, *lines], check=False, stdout=sys.stderr)
+            if done.returncode:
+                raise UnavailableError(f"pip cannot install {', '.join(lines)}")

@@ -13,36 +13,46 @@ import trees
 from comparison_page import table
 
 WAYS = {"gradhpo": "**gradhpo**", "hand": "by hand", "tune": "Ray Tune"}
+LIMIT = 900.0
+"""Seconds that a way may take."""
 COLUMNS = ["by", "trial-steps/s", "to the first generation, s", "peak of all processes, MiB"]
 
 
-def measure(folder: Path) -> dict[str, Any]:
-    """Return what was measured of each way, by name."""
-    found = environments.python(folder, "ray")
+def measure(folder: Path, way: str) -> dict[str, Any]:
+    """Return what was measured of a way, or why it failed."""
+    try:
+        found = environments.python(folder, "ray")
+    except environments.UnavailableError as error:
+        return {"failed": str(error)}
     script = environments.HERE / "scripts" / "population.py"
-    variables = environments.variables("ray")
-    return {way: _one([str(found), str(script), way], variables) for way in WAYS}
+    return _one([str(found), str(script), way], environments.variables("ray"))
 
 
 def rows(measured: dict[str, Any]) -> str:
     """Return the table."""
-    lines = [
-        [title, f"{of['rate']:,.0f}", f"{of['startup']:.1f}", f"{of['mebibytes']:,.0f}"]
-        for way, title in WAYS.items()
-        for of in (measured[way],)
-    ]
+    lines = [_row(title, measured[way]) for way, title in WAYS.items() if way in measured]
     return table(COLUMNS, lines)
 
 
-def _one(command: list[str], variables: dict[str, str]) -> dict[str, float]:
-    print(" ".join(command[1:]), flush=True)
+def _row(title: str, measured: dict[str, Any]) -> list[str]:
+    if "failed" in measured:
+        return [f"{title}: {measured['failed']}", "–", "–", "–"]
+    figures = (f"{measured['rate']:,.0f}", f"{measured['startup']:.1f}")
+    return [title, *figures, f"{measured['mebibytes']:,.0f}"]
+
+
+def _one(command: list[str], variables: dict[str, str]) -> dict[str, Any]:
     process = subprocess.Popen(command, env=variables, text=True, stdout=subprocess.PIPE)
-    peak = 0.0
+    peak, began = 0.0, time.monotonic()
     while process.poll() is None:
         peak = max(peak, trees.mebibytes(process.pid))
+        if time.monotonic() - began > LIMIT:
+            process.terminate()
+            process.wait()
+            return {"failed": f"not done within {LIMIT:.0f} s"}
         time.sleep(0.5)
     assert process.stdout is not None
     text = process.stdout.read()
     if process.returncode or not text:
-        raise SystemExit(f"{' '.join(command[1:])} ended with {process.returncode}")
+        return {"failed": f"ended with {process.returncode}"}
     return {**json.loads(text), "mebibytes": peak}

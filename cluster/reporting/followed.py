@@ -8,10 +8,10 @@ import numpy as np
 
 from gradhpo.checkpoints import DamagedFile, Saved
 from gradhpo.cluster import event_log, front, journal, manifest
-from gradhpo.cluster.controller import Layout, Rules
 from gradhpo.cluster.front import Found
 from gradhpo.cluster.journal import Entry
 from gradhpo.cluster.lineage import first_changes
+from gradhpo.cluster.plan import Layout, Rules
 from gradhpo.cluster.reporting.costs import Costs
 from gradhpo.cluster.reporting.generations import Generation, Reader, best_so_far
 from gradhpo.cluster.reporting.tail import Tail

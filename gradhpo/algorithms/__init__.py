@@ -14,6 +14,7 @@ from gradhpo.algorithms.masoba import MASOBAOptimizer
 from gradhpo.algorithms.nres import NRESOptimizer
 from gradhpo.algorithms.one_step import OneStepOptimizer
 from gradhpo.algorithms.pes import PESOptimizer
+from gradhpo.algorithms.saba import SABAOptimizer
 from gradhpo.algorithms.soba import SOBAOptimizer
 from gradhpo.algorithms.t1t2 import T1T2Optimizer
 from gradhpo.algorithms.unrolled import UnrolledOptimizer
@@ -33,6 +34,7 @@ __all__ = [
     "OneStepOptimizer",
     "OnlineHypergradientOptimizer",
     "PESOptimizer",
+    "SABAOptimizer",
     "SOBAOptimizer",
     "T1T2Optimizer",
     "UnrolledOptimizer",

@@ -47,7 +47,9 @@ class PageServer:
             self._server = _Server((LOOPBACK, port), _handler(page.encode(), since))
         except OSError as error:
             said = f"port {port} of {LOOPBACK} cannot be had: {error.strerror}; 0 is a free one"
-            raise OSError(error.errno, said) from None
+            told = OSError(said)  # with the number beside the text, and not before it
+            told.errno = error.errno
+            raise told from None
 
     @property
     def port(self) -> int:

@@ -2,7 +2,8 @@
 
 `python SCRIPT MODEL CASE INPUTS` says, as a line of JSON, the hypergradient of the first step and
 the validation losses of the first five; then it takes as many steps as each line of its input
-says, and answers with the seconds. With `--steps N` it takes N steps and ends, as a user's process.
+says, and answers with the seconds of CPU. With `--steps N` it takes N steps and ends, as a user's
+process.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ def serve(start: Callable[..., Run]) -> None:
     done = CHECKED
     for line in sys.stdin:
         count = int(line)
-        began = time.perf_counter()
+        began = time.process_time()
         _take(run, done, count)
-        print(json.dumps(time.perf_counter() - began), file=channel, flush=True)
+        print(json.dumps(time.process_time() - began), file=channel, flush=True)
         done += count
 
 
