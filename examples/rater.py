@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import typer
-from papers import data_sets, mlp, report
+from papers import data_sets, dense_layers, report
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
@@ -94,13 +94,16 @@ def new_model(key: jax.Array) -> Any:
     """Return a language model: each character from the four before it."""
     first, second = jax.random.split(key)
     embedding = 0.5 * jax.random.normal(first, (VOCABULARY, EMBEDDING))
-    return {"embedding": embedding, "mlp": mlp.init(second, CONTEXT * EMBEDDING, 64, VOCABULARY)}
+    return {
+        "embedding": embedding,
+        "mlp": dense_layers.init(second, CONTEXT * EMBEDDING, 64, VOCABULARY),
+    }
 
 
 def losses(model: Any, x: jax.Array) -> jax.Array:
     """Return the mean cross-entropy of each window, `(n,)`."""
     seen = gathered(model["embedding"], x, CONTEXT)[:, :-1]
-    logits = mlp.apply(model["mlp"], seen)
+    logits = dense_layers.apply(model["mlp"], seen)
     each = optax.losses.softmax_cross_entropy_with_integer_labels(logits, x[:, CONTEXT:])
     return each.mean(axis=1)
 
@@ -110,15 +113,15 @@ def new_rater(key: jax.Array) -> Any:
     first, second, third = jax.random.split(key, 3)
     return {
         "embedding": 0.5 * jax.random.normal(first, (VOCABULARY, EMBEDDING)),
-        "pairs": mlp.init(second, 2 * EMBEDDING, 32),
-        "score": mlp.init(third, 32, 16, 1),
+        "pairs": dense_layers.init(second, 2 * EMBEDDING, 32),
+        "score": dense_layers.init(third, 32, 16, 1),
     }
 
 
 def scores(rater: Any, x: jax.Array) -> jax.Array:
     """Return a score for each window, `(n,)`."""
-    pairs = jax.nn.relu(mlp.apply(rater["pairs"], gathered(rater["embedding"], x, 2)))
-    return mlp.apply(rater["score"], pairs.mean(axis=1))[:, 0]
+    pairs = jax.nn.relu(dense_layers.apply(rater["pairs"], gathered(rater["embedding"], x, 2)))
+    return dense_layers.apply(rater["score"], pairs.mean(axis=1))[:, 0]
 
 
 def gathered(embedding: jax.Array, x: jax.Array, width: int) -> jax.Array:

@@ -14,9 +14,9 @@ import itertools
 from typing import Any
 
 import data_sets
+import dense_layers
 import jax
 import jax.numpy as jnp
-import mlp
 import numpy as np
 import optax
 import seeds
@@ -47,7 +47,9 @@ class Distillation:
 
     def weights(self, key: jax.Array) -> Any:
         """Return fresh weights."""
-        return mlp.init(key, int(np.prod(self.found.x.shape[1:])), self.settings["width"], 10)
+        return dense_layers.init(
+            key, int(np.prod(self.found.x.shape[1:])), self.settings["width"], 10
+        )
 
     def split(self, key: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
         """Return images to choose by, and the real ones, which the rest is made of."""
@@ -55,7 +57,7 @@ class Distillation:
         held, count = self.settings["held_out"], self.settings["real"]
         x, y = jnp.asarray(self.found.x), jnp.asarray(self.found.y)
         parts = {"held": order[:held], "real": order[held : held + count]}
-        return {name: (mlp.flat(x[rows]) / 255.0, y[rows]) for name, rows in parts.items()}
+        return {name: (dense_layers.flat(x[rows]) / 255.0, y[rows]) for name, rows in parts.items()}
 
     def some_of_each(self, data: Any) -> jax.Array:
         """Return the first real images of each class: a random choice."""
@@ -83,7 +85,7 @@ class Distillation:
                 return jax.tree.map(lambda w, g: w - rate * g, params, grads), None
 
             params = jax.lax.scan(step, self.weights(key), length=steps)[0]
-            return jnp.mean(mlp.apply(params, x).argmax(-1) == y)
+            return jnp.mean(dense_layers.apply(params, x).argmax(-1) == y)
 
         return jax.lax.map(one, jax.random.split(key, self.settings["networks"]))
 
@@ -92,7 +94,7 @@ class Distillation:
         """The test images, as a network takes them, and their labels."""
         assert self.found.test is not None
         x, y = self.found.test
-        return mlp.flat(x.astype(np.float32) / 255), y
+        return dense_layers.flat(x.astype(np.float32) / 255), y
 
     def problem(self) -> gradhpo.Problem:
         """Return the problem; λ starts from the random choice of real images."""
@@ -133,7 +135,9 @@ class Distillation:
 
 def cross_entropy(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
     """Return the mean cross-entropy of a network."""
-    losses = optax.losses.softmax_cross_entropy_with_integer_labels(mlp.apply(params, x), y)
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(
+        dense_layers.apply(params, x), y
+    )
     return losses.mean()
 
 

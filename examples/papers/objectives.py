@@ -17,10 +17,10 @@ import warnings
 from typing import Any
 
 import data_sets
+import dense_layers
 import hypercleaning
 import jax
 import jax.numpy as jnp
-import mlp
 import numpy as np
 import optax
 import seeds
@@ -39,11 +39,11 @@ def problem(settings: dict[str, Any], objective: str) -> gradhpo.Problem:
     pixels = int(np.prod(found.x.shape[1:]))
 
     def init(key: jax.Array) -> tuple[Any, Any]:
-        layers = mlp.init(key, pixels, settings["width"], 10)
+        layers = dense_layers.init(key, pixels, settings["width"], 10)
         return layers, {"weights": jnp.zeros(settings["train"]), "log_temperature": jnp.zeros(())}
 
     def logits(params: Any, images: hypercleaning.Images) -> jax.Array:
-        return mlp.apply(params, mlp.flat(images.x))
+        return dense_layers.apply(params, dense_layers.flat(images.x))
 
     def losses(logits: jax.Array, images: hypercleaning.Images) -> jax.Array:
         return optax.losses.softmax_cross_entropy_with_integer_labels(logits, images.y)

@@ -12,9 +12,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import data_sets
+import dense_layers
 import jax
 import jax.numpy as jnp
-import mlp
 import numpy as np
 import optax
 import seeds
@@ -36,22 +36,22 @@ def problem(settings: dict[str, Any], method: str) -> gradhpo.Problem:
     pixels, train = int(np.prod(found.x.shape[1:])), settings["train"]
     hidden = [settings["width"]] if settings["width"] else []
     test_x, test_y = found.test[0][: settings["test"]], found.test[1][: settings["test"]]
-    test = Images(mlp.flat(test_x.astype(np.float32) / 255), jnp.asarray(test_y))
+    test = Images(dense_layers.flat(test_x.astype(np.float32) / 255), jnp.asarray(test_y))
 
     def init(key: jax.Array) -> tuple[Any, jax.Array]:
-        return mlp.init(key, pixels, *hidden, 10), jnp.zeros(train)
+        return dense_layers.init(key, pixels, *hidden, 10), jnp.zeros(train)
 
     def data(key: jax.Array) -> dict[str, Any]:
         shuffle, what = jax.random.split(key)
         order = jax.random.permutation(shuffle, len(found.y))[: train + settings["validation"]]
-        x, y = mlp.flat(jnp.asarray(found.x)[order]) / 255.0, jnp.asarray(found.y)[order]
+        x, y = dense_layers.flat(jnp.asarray(found.x)[order]) / 255.0, jnp.asarray(found.y)[order]
         polluted = jnp.arange(train) < round(settings["noise"] * train)
         given = jnp.where(polluted, jax.random.randint(what, (train,), 0, 10), y[:train])
         parts = {"train": Images(x[:train], given), "val": Images(x[train:], y[train:])}
         return parts | {"clean": ~polluted, "test": test}
 
     def logits(params: Any, images: Images) -> jax.Array:
-        return mlp.apply(params, images.x, jax.nn.sigmoid)
+        return dense_layers.apply(params, images.x, jax.nn.sigmoid)
 
     def losses(params: Any, images: Images) -> jax.Array:
         return optax.losses.softmax_cross_entropy_with_integer_labels(

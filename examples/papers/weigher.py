@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 import data_sets
+import dense_layers
 import jax
 import jax.numpy as jnp
-import mlp
 import numpy as np
 import optax
 import seeds
@@ -28,13 +28,13 @@ def problem(settings: dict[str, Any], method: str) -> gradhpo.Problem:
     pixels, sizes = int(np.prod(found.x.shape[1:])), class_sizes(settings)
     total, clean = int(sizes.sum()), 10 * settings["clean"]
     test_x, test_y = found.test[0][: settings["test"]], found.test[1][: settings["test"]]
-    test = mlp.flat(test_x.astype(np.float32) / 255), test_y
+    test = dense_layers.flat(test_x.astype(np.float32) / 255), test_y
     together = method == "both, unweighted"
 
     def init(key: jax.Array) -> tuple[Any, Any]:
         first, second = jax.random.split(key)
-        classifier = mlp.init(first, pixels, settings["width"], 10)
-        return classifier, mlp.init(second, 1, settings["weigher"], 1)
+        classifier = dense_layers.init(first, pixels, settings["width"], 10)
+        return classifier, dense_layers.init(second, 1, settings["weigher"], 1)
 
     def data(key: jax.Array) -> dict[str, Any]:
         shuffle, which, what = jax.random.split(key, 3)
@@ -47,7 +47,9 @@ def problem(settings: dict[str, Any], method: str) -> gradhpo.Problem:
             "train": jnp.nonzero(rank < most, size=total)[0],
             "val": jnp.nonzero((rank >= most) & (rank < most + settings["clean"]), size=clean)[0],
         }
-        made = {name: (mlp.flat(x[order[at]]) / 255.0, y[at]) for name, at in parts.items()}
+        made = {
+            name: (dense_layers.flat(x[order[at]]) / 255.0, y[at]) for name, at in parts.items()
+        }
         images, labels = made["train"]
         wrong = jax.random.bernoulli(which, settings["noise"], (total,))
         given = jnp.where(wrong, jax.random.randint(what, (total,), 0, 10), labels)
@@ -58,14 +60,16 @@ def problem(settings: dict[str, Any], method: str) -> gradhpo.Problem:
 
     def losses(params: Any, batch: Any) -> jax.Array:
         x, y = batch
-        return optax.losses.softmax_cross_entropy_with_integer_labels(mlp.apply(params, x), y)
+        return optax.losses.softmax_cross_entropy_with_integer_labels(
+            dense_layers.apply(params, x), y
+        )
 
     def train_loss(params: Any, lam: Any, batch: Any) -> jax.Array:
         each = losses(params, batch)
         if method != "Meta-Weight-Net":
             return each.mean()
         seen = jax.lax.stop_gradient(each)[:, None]
-        weights = jax.nn.sigmoid(mlp.apply(lam, seen)[:, 0])
+        weights = jax.nn.sigmoid(dense_layers.apply(lam, seen)[:, 0])
         return jnp.sum(weights * each) / jnp.sum(weights)
 
     def val_loss(params: Any, lam: Any, batch: Any) -> jax.Array:
@@ -83,7 +87,7 @@ def problem(settings: dict[str, Any], method: str) -> gradhpo.Problem:
     def metrics(params: Any, lam: Any, data: Any) -> dict[str, jax.Array]:
         del lam
         x, y = data["test"]
-        hits = mlp.apply(params, x).argmax(-1) == y
+        hits = dense_layers.apply(params, x).argmax(-1) == y
         rare = y >= 7
         return {"test_accuracy": hits.mean(), "rare": jnp.mean(hits, where=rare)}
 
