@@ -119,11 +119,24 @@ def onto_triangle(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw(
-    tuned: SweepResult, paths: np.ndarray, swarm: np.ndarray, losses: np.ndarray, output: Path
+    tuned: SweepResult,
+    steps: np.ndarray,
+    paths: np.ndarray,
+    swarm: np.ndarray,
+    losses: np.ndarray,
+    output: Path,
 ) -> None:
-    """Draw weights over time, losses by domain, and the swarm's cloud with what was found."""
+    """Draw weights over time, losses by domain, and the swarm's cloud with what was found.
+
+    Args:
+      tuned: the sweep of tuned trials.
+      steps: `(generations,)`: of training, at the end of each.
+      paths: `(generations, trials, domains)`: the weights then.
+      swarm: `(n, domains)`: fixed mixtures.
+      losses: `(n,)`: of the target, with each.
+      output: the figure's file.
+    """
     figure, ((left, middle, right),) = report.axes(3, width=4.6)
-    steps = np.asarray(tuned.table["step"]).reshape(tuned.generations, -1)[:, 0]
     for index, (name, color) in enumerate(zip(DOMAINS, COLORS, strict=True)):
         left.plot(steps, paths[:, :, index], color=color, alpha=0.35, linewidth=1)
         left.plot(steps, paths[:, :, index].mean(1), color=color, linewidth=2.5, label=name)
@@ -213,7 +226,7 @@ def main(
         ],
     )
     report.say(f"A single tuned run costs {one:.1f} trainings.")
-    draw(tuned, paths, mixtures, losses, output)
+    draw(tuned, steps * np.arange(1, generations + 1), paths, mixtures, losses, output)
 
 
 if __name__ == "__main__":

@@ -150,6 +150,19 @@ def test_search_digits(tmp_path):
     assert re.findall(line, again) == found
 
 
+@pytest.mark.slow
+def test_mixture(tmp_path):
+    figure = tmp_path / "figure.png"
+    tiny = "--seeds 1 --generations 2 --steps 2 --parts 2 --workers 1 --executor local"
+    places = ["--storage", str(tmp_path), "--output", str(figure)]
+    output = run_example("mixture", *tiny.split(), *places)
+    assert [output.count(name) for name in ("uniform", "the swarm's best")] == [1, 1]
+    # Two trials at 2.7 trainings each; the swarm is six models.
+    assert re.search(r"the swarm's best .* 6\.0 ", output)
+    assert float(re.search(r"tuned run costs (\d+\.\d)", output)[1]) < 3.5
+    assert figure.stat().st_size > 10_000
+
+
 def test_diagnose_names_the_solvers_that_it_compares():
     import optax
 
