@@ -160,7 +160,7 @@ def draw(
     figure.colorbar(cloud, ax=right, label="nats a byte", shrink=0.7)
     for axes in (left, middle):
         axes.legend()
-    right.legend(loc="upper left", fontsize=8)
+    right.legend(loc="upper center", bbox_to_anchor=(0.5, 0.02), ncol=2, fontsize=8)
     report.save(figure, output)
 
 
