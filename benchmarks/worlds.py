@@ -175,12 +175,15 @@ def trained(loss: Any, lam: Any, batch: Any, steps: int) -> Any:
 def cleaning(steps: int) -> gradhpo.Problem:
     """Return hyper-cleaning of the digits."""
     del steps
+    return of_digits(jnp.zeros(TRAIN), weighted, clean)
+
+
+def of_digits(lam: jax.Array, train_loss: Any, val_loss: Any) -> gradhpo.Problem:
+    """Return the problem of a network of the digits, all rows at every step."""
     data = digits()
+    batches = data["train"], data["val"]
     return gradhpo.Problem(
-        lambda key: start_digits(key, jnp.zeros(TRAIN)),
-        weighted,
-        clean,
-        lambda key: (data["train"], data["val"]),
+        lambda key: start_digits(key, lam), train_loss, val_loss, lambda key: batches
     )
 
 
@@ -210,13 +213,7 @@ def errors(params: Any, lam: Any, batch: Any) -> jax.Array:
 def accuracy(steps: int, val_loss: Any = errors) -> gradhpo.Problem:
     """Return the digits with a decay for each layer."""
     del steps
-    data = digits()
-    return gradhpo.Problem(
-        lambda key: start_digits(key, jnp.full(2, -8.0)),
-        decayed,
-        val_loss,
-        lambda key: (data["train"], data["val"]),
-    )
+    return of_digits(jnp.full(2, -8.0), decayed, val_loss)
 
 
 def accuracy_judge(lam: Any, w: Any) -> jax.Array:

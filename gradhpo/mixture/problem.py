@@ -213,10 +213,12 @@ class Mixture:
         return self.replace(init=_Constant(params), weights=weights / weights.sum())
 
     def _start(self, key: jax.Array) -> tuple[PyTree, dict[str, Any]]:
-        more = {
-            name: jnp.asarray(x, jnp.result_type(float)) for name, x in self.hyperparams.items()
-        }
-        return self.init(key), {WEIGHTS: jnp.asarray(self.first_weights), **more}
+        return self.init(key), self.hyperparams_with(jnp.asarray(self.first_weights))
+
+    def hyperparams_with(self, weights: jax.Array) -> dict[str, jax.Array]:
+        """Return λ with these weights, `(domains,)`, as a run begins with it."""
+        kind = jnp.result_type(float)
+        return {WEIGHTS: weights} | {n: jnp.asarray(x, kind) for n, x in self.hyperparams.items()}
 
     def train_loss(self, params: PyTree, hyperparams: Mapping[str, Any], batch: Any) -> jax.Array:
         """Return the loss of a training batch at the weights `hyperparams["weights"]`, a scalar."""

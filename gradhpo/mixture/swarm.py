@@ -82,9 +82,7 @@ def trained(
 def start_fixed(mixture: Mixture, weights: Any) -> dict[str, jax.Array]:
     """Return the hyperparameters of models on these mixtures, with a leading axis."""
     weights = check_weights("weights", np.atleast_2d(weights), len(mixture.names))
-    more = {name: jnp.asarray(x, jnp.result_type(float)) for name, x in mixture.hyperparams.items()}
-    lam = {WEIGHTS: jnp.asarray(weights)}
-    return lam | {name: jnp.broadcast_to(x, (len(weights), *x.shape)) for name, x in more.items()}
+    return jax.vmap(mixture.hyperparams_with)(jnp.asarray(weights))
 
 
 def simplex_grid(domains: int, parts: int) -> np.ndarray:
