@@ -25,13 +25,14 @@ CHECKOUT = HERE.parents[1]
 sys.path += [str(CHECKOUT / path) for path in ("benchmarks/peers", "examples/papers")]
 
 import board_page  # noqa: E402
+import data_sets  # noqa: E402
 import environments  # noqa: E402
 import mnist  # noqa: E402
 from compare import machine  # noqa: E402
 
 URL = "https://github.com/benchopt/benchmark_bilevel"
 COMMIT = "3ad65dccff5cce27a656630a4f98be52920850b4"
-IMAGES = Path("/usr/share/datasets/fashion-mnist")
+IMAGES = data_sets.DEBIAN / "fashion-mnist"
 PAGE = CHECKOUT / "docs" / "board.md"
 SMALL = "SOBA,soba,SABA,saba,F2SA,f2sa,StocBiO,implicit,masoba,bome,one-step,hyperdistill,greedy,"
 RUNS: dict[str, list[str]] = {

@@ -19,6 +19,7 @@ import itertools
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import data_sets
 import jax
 import jax.numpy as jnp
 import mnist
@@ -34,7 +35,7 @@ LAYERS, CLASSES = 5, 10
 SIGMA, PARTICLES, RATE = 0.3, 10, 3e-2
 RATES, MOMENTA = (1e-4, 1e-2), (0.01, 0.9)
 """Between which λ starts: uniform in the logarithm and the logit."""
-DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+DEBIAN = data_sets.DEBIAN / "fashion-mnist"
 GET = "apt-get install dataset-fashion-mnist (Debian), or --data FOLDER with the four IDX files"
 
 
