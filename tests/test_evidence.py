@@ -201,6 +201,13 @@ def test_the_scripts_run_at_a_tiny_size(tmp_path, monkeypatch, cell, measures):
     assert all(np.isfinite(found[name]).all() and len(found[name]) == 2 for name in measures)
 
 
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path):
+    (tmp_path / "file").touch()
+    done = invoke("--tiny", "--only", "rater", "--results", tmp_path / "file" / "results")
+    assert done.exit_code == 2
+    assert "cannot be written" in done.output
+
+
 def test_saved_steps_are_counted_to_the_least_loss():
     saved = script("rater").saved
     plain = np.asarray([5.0, 4.0, 3.0, 2.0])

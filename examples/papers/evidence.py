@@ -11,6 +11,7 @@ import functools
 import importlib
 import platform
 import sys
+import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -152,6 +153,12 @@ def main(
         for cell in found:
             report.say(f"{'done' if cell.done else 'to do':<6}{cell.name}")
         return
+    try:  # before hours of measuring
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise typer.BadParameter(f"--results {folder} cannot be written: {error}") from None
     with tqdm([cell for cell in found if not cell.done], unit="cell") as bar:
         for cell in bar:
             bar.set_postfix_str(cell.name)
