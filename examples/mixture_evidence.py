@@ -1,8 +1,8 @@
 """Does one hypergradient run replace a swarm of fixed mixtures? On real text, at counted FLOPs.
 
-Four parts, each a claim of docs/evidence.md: the comparison with a swarm, a useless domain, a
-domain that changes later, and the transfer to a model 3.6 times as large. Takes about ten minutes
-of a processor; `--part` takes one of them.
+Two of the claims of docs/evidence.md are run by this script: the comparison with a swarm, and a
+useless domain; `--part` takes one of them. The others are `papers/claims/mixture-*.toml`, which
+`papers/evidence.py` runs: a domain that changes later, and the transfer to a larger model.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from gradhpo import mixture
 
 INNER = optax.adam(1e-2)
 ONE_STEP = "One-Step"
+CHANGED = "reference"
+"""The domain that becomes random bytes."""
 
 
 class Part(enum.StrEnum):
@@ -29,8 +31,6 @@ class Part(enum.StrEnum):
 
     swarm = "swarm"
     useless = "useless"
-    changed = "changed"
-    transfer = "transfer"
 
 
 def tuner(rate: float = 0.03) -> gradhpo.BilevelOptimizer:
@@ -82,43 +82,68 @@ def with_useless(mix: mixture.Mixture, steps: int, seeds: int) -> None:
     report.table("With a useless domain: mean weights of the second half", columns, lines)
 
 
-def with_changed(mix: mixture.Mixture, steps: int, seeds: int) -> None:
-    """Print the weights before and after the reference becomes random bytes, and from anew."""
-    spoilt = {**mix.domains, "reference": noise(len(mix.domains["reference"]))}
-    lines: list[list[str]] = []
-    for seed, key in enumerate(jax.random.split(jax.random.key(2), seeds)):
-        before = tuned(mix, steps, key)
-        now = mix.replace(domains=spoilt).continued(before, ["reference"])
-        after = tuned(now, steps // 4, jax.random.fold_in(key, 1))
-        anew = tuned(mix.replace(domains=spoilt), steps, jax.random.fold_in(key, 2))
-        shown = [mixture.mean_weights(run) for run in (before, after, anew)]
-        end = np.asarray(after.state.hyperparams["weights"])
-        texts_ = [" ".join(f"{x:.3f}" for x in weights) for weights in (*shown, end)]
-        lines.append([str(seed), *texts_])
-    columns = ["seed", "before", "priced anew: mean", "a run from the start", "priced anew: end"]
-    report.table(f"The reference becomes random bytes: {steps // 4} steps more", columns, lines)
+def changed(settings: dict[str, Any], method: str, keys: jax.Array) -> dict[str, Any]:
+    """Return what the reference weighs, in %, after it has become random bytes.
+
+    Either a quarter of a run goes on from where one ended before that, or a whole run begins anew.
+    """
+    steps = settings["steps"]
+    mix = text_mixture(rows=settings["rows"], draw="sampled")
+    spoilt = {**mix.domains, CHANGED: noise(len(mix.domains[CHANGED]))}
+    rows: list[dict[str, Any]] = []
+    for before, after, anew in (jax.random.split(key, 3) for key in keys):
+        if method == "priced anew":
+            continued = mix.replace(domains=spoilt).continued(tuned(mix, steps, before), [CHANGED])
+            run = tuned(continued, steps // 4, after)
+        else:
+            run = tuned(mix.replace(domains=spoilt), steps, anew)
+        place, end = mix.names.index(CHANGED), np.asarray(run.state.hyperparams["weights"])
+        mean = mixture.mean_weights(run)
+        rows.append({"end": 100 * end[place], "mean": 100 * mean[place], "path": mean})
+    return stacked(rows)
 
 
-def to_larger(mix: mixture.Mixture, steps: int, parts: int) -> None:
-    """Print how a model 3.6 times as large orders mixtures, and how the found one does there."""
-    found = mixture.mean_weights(tuned(mix, steps, jax.random.key(3)))
-    grid = mixture.simplex_grid(3, parts)
-    every = np.concatenate([grid, [np.full(3, 1 / 3)], [found]])
-    keys = jax.numpy.repeat(jax.random.key(4)[None], len(every))
-    losses: dict[int, Any] = {}
-    for width in (32, 64):
-        sized = text_mixture(width, rows=mix.rows, draw=mix.draw)
-        losses[width] = mixture.train_fixed(sized, every, INNER, steps, keys)["test"]
-    correlation = mixture.rank_correlation(*losses.values())
-    columns = ["mixture", "width 32", "width 64"]
-    order = np.argsort(losses[64])
-    lines = [
-        [" ".join(f"{x:.3f}" for x in every[i]), *(f"{x[i]:.4f}" for x in losses.values())]
-        for i in order
-    ]
-    report.table("Mixtures at two sizes, best of the larger first", columns, lines)
-    place = int(np.flatnonzero(order == len(every) - 1)[0]) + 1
-    report.say(f"Rank correlation {correlation:.3f}; the found mixture is {place} of {len(every)}.")
+def transfer(settings: dict[str, Any], method: str, keys: jax.Array) -> dict[str, Any]:
+    """Return how alike two sizes of the model order mixtures, and how a found one does there."""
+    del method
+    steps, widths = settings["steps"], settings["widths"]
+    small, large = (text_mixture(width, rows=settings["rows"], draw="sampled") for width in widths)
+    grid = mixture.simplex_grid(3, settings["parts"])
+    rows: list[dict[str, Any]] = []
+    for search, fresh in (jax.random.split(key) for key in keys):
+        found = mixture.mean_weights(tuned(small, steps, search))
+        every = np.concatenate([grid, [np.full(3, 1 / 3)], [found]])
+        same = jax.numpy.repeat(fresh[None], len(every))
+        few, many = (
+            mixture.train_fixed(mix, every, INNER, steps, same)["test"] for mix in (small, large)
+        )
+        n = len(grid)
+        rows.append(
+            {
+                "correlation": mixture.rank_correlation(few[:n], many[:n]),
+                "place": 1 + np.sum(many[:n] < many[-1]),
+                "uniform": many[n],
+                "best": many[:n].min(),
+                "found": many[-1],
+                "small_losses": few,
+                "large_losses": many,
+                "weights": found,
+            }
+        )
+    return stacked(rows)
+
+
+def stacked(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what was measured with each seed, with a leading axis of seeds."""
+    return {name: np.stack([np.asarray(row[name]) for row in rows]) for name in rows[0]}
+
+
+PARTS = {"changed": changed, "transfer": transfer}
+
+
+def evidence(settings: dict[str, Any], method: str, keys: jax.Array) -> dict[str, Any]:
+    """Return the measures of a method in a case of the registered claims."""
+    return PARTS[settings["part"]](settings, method, keys)
 
 
 def main(
@@ -128,7 +153,7 @@ def main(
     parts: Annotated[int, typer.Option(min=1, help="The swarm has weights in so many parts.")] = 8,
     rows: Annotated[int, typer.Option(min=3, help="Rows of a batch.")] = 24,
 ) -> None:
-    """Run the claims of docs/evidence.md on data mixtures."""
+    """Run the first claims of docs/evidence.md on data mixtures."""
     chosen = part or list(Part)
     mix = text_mixture(rows=rows, draw="sampled")
     sizes = ", ".join(f"{name} {x.size:,}" for name, x in texts().items())
@@ -137,10 +162,6 @@ def main(
         against_swarm(mix, steps, seeds, parts)
     if Part.useless in chosen:
         with_useless(mix, steps, seeds)
-    if Part.changed in chosen:
-        with_changed(mix, steps, seeds)
-    if Part.transfer in chosen:
-        to_larger(mix, steps, max(parts // 2, 1))
 
 
 if __name__ == "__main__":
