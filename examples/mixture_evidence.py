@@ -133,12 +133,51 @@ def transfer(settings: dict[str, Any], method: str, keys: jax.Array) -> dict[str
     return stacked(rows)
 
 
+def find(
+    mix: mixture.Mixture, method: str, settings: dict[str, Any], keys: jax.Array
+) -> tuple[np.ndarray, float]:
+    """Return the mixture that a way finds with each key, `(seeds, domains)`, and a search's FLOPs.
+
+    The swarm chooses by the validation rows of one model for each of its mixtures.
+    """
+    steps = settings["steps"]
+    if method == "uniform":
+        return np.tile(mix.first_weights, (len(keys), 1)), 0.0
+    if method == "swarm":
+        grid = mixture.simplex_grid(3, settings["parts"])
+        every, each = np.tile(grid, (len(keys), 1)), jax.numpy.repeat(keys, len(grid))
+        losses = mixture.train_fixed(mix, every, INNER, steps, each)["target/manual"]
+        best = np.nanargmin(losses.reshape(len(keys), -1), axis=1)
+        return grid[best], len(grid) * steps * mixture.training_flops(mix, INNER)
+    one_step = tuner(settings["rate"])
+    distilled = gradhpo.OnlineHypergradientOptimizer(
+        INNER, one_step.outer_optimizer, gamma=settings["gamma"], scale="unit"
+    )
+    chosen = distilled if method == "HyperDistill" else one_step
+    run = gradhpo.solve(mix.problem, chosen, steps, keys, record=["weights"], progress=False)
+    return mixture.mean_weights(run), mixture.search_flops(mix, chosen, steps)
+
+
+def judged(settings: dict[str, Any], method: str, keys: jax.Array) -> dict[str, Any]:
+    """Return the test loss of new models, many for each seed, on the mixture that a way finds."""
+    steps, models = settings["steps"], settings["models"]
+    mix = text_mixture(rows=settings["rows"], draw="sampled")
+    search, fresh = jax.vmap(jax.random.split, out_axes=1)(keys)
+    found, cost = find(mix, method, settings, search)
+    same = jax.vmap(lambda key: jax.random.split(key, models))(fresh).reshape(-1)
+    every = np.repeat(found, models, axis=0)
+    losses = mixture.train_fixed(mix, every, INNER, steps, same)["test"].reshape(-1, models)
+    trainings = cost / (steps * mixture.training_flops(mix, INNER))
+    shares = dict(zip(mix.names, found.T, strict=True))
+    return {"test_loss": losses.mean(1), **shares, "cost": np.full(len(keys), trainings)}
+
+
 def stacked(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what was measured with each seed, with a leading axis of seeds."""
     return {name: np.stack([np.asarray(row[name]) for row in rows]) for name in rows[0]}
 
 
-PARTS = {"changed": changed, "transfer": transfer}
+PARTS = {"changed": changed, "transfer": transfer, "judged": judged}
 
 
 def evidence(settings: dict[str, Any], method: str, keys: jax.Array) -> dict[str, Any]:
