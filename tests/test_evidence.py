@@ -217,10 +217,6 @@ class Large(Linear):
         ("objectives/mnist-5k/own temperature", {"test_accuracy", "stopped", "loss_change"}),
         ("penalty/fashion-linear/F2SA", {"test_accuracy", "penalized", "f1"}),
         ("weigher/tail-200/Meta-Weight-Net", {"test_accuracy", "rare"}),
-        ("mixture-swarm/texts/swarm", {"test_loss", "python", "cost"}),
-        ("mixture-swarm/texts/HyperDistill", {"test_loss", "python", "cost"}),
-        ("mixture-changed/reference/from the start", {"end", "mean"}),
-        ("mixture-transfer/texts/One-Step", {"correlation", "place"}),
         ("rater/python-docs/rater", {"auc", "saved", "saved_by_truth", "filtered"}),
     ],
 )

@@ -1,25 +1,35 @@
 """The three texts and their model, and the claims on mixtures of them, at a tiny size."""
 
 import importlib
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
+
+from gradhpo import mixture
 
 script = importlib.import_module
 
 
 @pytest.fixture
 def few_rows(monkeypatch):
-    """The texts cut to a few rows, and models a quarter as wide."""
+    """The texts cut to a few rows, and a model that knows the byte before alone."""
     text_domains = script("text_domains")
     cut = {name: rows[:30] for name, rows in text_domains.texts().items()}
     monkeypatch.setattr(text_domains, "texts", lambda: cut)
     monkeypatch.setattr(script("mixture_evidence"), "texts", lambda: cut)
-    model = text_domains.model
-    monkeypatch.setattr(text_domains, "model", lambda width=16: model(16))
+
+    def loss(table, rows):
+        x = rows.astype(int)
+        logits = jax.nn.log_softmax(table[x[:, :-1]])
+        return -jnp.take_along_axis(logits, x[:, 1:, None], axis=-1).mean((1, 2))
+
+    table = jnp.zeros((text_domains.BYTES, text_domains.BYTES))
+    monkeypatch.setattr(text_domains, "model", lambda width: ((lambda key: table), loss))
 
 
 def test_windows_are_the_text_without_its_end():
@@ -66,17 +76,52 @@ def test_the_models_have_as_many_weights_as_the_page_says(width, weights):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("few_rows")
-def test_the_first_claims_run_at_a_tiny_size():
+def test_the_first_claims_are_printed(monkeypatch):
+    ways = [*mixture.comparison.BASELINES, "One-Step"]
+    weights, losses = np.full((2, 3), 1 / 3), dict.fromkeys(ways, np.ones(2))
+    flops = {**dict.fromkeys(ways, 50.0), "swarm": 1000.0}
+    names, grid = ("python", "reference", "licences"), mixture.simplex_grid(3, 1)
+    given = [names, "test", dict.fromkeys(ways, weights), losses, flops, 10.0, grid, None, {}]
+    made = mixture.Comparison(*given)
+    monkeypatch.setattr(mixture, "compare", lambda mix, tuners, *_, **settings: made)
     app = typer.Typer()
     app.command()(script("mixture_evidence").main)
-    tiny = "--steps 4 --seeds 1 --parts 1 --rows 3"
-    done = CliRunner().invoke(app, tiny.split())
+    done = CliRunner().invoke(app, ["--steps", "4", "--seeds", "1", "--rows", "3"])
     assert done.exit_code == 0, done.exception
-    assert done.output.count("One-Step") == 3
-    assert "With a useless domain" in done.output
-    assert "python  reference  licences  random bytes" in " ".join(
-        done.output.replace("┃", " ").split()
-    ).replace(" ", "  ")
+    said = " ".join(done.output.split())
+    assert "FLOPs of One-Step, of the swarm's: 5.0%." in said
+    assert "1.0000 ± 0.0000" in said
+    assert "python │ reference │ licences │ random bytes" in re.sub(r"[┃|]", "│", said)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("few_rows")
+@pytest.mark.parametrize("method", ["uniform", "One-Step", "HyperDistill", "swarm"])
+def test_every_way_is_judged_by_the_same_models(monkeypatch, method):
+    evidence, claims, trained = script("mixture_evidence"), script("claims"), []
+
+    def train_fixed(mix, every, inner, steps, keys):
+        trained.append((np.asarray(every), jax.random.key_data(keys)))
+        third = np.asarray(every)[:, 2]
+        return {"target/manual": -third, "test": third + np.arange(len(every)) % 2}
+
+    monkeypatch.setattr(mixture, "train_fixed", train_fixed)
+    settings = claims.load("mixture-swarm").settings_of("texts", tiny=True)
+    keys = jax.random.split(jax.random.key(0), 2)
+    found = evidence.evidence(settings, method, keys)
+    every, fresh = trained[-1]
+    assert every.shape == (4, 3)
+    assert len(np.unique(fresh, axis=0)) == 4
+    own = jax.random.split(jax.random.split(keys[0])[1], 2)
+    assert np.array_equal(fresh[:2], jax.random.key_data(own))
+    np.testing.assert_allclose(found["test_loss"], every[::2, 2] + 0.5)
+    np.testing.assert_allclose(found["licences"], every[::2, 2])
+    if method == "swarm":
+        assert [len(each) for each, _ in trained] == [6, 4]  # three corners, two seeds
+        assert found["licences"].tolist() == [1, 1]
+    costs = {"uniform": (0, 0), "One-Step": (4, 6), "HyperDistill": (5, 7), "swarm": (3, 3)}
+    low, high = costs[method]
+    assert low <= found["cost"][0] <= high
 
 
 @pytest.mark.slow
