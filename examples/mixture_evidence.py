@@ -22,6 +22,7 @@ from gradhpo import mixture
 
 INNER = optax.adam(1e-2)
 ONE_STEP = "One-Step"
+RATE = 0.03
 CHANGED = "reference"
 """The domain that becomes random bytes."""
 
@@ -33,15 +34,16 @@ class Part(enum.StrEnum):
     useless = "useless"
 
 
-def tuner(rate: float = 0.03) -> gradhpo.BilevelOptimizer:
+def tuner(rate: float = RATE) -> gradhpo.BilevelOptimizer:
     """Return One-Step, whose weights descend on the simplex with a floor of 0.005."""
     descent = mixture.entropic_descent(rate, floor=0.005)
     return gradhpo.OneStepOptimizer(INNER, optax.chain(mixture.scale_by_spread(), descent))
 
 
-def tuned(mix: mixture.Mixture, steps: int, key: jax.Array) -> gradhpo.Solution:
-    """Return a run that tunes the mixture."""
-    return gradhpo.solve(mix.problem, tuner(), steps, key, record=["weights"], progress=False)
+def tuned(mix: mixture.Mixture, steps: int, key: jax.Array, rate: float = RATE) -> gradhpo.Solution:
+    """Return a run that tunes the mixture, or runs for several keys."""
+    one_step = tuner(rate)
+    return gradhpo.solve(mix.problem, one_step, steps, key, record=["weights"], progress=False)
 
 
 def against_swarm(mix: mixture.Mixture, steps: int, seeds: int, parts: int) -> None:
@@ -90,17 +92,21 @@ def changed(settings: dict[str, Any], method: str, keys: jax.Array) -> dict[str,
     steps = settings["steps"]
     mix = text_mixture(rows=settings["rows"], draw="sampled")
     spoilt = {**mix.domains, CHANGED: noise(len(mix.domains[CHANGED]))}
-    rows: list[dict[str, Any]] = []
-    for before, after, anew in (jax.random.split(key, 3) for key in keys):
-        if method == "priced anew":
-            continued = mix.replace(domains=spoilt).continued(tuned(mix, steps, before), [CHANGED])
-            run = tuned(continued, steps // 4, after)
-        else:
-            run = tuned(mix.replace(domains=spoilt), steps, anew)
-        place, end = mix.names.index(CHANGED), np.asarray(run.state.hyperparams["weights"])
-        mean = mixture.mean_weights(run)
-        rows.append({"end": 100 * end[place], "mean": 100 * mean[place], "path": mean})
-    return stacked(rows)
+    changed_mix = mix.replace(domains=spoilt)
+    before, after, anew = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
+    if method == "priced anew":
+        first, rate = tuned(mix, steps, before), settings.get("pricing_rate", RATE)
+        runs = [
+            tuned(changed_mix.continued(first, [CHANGED], run=i), steps // 4, key, rate)
+            for i, key in enumerate(after)
+        ]
+        ends = np.stack([np.asarray(run.state.hyperparams["weights"]) for run in runs])
+        means = np.stack([mixture.mean_weights(run) for run in runs])
+    else:
+        run = tuned(changed_mix, steps, anew)
+        ends, means = np.asarray(run.state.hyperparams["weights"]), mixture.mean_weights(run)
+    place = mix.names.index(CHANGED)
+    return {"end": 100 * ends[:, place], "mean": 100 * means[:, place], "weights": means}
 
 
 def transfer(settings: dict[str, Any], method: str, keys: jax.Array) -> dict[str, Any]:

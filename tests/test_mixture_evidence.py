@@ -130,17 +130,17 @@ def test_a_changed_domain_begins_with_its_share():
     evidence, began = script("mixture_evidence"), []
     tuned = evidence.tuned
 
-    def watched(mix, steps, key):
-        began.append((steps, mix.first_weights.tolist(), mix.domains["reference"]))
-        return tuned(mix, steps, key)
+    def watched(mix, steps, *more):
+        began.append((steps, mix.first_weights.tolist(), mix.domains["reference"], more[1:]))
+        return tuned(mix, steps, *more)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evidence, "tuned", watched)
-        settings = {"part": "changed", "steps": 4, "rows": 3}
+        settings = {"part": "changed", "steps": 4, "rows": 3, "pricing_rate": 0.2}
         keys = jax.random.split(jax.random.key(0), 1)
         found = evidence.evidence(settings, "priced anew", keys)
-    (_, uniform, text), (steps, again, noise) = began
-    assert steps == 1
+    (_, uniform, text, _), (steps, again, noise, rates) = began
+    assert (steps, rates) == (1, (0.2,))
     assert uniform == pytest.approx([1 / 3] * 3)
     assert again[1] == pytest.approx(1 / 3)
     assert not np.array_equal(text, noise)
