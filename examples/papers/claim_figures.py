@@ -29,7 +29,7 @@ def draw(claim: claims.Claim, found: dict[str, dict[str, Any]], folder: Path = P
     """Draw a claim, and return the file.
 
     Its curves if it has some, means over seeds; else its first measure of all methods, means with
-    95% intervals.
+    95% intervals, and every seed.
 
     Args:
       claim: of which `is_drawn` is true.
@@ -58,6 +58,8 @@ def _points(claim: claims.Claim, cases: dict[str, Any], colours: list[str]) -> A
         values = [methods[method][measure] for methods in cases.values() if method in methods]
         places = np.asarray(there) + width * (index - (len(claim.methods) - 1) / 2)
         means, halves = [np.mean(x) for x in values], [report.half_width(x) for x in values]
+        for place, of_seeds in zip(places, values, strict=True):
+            axes.plot([place] * len(of_seeds), of_seeds, ".", color=colour, alpha=0.4)
         style: Any = {"fmt": "o", "markersize": 5, "capsize": 3}
         axes.errorbar(places, means, halves, color=colour, label=method, **style)
     axes.set_xticks(range(len(cases)), list(cases))

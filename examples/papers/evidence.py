@@ -110,7 +110,7 @@ def shown(claim: claims.Claim) -> str:
     """Return what a claim's figure shows."""
     if claim.curves:
         return f"{' and '.join(claim.curves.values())} along the run, mean and range of seeds"
-    return f"{next(iter(claim.measures.values()))}, means with 95% intervals"
+    return f"{next(iter(claim.measures.values()))}, means with 95% intervals, and every seed"
 
 
 def table(claim: claims.Claim, case: str, methods: dict[str, Any]) -> list[str]:
