@@ -69,7 +69,12 @@ def ranges(text):
 
 def test_a_row_has_quartiles_and_what_was_measured():
     row = comparison_page.row("One-Step", "TorchOpt", MEASURED, 14)
-    assert row[:4] == ["One-Step", "TorchOpt", ranges("2.00 (1.00–3.50)"), ranges("1.75 (1.50–2.00)")]
+    assert row[:4] == [
+        "One-Step",
+        "TorchOpt",
+        ranges("2.00 (1.00–3.50)"),
+        ranges("1.75 (1.50–2.00)"),
+    ]
     assert row[4:] == ["4.2", "401", "14", "4e-05"]
     assert len(row) == len(comparison_page.COLUMNS)
 
