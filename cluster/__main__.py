@@ -7,7 +7,7 @@ import sys
 def main() -> None:
     """Run the command line."""
     if importlib.util.find_spec("typer") is None:
-        sys.exit("gradhpo: the command line needs typer: pip install gradhpo[cluster]")
+        sys.exit("gradhpo: the command line needs typer: pip install 'gradhpo[cluster]'")
     from gradhpo.cluster import cli
 
     cli.app()

@@ -95,7 +95,7 @@ def claim(
       What of `allowed` has changed by its name, or by the checksum of `data`.
 
     Raises:
-      SweepError: if the storage holds another run.
+      SweepError: if the storage holds another run that has begun.
     """
     files = Storage(storage)
     files.clear()
@@ -105,6 +105,9 @@ def claim(
         if files.manifest.exists() or files.begun:
             _prove(storage, mine, damaged)
             tell(Repaired(f"{damaged}: it is made again"))
+        manifest.write(files.manifest, mine)
+        return set()
+    if not files.begun:  # nothing was computed with those settings: they were tried, and refused
         manifest.write(files.manifest, mine)
         return set()
     accepted = {name for what in allowed for name in ALLOWED[what]}

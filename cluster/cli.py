@@ -17,6 +17,7 @@ import numpy as np
 import typer
 
 from gradhpo import files
+from gradhpo._version import __version__
 from gradhpo.checkpoints import DamagedFile
 from gradhpo.cluster import event_log, front, manifest, optuna_study
 from gradhpo.cluster.check import check_storage
@@ -39,7 +40,6 @@ UNTOLD = ("prepared", "compiling", "starting", "running", "finished")
 
 
 app = typer.Typer(
-    help="Sweeps of populations: hypergradients inside a trial, a scheduler between trials.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -89,10 +89,30 @@ def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        _say(f"gradhpo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Say which this is."),
+    ] = False,
+) -> None:
+    """Sweeps of populations: hypergradients inside a trial, a scheduler between trials."""
+    del version
+
+
 @app.command()
 @clear_errors
 def sweep(
-    file: Annotated[Path, typer.Argument(help="The arguments of Sweep, in TOML.")],
+    file: Annotated[
+        Path,
+        typer.Argument(exists=True, dir_okay=False, help="The arguments of Sweep, in TOML."),
+    ],
     storage: Annotated[str | None, typer.Option(help="The sweep's folder, or its address.")] = None,
     generations: Generations = None,
     workers: Workers = None,
@@ -148,8 +168,9 @@ def resume(
 def stop(storage: Where) -> None:
     """Ask the driver of a sweep to end after the generation in flight, which is saved.
 
-    So does a file `stop.txt` in the sweep's folder. `resume` goes on. A `solve` with this folder
-    as its `checkpoint` ends within seconds, and is saved too.
+    So does a file `stop.txt` in the sweep's folder. `resume` goes on.
+
+    A `solve(checkpoint=…)` of this folder ends within seconds, saved too.
     """
     place = folder_of(storage)
     who = Storage(place).files.holder()
@@ -184,7 +205,7 @@ def _status(place: files.Where) -> None:
     state = f"running ({who})" if who else "complete" if done >= total else "not running"
     _say(f"{place}: {state}, {done} of {total} generations")
     _say(
-        f"  {about['population']} trials in {about['shards']} shards, "
+        f"  {_many(about['population'], 'trial')} in {_many(about['shards'], 'shard')}, "
         f"{about['steps_per_generation']} steps a generation, metric {', '.join(compared.names)}"
     )
     for found in sorted(front.of_journal(journal.last)):
@@ -202,7 +223,8 @@ def _status(place: files.Where) -> None:
     for facts in told[-10:]:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts.pop("time")))
         event = facts.pop("event")
-        _say(f"  {when} {event}: {', '.join(f'{k}={v}' for k, v in facts.items())}")
+        known = ", ".join(f"{k}={v}" for k, v in facts.items() if v is not None)
+        _say(f"  {when} {event}: {known}")
     if not who and done < total:
         _say(f"To go on: gradhpo resume {shlex.quote(str(place))}")
 
@@ -340,6 +362,10 @@ def _say(text: str) -> None:
     print(printable(text))
 
 
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
 def _run(
     made: Sweep, plot: Path | None, allowed: list[str] | None, track: list[str] | None
 ) -> None:
@@ -349,8 +375,9 @@ def _run(
         cached = f", {report.restores} times from JAX's cache" if report.restores else ""
         _say(
             f"{report.generations} generations in {report.seconds:.1f} s after "
-            f"{report.startup_seconds:.1f} s to start; the step was compiled {report.compiles} "
-            f"times and loaded {report.loads} times{cached}; {report.workers_lost} workers lost"
+            f"{report.startup_seconds:.1f} s to start; the step was compiled "
+            f"{_many(report.compiles, 'time')} and loaded {_many(report.loads, 'time')}{cached}; "
+            f"{_many(report.workers_lost, 'worker')} lost"
         )
         print("  to start: " + report.start())
     _draw(result, plot)
@@ -399,8 +426,10 @@ def _scores(numbers: Mapping[str, Any], named: bool) -> str:
 
 def _print_trial(result: SweepResult, found: Trial) -> None:
     kind = "On the front" if result.objectives.several else "Best"
-    _say(f"{kind}: trial {found.number} after generation {found.generation + 1}")
-    _say("  " + ", ".join(f"{name} {value:.6g}" for name, value in found.metrics.items()))
+    which = f"trial {found.number} after generation {found.generation + 1}"
+    _say(f"{kind}: {which}, {_scores(found.scores, named=True)}")
+    others = {name: value for name, value in found.metrics.items() if name not in found.scores}
+    _say(f"  {_scores(others, named=True)}")
     if found.lr_hyper is not None:
         _say(f"  lr_hyper {found.lr_hyper:.6g}")
     if found.choices:

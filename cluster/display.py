@@ -48,7 +48,7 @@ class Display:
         self._computed = 0
         self._since = self._printed = time.monotonic()
         self._show = False if self._lines or self._silent else show
-        self._bar = Bar(False, generations, "generation")
+        self._bar = Bar(False, generations, "gen")
 
     def __enter__(self) -> Display:
         return self
@@ -72,7 +72,7 @@ class Display:
         """Draw the bar, and count time from now: what came before was starting up."""
         self._computed = 0
         self._since = self._printed = time.monotonic()
-        self._bar = Bar(self._show, self._total, "generation", done)
+        self._bar = Bar(self._show, self._total, "gen", done)
 
     def _generation(self, event: GenerationDone) -> None:
         self._computed += 1
@@ -85,7 +85,8 @@ class Display:
             good = scores[finite, 0] * sign
             numbers["median"] = float(np.median(good)) if len(good) else float("nan")
         diverged = float(len(finite) - finite.sum())
-        self._bar.advance(1, **{**numbers, "diverged": diverged, "trial-steps/s": self._rate()})
+        gone = {"diverged": diverged} if diverged else {}
+        self._bar.advance(1, **numbers, **gone, **{"steps/s": self._rate()})
         now = time.monotonic()
         if not self._lines:
             return

@@ -15,11 +15,13 @@ from gradhpo.parallel import layout_cache
 
 CORE = ("jax", "jaxlib", "optax", "chex", "numpy")
 EXTRAS = {
-    "cluster": ("ray", "tqdm", "typer"),
+    "cluster": ("fsspec", "ray", "tqdm", "typer"),
+    "s3": ("s3fs",),
     "search": ("scikit-learn", "threadpoolctl"),
     "tune": ("pandas",),
-    "report": ("matplotlib", "rich"),
+    "report": ("matplotlib", "plotly", "rich", "tqdm"),
     "trackers": ("tensorboardX", "wandb", "mlflow-skinny", "optuna"),
+    "root": ("lineax",),
     "export": ("safetensors", "orbax-checkpoint"),
     "models": ("flax", "equinox"),
 }

@@ -301,7 +301,7 @@ def check(kind: str, settings: ProcessSettings, sent: Mapping[str, Any], storage
     """
     kind = _resolved(kind)
     if kind == "ray" and not has_ray():
-        raise ImportError('executor="ray" needs Ray: pip install gradhpo[cluster]')
+        raise ImportError("executor=\"ray\" needs Ray: pip install 'gradhpo[cluster]'")
     if kind != "local" and str(storage).startswith("memory:"):
         raise ValueError(
             f"storage {str(storage)!r} lives in this process, and dies with it: it needs "

@@ -385,6 +385,19 @@ class SweepResult:
         _check_trial(trial)
         return self._lines.turns(trial.slot, trial.generation)
 
+    def __repr__(self) -> str:
+        """Say where it is, how far, and what is the best."""
+        try:
+            kept = self.front
+        except SweepError as error:
+            return f"SweepResult of {self.where}: {error}"
+        lines = [f"SweepResult of {self.where}: {self.generations} generations"]
+        for trial in kept:
+            scores = ", ".join(f"{name} {score:.6g}" for name, score in trial.scores.items())
+            which = f"trial {trial.number} after generation {trial.generation + 1}"
+            lines.append(f"{'front' if self.objectives.several else 'best'}: {scores}, {which}")
+        return "\n  ".join(lines)
+
     def _repr_html_(self) -> str:
         """Show the best trial, or the front, in a notebook."""
         try:

@@ -6,6 +6,7 @@ TOML, a storage's manifest and the adapter of Ray Tune take their names from her
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -334,7 +335,7 @@ def of_toml(path: str | Path) -> dict[str, Any]:
         try:
             return tomllib.load(file)
         except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError(f"{path} is not TOML: {error}") from None
 
 
 def read(given: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -344,7 +345,10 @@ def read(given: Mapping[str, Any], where: str) -> dict[str, Any]:
       ValueError: for an unknown or missing name, or a value of the wrong kind; it says `where`.
     """
     if unknown := [name for name in given if name not in names()]:
-        raise ValueError(f"{where}: unknown name {unknown[0]!r}; a sweep has {', '.join(names())}")
+        near = difflib.get_close_matches(unknown[0], names(), 1)
+        meant = f" (did you mean {near[0]!r}?)" if near else ""
+        known = ", ".join(names())
+        raise ValueError(f"{where}: unknown name {unknown[0]!r}{meant}; a sweep has {known}")
     arguments = dict(given)
     for kind in (Identity, Place):
         for field in dataclasses.fields(kind):

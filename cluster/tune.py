@@ -1,7 +1,7 @@
 """Ray Tune around sweeps: one Tune trial is one whole population.
 
 Tune then compares what a sweep itself does not search: schedulers, steps in a generation, seeds,
-programs. Needs `pip install gradhpo[tune]`; nothing else in the package imports this module.
+programs. Needs `pip install 'gradhpo[tune]'`; nothing else in the package imports this module.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gradhpo.files import Where
 try:
     from ray import tune
 except ImportError as error:
-    raise ImportError("gradhpo.cluster.tune needs Ray Tune: pip install gradhpo[tune]") from error
+    raise ImportError("gradhpo.cluster.tune needs Ray Tune: pip install 'gradhpo[tune]'") from error
 
 __all__ = ["population_trainable"]
 

@@ -1,13 +1,15 @@
-"""Which method, γ and horizon suit a problem: `gradhpo.diagnose` on four of them.
+"""Which method, γ and horizon suit a problem: `gradhpo.diagnose` on five of them.
 
 `toy`: the two-dimensional problem of the Greedy paper. `sinusoid`: features shared by ten
 regression tasks. `digits`: a weight for each of 1000 training images, half of their labels wrong.
+`layers`: the same with a network of two dense layers.
 `decay`: a weight decay for each layer of an MLP on the digits, and its learning rate.
 With `--solvers` it compares solvers, ranks and ridges of implicit differentiation.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import sys
 from pathlib import Path
@@ -25,7 +27,7 @@ from sklearn.datasets import load_digits
 import gradhpo
 
 sys.path.append(str(Path(__file__).parent / "papers"))  # where its scripts find one another
-from papers import hypercleaning, sinusoid, toy
+from papers import dense_layers, hypercleaning, sinusoid, toy
 
 
 class Case(NamedTuple):
@@ -70,6 +72,24 @@ def digits_case() -> Case:
     return Case(problem, optax.sgd(0.1, momentum=0.9), optax.adam(0.1))
 
 
+def layers_case() -> Case:
+    """Return the digits with a network 64-32-10."""
+    case = digits_case()
+
+    def losses(params: Any, images: hypercleaning.Images) -> jax.Array:
+        logits = dense_layers.apply(params, dense_layers.flat(images.x))
+        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, images.y)
+
+    problem = dataclasses.replace(
+        case.problem,
+        init=lambda key: (dense_layers.init(key, 64, 32, 10), jnp.zeros(1000)),
+        train_loss=lambda w, lam, images: jnp.mean(jax.nn.sigmoid(lam) * losses(w, images)),
+        val_loss=lambda w, lam, images: jnp.mean(losses(w, images)),
+        metrics=None,
+    )
+    return case._replace(problem=problem)
+
+
 def decay_case() -> Case:
     """Return the MLP with a weight decay for each layer; λ holds the learning rate too."""
 
@@ -79,16 +99,24 @@ def decay_case() -> Case:
     return Case(population.digits_problem(width=32), inner, optax.adam(0.1))
 
 
-CASES = {"toy": toy_case, "sinusoid": sinusoid_case, "digits": digits_case, "decay": decay_case}
+CASES = {
+    "toy": toy_case,
+    "sinusoid": sinusoid_case,
+    "digits": digits_case,
+    "layers": layers_case,
+    "decay": decay_case,
+}
 Name = enum.StrEnum("Name", list(CASES))
 
 
-def solvers(inner: Any, horizon: int) -> dict[str, Any]:
+def solvers(case: str, inner: Any, horizon: int) -> dict[str, Any]:
     """Return One-Step, and implicit methods by solver, products with the Hessian, and ridge."""
     given = {
         "cg": [(5, 0.2), (5, 0.0), (10, 0.2), (10, 0.0), (3, 0.0)],
         "nystrom": [(10, 0.2), (20, 0.2)],
     }
+    if case == "layers":  # all of whose weights are dense layers'
+        given["kfac"] = [(10, 0.1), (10, 0.2), (10, 0.4), (10, 0.8), (1, 0.2)]
     made: dict[str, Any] = {"one-step": gradhpo.OneStepOptimizer(inner)}
     for solver, pairs in given.items():
         for K, ridge in pairs:
@@ -123,7 +151,9 @@ def main(
         state = gradhpo.solve(problem, optimizer, steps, key).state
     output.parent.mkdir(parents=True, exist_ok=True)
     settings: Any = {"horizon": horizon, "samples": samples, "rounds": rounds, "budget": budget}
-    chosen: Any = {"methods": solvers(inner, horizon)} if implicit else {"inner_optimizer": inner}
+    chosen: Any = (
+        {"methods": solvers(case.value, inner, horizon)} if implicit else {"inner_optimizer": inner}
+    )
     found = gradhpo.diagnose(problem, state, key, **chosen, **settings)
     found.show()
     if rounds:

@@ -5,7 +5,7 @@ trials differ in their seeds and in the rate of that descent. Beside it a swarm 
 the usual way, is another sweep. Both are batched populations, divided over the workers. The figure
 has the weights over time, the losses by domain, and the swarm's cloud with the mixtures found.
 
-Needs `pip install gradhpo[examples,cluster]`; `--executor local` needs no Ray.
+Needs `pip install 'gradhpo[examples,cluster]'`; `--executor local` needs no Ray.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ population-based bandits (PB2) with new trials drawn by a sampler of Optuna, PB2
 population-based training (PBT), and random search. All take the same number of trial-steps, with
 the same seeds and data, and run the same compiled program.
 
-Needs `pip install gradhpo[examples,search] optuna`.
+Needs `pip install 'gradhpo[examples,search]' optuna`.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def run(
                 last = jax.device_get({name: state.metadata[name] for name in METRICS})
                 tells.add({name: np.asarray(value)[None] for name, value in last.items()})
                 tells.tell()
-            if (found := _describe(np.asarray(fault), episode)) is not None:
+            if (found := _describe(np.asarray(fault), episode, state)) is not None:
                 why, kept = found
                 warnings.warn(f"{why}: the run ends, and {kept}", DivergenceWarning, stacklevel=3)
                 tells.stop(episode, why, kept)
@@ -163,12 +163,12 @@ def _val_loss(state: BilevelState, task: Task, index: Any) -> jax.Array:
     return value.astype(jnp.result_type(state.metadata["val_loss"]))
 
 
-def _describe(fault: np.ndarray, episode: int) -> tuple[str, str] | None:
+def _describe(fault: np.ndarray, episode: int, state: BilevelState) -> tuple[str, str] | None:
     """Return what went wrong, and what follows; None where nothing did."""
     step, metric = (int(value) for value in fault)
     if step < 0:
         return None
     return (
         f"{METRICS[metric]} stopped being finite at step {step} of episode {episode}",
-        f"the state before that step is returned. {advice(METRICS[metric])}",
+        f"the state before that step is returned. {advice(METRICS[metric], step, state)}",
     )

@@ -15,20 +15,39 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
-from gradhpo.state import PyTree
+from gradhpo.state import BilevelState, PyTree
 
 
 class DivergenceWarning(RuntimeWarning):
     """A loss or a norm became NaN or infinite; the last finite state was kept."""
 
 
-def advice(metric: str) -> str:
-    """Return what to try where this metric is the first of a step that is not finite."""
-    if metric != "hypergrad_norm":
+def advice(metric: str, step: int, state: BilevelState) -> str:
+    """Return what to try where this metric is the first of a step that is not finite.
+
+    Args:
+      metric: its name.
+      step: of the run or episode, counted from 1.
+      state: any of the run: its dtypes are looked at.
+    """
+    moved = (state.params, state.hyperparams)
+    if any(getattr(leaf, "dtype", None) == jnp.float16 for leaf in jax.tree.leaves(moved)):
+        return (
+            "float16 ends at 65504 and 6e-8, where Adam's eps is 0: keep weights and λ in float32, "
+            "and cast within the losses; or take bfloat16"
+        )
+    if metric == "hypergrad_norm":
+        return (
+            "Both losses are finite and a derivative is not: put a small number under a square "
+            "root, a norm or a power that is taken of 0, as optax's eps_root does; or the unroll "
+            "explodes, or the learning rates are too high"
+        )
+    if step > 1:
         return "Lower the learning rates, or clip"
     return (
-        "Both losses are finite and a derivative is not: put a small number under a square root, a "
-        "norm or a power that is taken of 0, as optax's eps_root does; or the unroll explodes"
+        "At a first step look at the batch, at logarithms, roots and divisions in the losses, and "
+        "at their derivatives, before the learning rates: "
+        'jax.config.update("jax_debug_nans", True) stops where it begins'
     )
 
 
@@ -60,8 +79,11 @@ def check_number(
 ) -> float:
     """Return `value` as a float in `[low, high]`, or `(low, high]` with `open_low`."""
     accepted = f"a number in {'(' if open_low else '['}{low:g}, {high:g}]"
-    if isinstance(value, bool) or not isinstance(value, numbers.Real | np.ndarray | jax.Array):
-        raise TypeError(f"{name} must be {accepted}, got {value!r}")
+    if low == -math.inf and high == math.inf:
+        accepted = "a number"
+    array = isinstance(value, np.ndarray | jax.Array) and value.shape == ()
+    if isinstance(value, bool) or not (array or isinstance(value, numbers.Real)):
+        raise TypeError(f"{name} must be {accepted}, got {shown(value)}")
     number = float(value)
     if not (low < number if open_low else low <= number) or not number <= high:
         raise ValueError(f"{name} must be {accepted}, got {number!r}")
@@ -79,7 +101,7 @@ def check_finite(name: str, value: Any) -> float:
 def check_count(name: str, value: Any, minimum: int = 1) -> int:
     """Return `value` as an int of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+        raise TypeError(f"{name} must be an integer of at least {minimum}, got {shown(value)}")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
     return int(value)
@@ -97,13 +119,16 @@ def check_exactly_one(owner: str, **given: Any) -> None:
 def check_callable(name: str, value: Any) -> None:
     """Raise unless `value` can be called."""
     if not callable(value):
-        raise TypeError(f"{name} must be a function, got {type(value).__name__}: {value!r}")
+        raise TypeError(f"{name} must be a function, got {type(value).__name__}: {shown(value)}")
 
 
 def check_instance(name: str, value: Any, kind: type) -> None:
     """Raise unless `value` is of a class of this library."""
     if not isinstance(value, kind):
-        raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
+        got = type(value).__name__
+        if isinstance(value, type):
+            got = f"the class {value.__name__}: call it"
+        raise TypeError(f"{name} must be a {kind.__name__}, got {got}")
 
 
 def check_hashable(name: str, value: Any) -> None:
@@ -137,7 +162,8 @@ def check_floating(name: str, tree: PyTree, *, others: bool = False) -> None:
             got = type(leaf).__name__ if dtype is None else dtype
             raise TypeError(
                 f"{name}{keystr(path)} must be a floating-point array, got {got}: it has no "
-                "gradient. Convert it, or keep it out of the tree (nnx.split, eqx.partition)"
+                "gradient. Convert it, or keep it out of the tree (nnx.split, eqx.partition; "
+                "gradhpo.FlaxModel and EquinoxModel do)"
             )
 
 
@@ -216,6 +242,15 @@ def tracing(name: str, **arguments: PyTree) -> Generator[None]:
         raise
 
 
+def shown(value: Any, most: int = 80) -> str:
+    """Return a value as a message has it: as it is written, or the shapes of arrays in it."""
+    arrays = any(hasattr(leaf, "dtype") and leaf.shape for leaf in jax.tree.leaves(value))
+    if hasattr(value, "dtype"):
+        return described(value) if arrays else repr(value)
+    text = _shapes(value) if arrays else repr(value)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def _shapes(tree: PyTree, most: int = 8) -> str:
     """Return dtypes and shapes by path: `['w'] float32[3,4], ['b'] float32[4]`."""
     leaves = tree_flatten_with_path(tree)[0]
@@ -226,6 +261,8 @@ def _shapes(tree: PyTree, most: int = 8) -> str:
 
 def described(value: Any) -> str:
     """Return an array's dtype and shape, `float32[3,4]`, and of anything else its type."""
+    if type(value) in (tuple, list):
+        return f"a {type(value).__name__} of {len(value)}"
     if not hasattr(value, "dtype"):
         return type(value).__name__
     return f"{value.dtype}[{','.join(map(str, value.shape))}]"

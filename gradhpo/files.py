@@ -168,13 +168,13 @@ def where_of(argument: str, given: Any) -> Where:
 
     Raises:
       TypeError: for what is no path.
-      ValueError: for an address of another kind.
+      ValueError: for an address of another kind, or the path of a file.
     """
     if not isinstance(given, str | os.PathLike):
         raise TypeError(f"{argument} must be the path of a folder or an address, got {given!r}")
     text = os.fspath(given)
     if not _is_meant_as_address(text):
-        return Path(text).expanduser().absolute()
+        return _folder(argument, Path(text).expanduser().absolute())
     if "@" in text:  # the text may have a secret anywhere, so nothing of it is told
         raise ValueError(
             f'{argument} must be an address without credentials, and without any "@": they belong '
@@ -189,7 +189,7 @@ def where_of(argument: str, given: Any) -> Where:
         raise ValueError(f"{argument} must be an address without any of {sorted(odd)}")
     address = urlsplit(text)
     if address.scheme == "file" and not address.netloc:
-        return Path(unquote(address.path))
+        return _folder(argument, Path(unquote(address.path)))
     if address.scheme not in PROTOCOLS:
         known = ", ".join(f"{name}://…" for name in PROTOCOLS)
         raise ValueError(
@@ -200,6 +200,12 @@ def where_of(argument: str, given: Any) -> Where:
     if len(parts) < (1 if address.scheme == "memory" else 2):
         raise ValueError(f"{argument} must name a folder in a bucket, got {text!r}")
     return f"{address.scheme}://{'/'.join(parts)}"
+
+
+def _folder(argument: str, path: Path) -> Path:
+    if path.is_file():
+        raise ValueError(f"{argument} must be the path of a folder, and {str(path)!r} is a file")
+    return path
 
 
 def _is_meant_as_address(text: str) -> bool:

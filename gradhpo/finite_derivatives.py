@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Jaxpr, Literal, primitives
 
+from gradhpo.replay import bind
+
 Tangent = Callable[..., jax.Array]
 """`(output, tangents, *inputs) -> tangent of the output`; a tangent that is zero is None."""
 
@@ -57,11 +59,7 @@ def _replay(jaxpr: Jaxpr, consts: list[Any], args: list[Any], clamp_roots: bool)
         if tangent := _tangent(eqn):
             outputs = [_bind_with_tangent(eqn, inputs, tangent, clamp_roots)]
         else:
-            made = eqn.primitive.get_bind_params(_safe_bodies(eqn, clamp_roots))
-            # Up to jax 0.9 a pair (functions, parameters), the parameters alone since.
-            subfuns, params = made if isinstance(made, tuple) else ((), made)
-            outputs = eqn.primitive.bind(*subfuns, *inputs, **params)
-            outputs = outputs if eqn.primitive.multiple_results else [outputs]
+            outputs = bind(eqn, inputs, _safe_bodies(eqn, clamp_roots))
         values.update(zip(eqn.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from gradhpo.dependence import depends
-from gradhpo.errors import check_same_tree
+from gradhpo.errors import check_same_tree, tracing
 from gradhpo.finite_derivatives import with_finite_derivatives
 from gradhpo.hypergradient import Loss, Mode, second_order
 from gradhpo.injected import follow
@@ -381,7 +381,10 @@ def optimizer_at(inner_optimizer: Any, hyperparams: PyTree) -> Any:
     if is_optax(inner_optimizer):
         return inner_optimizer
     try:
-        optimizer = inner_optimizer(hyperparams)
+        with tracing(
+            "inner_optimizer, a function of the hyperparameters,", hyperparams=hyperparams
+        ):
+            optimizer = inner_optimizer(hyperparams)
     except _NUMBER_NEEDED as error:
         raise TypeError(
             "inner_optimizer, a function of the hyperparameters, needs a hyperparameter's number, "

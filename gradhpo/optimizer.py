@@ -23,6 +23,8 @@ from gradhpo.errors import (
     check_floating,
     check_hashable,
     check_same_tree,
+    shown,
+    tracing,
 )
 from gradhpo.hypergradient import MODES, Mode, Validation, norm, validation
 from gradhpo.injected import check_initial_state
@@ -427,7 +429,9 @@ class HypergradientMethod(BilevelOptimizer):
             check_hashable("update_fn", self.update_fn)
         elif not is_optax(self.inner_optimizer) and not callable(self.inner_optimizer):
             accepted = "an optax.GradientTransformation or a function of the hyperparameters"
-            raise TypeError(f"inner_optimizer must be {accepted}, got {self.inner_optimizer!r}")
+            raise TypeError(
+                f"inner_optimizer must be {accepted}, got {shown(self.inner_optimizer)}"
+            )
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {MODES}, got {self.mode!r}")
         if self.update_fn is not None and self.mode not in ("auto", "reverse-over-reverse"):
@@ -442,7 +446,9 @@ class HypergradientMethod(BilevelOptimizer):
             )
         if self.outer_optimizer is not None and not is_optax(self.outer_optimizer):
             accepted = "an optax.GradientTransformation"
-            raise TypeError(f"outer_optimizer must be {accepted}, got {self.outer_optimizer!r}")
+            raise TypeError(
+                f"outer_optimizer must be {accepted}, got {shown(self.outer_optimizer)}"
+            )
 
     @abc.abstractmethod
     def estimate(self, state: BilevelState, task: Task) -> Estimate:
@@ -461,7 +467,8 @@ class HypergradientMethod(BilevelOptimizer):
         check_floating("hyperparams", hyperparams)
         params, hyperparams = jax.tree.map(as_array, (params, hyperparams))
         outer = self.outer_optimizer
-        outer_state = None if outer is None else outer.init(hyperparams)
+        with tracing("outer_optimizer.init", hyperparams=hyperparams):
+            outer_state = None if outer is None else outer.init(hyperparams)
         states = (self._first_inner_state(params, hyperparams), outer_state)
         first = BilevelState.create(params, hyperparams, *states, model_state=model_state)
         return prepare(first)
@@ -570,7 +577,7 @@ def rate(lr_hyper: Any) -> Any:
     if lr_hyper is None or isinstance(lr_hyper, jax.Array):
         return lr_hyper if lr_hyper is None else as_array(lr_hyper, jnp.result_type(float))
     if isinstance(lr_hyper, bool) or np.shape(lr_hyper) != ():
-        raise TypeError(f"lr_hyper must be a number or a scalar array, got {lr_hyper!r}")
+        raise TypeError(f"lr_hyper must be a number or a scalar array, got {shown(lr_hyper)}")
     return np.asarray(lr_hyper, dtype=jnp.result_type(float))
 
 

@@ -129,9 +129,10 @@ class Problem:
         """Return the weights, hyperparameters and model state that `solve` starts from."""
         with tracing("Problem.init", key=key):
             made = self.init(stream(key, "init"))
+        two = "(params, hyperparams)"
         if isinstance(made, tuple | list) and len(made) == 3:
             return Start(*made)
-        return Start(*_pair("init", "(params, hyperparams) or with model_state", made))
+        return Start(*_pair("init", f"{two}, or {two[:-1]}, model_state)", made))
 
     def start_data(self, key: jax.Array) -> PyTree:
         """Return the `data` that `solve` uses with this key; None where there is none."""
@@ -187,5 +188,5 @@ def stream(key: jax.Array, purpose: str) -> jax.Array:
 
 def _pair(name: str, accepted: str, made: Any) -> tuple[Any, Any]:
     if not isinstance(made, tuple | list) or len(made) != 2:
-        raise TypeError(f"Problem.{name} must return {accepted}, got {type(made).__name__}")
+        raise TypeError(f"Problem.{name} must return {accepted}, got {described(made)}")
     return made[0], made[1]

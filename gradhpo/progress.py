@@ -46,7 +46,7 @@ class Bar:
         """Move the bar on, and show these numbers beside it."""
         if self._bar is not None:
             self._bar.update(steps)
-            self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
+            self._bar.set_postfix({name: _short(value) for name, value in shown.items()})
 
     def write(self, text: str) -> None:
         """Print a line to stderr, above the bar where there is one."""
@@ -61,3 +61,7 @@ class Bar:
     def __exit__(self, *exc: object) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if 1e4 <= value < 1e7 else f"{value:.4g}"

@@ -16,7 +16,7 @@ from jax.tree_util import keystr, tree_flatten_with_path
 
 from gradhpo.dependence import depends, influences
 from gradhpo.errors import UnreachedWarning, warn_user
-from gradhpo.inner import InnerStep
+from gradhpo.inner import InnerStep, is_optax
 from gradhpo.remembered import about
 from gradhpo.state import BilevelState, PyTree
 from gradhpo.task import Carried, Task
@@ -106,6 +106,10 @@ def _reasons(ways: Ways, state: BilevelState, task: Task) -> list[str]:
     shown = depends(lambda lam: val(w, s, lam), lam, derivative=False)
     used = none if inner is None else depends(move_by, lam, derivative=False)
 
+    fixed = ""
+    if inner is not None and is_optax(inner.inner_optimizer):
+        fixed = " (inner_optimizer would as a function: lambda lam: optax.sgd(lam[...]))"
+
     def reason(i: int) -> str:
         if reached[i]:
             return ""
@@ -115,11 +119,11 @@ def _reasons(ways: Ways, state: BilevelState, task: Task) -> list[str]:
         if (moves[i] and read) or (used[i] and ways.zero_order):
             return "it moves only weights that val_loss_fn does not read"
         if moves[i]:
-            return "val_loss_fn has no gradient in the weights, which it moves: is it an accuracy?"
+            return "val_loss_fn has no gradient in the weights, which it moves (is it an accuracy?)"
         if used[i] or shown[i]:
             blocked = "stop_gradient, a sign, a comparison, rounding or integers"
             return f"it is used, but no derivative goes through ({blocked})"
-        return "neither the update of the weights nor val_loss_fn uses it"
+        return f"neither the update of the weights nor val_loss_fn uses it{fixed}"
 
     return [reason(i) for i in range(len(reached))]
 

@@ -39,7 +39,7 @@ def custom_root(
     The decorated solver has derivatives of any order in `args`, by forward and by reverse mode
     (`jax.jvp`, `jax.grad`, `jax.jacobian`), under `jax.jit` and `jax.vmap`. They are exact where
     the solver has converged: `optimality_fun` is most often the gradient in x of what is minimized.
-    Needs `lineax`, which solves the linear system (`pip install gradhpo[root]`).
+    Needs `lineax`, which solves the linear system (`pip install 'gradhpo[root]'`).
 
     Args:
       optimality_fun: `(x, *args) -> tree`, in the structure and shapes of x, differentiable.
@@ -178,7 +178,7 @@ def _lineax() -> Any:
     try:
         return importlib.import_module("lineax")
     except ImportError as error:
-        message = "gradhpo.root needs lineax: pip install gradhpo[root]"
+        message = "gradhpo.root needs lineax: pip install 'gradhpo[root]'"
         raise ImportError(message) from error
 
 

@@ -149,6 +149,27 @@ class Solution:
             found.fingerprint.check_optimizer(str(path), settings(optimizer))
         return found
 
+    def __repr__(self) -> str:
+        """Say in a few lines how the run ended; all of it would be thousands of numbers."""
+        try:
+            return self._ended()
+        except (AttributeError, IndexError, TypeError, ValueError):  # a tree of shapes, or traced
+            return f"Solution(steps={self.steps!r}), whose arrays have no values here"
+
+    def _ended(self) -> str:
+        runs = np.shape(self.diverged_at)
+        why = "" if self.stopped is None else f", stopped: {self.stopped}"
+        lines = [f"Solution: {self.steps} steps{f' of {runs[0]} runs' if runs else ''}{why}"]
+        if self.best is not None:
+            lines.append(f"best {self.best.metric} {_spread(self.best.score)}")
+        lines += [f"{name} {_spread(x[-1])}" for name, x in self.metrics.items() if len(x)]
+        if np.any(self.diverged_at):
+            gone = np.count_nonzero(self.diverged_at)
+            lines.append(
+                f"diverged: {gone} of {runs[0]}" if runs else f"diverged at {self.diverged_at}"
+            )
+        return "\n  ".join(lines)
+
     def _repr_html_(self) -> str:
         """Show where the run ended, in a notebook; of several runs the first ones."""
         scores = {} if self.best is None else {f"best {self.best.metric}": self.best.score}
@@ -186,7 +207,9 @@ class Solution:
           ValueError: for a name that was not recorded, a run that there is not, or no step.
         """
         if name not in self.record or name not in self.record_start:
-            there = ", ".join(map(repr, self.record)) or "nothing"
+            there = (
+                ", ".join(map(repr, self.record)) or "and nothing was (solve(record=…) says what)"
+            )
             raise ValueError(f"name must be one of what was recorded, {there}; got {name!r}")
         values = self.trajectory(run=run)[name]
 
@@ -220,6 +243,13 @@ class Solution:
             rows = np.asarray(self.record[name])[:steps][(slice(None), *which)]
             found[name] = np.concatenate([np.asarray(start)[which][None], rows])
         return found
+
+
+def _spread(values: Any) -> str:
+    """Return a number, or of several runs the least and the greatest."""
+    found = np.ravel(np.asarray(values, float))
+    low, high = f"{found.min():.6g}", f"{found.max():.6g}"
+    return low if found.size == 1 else f"from {low} to {high}"
 
 
 def packed(solution: Solution) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -160,8 +160,7 @@ def solve(
     optimizer.check_step(problem.train_loss, problem.val_loss, lr_hyper)
     timetable = Timetable.of(optimizer, episode_length)
     watch = Watch(metric, mode, stop, _check_every(eval_every, stop) or steps + 1)
-    if callback is not None:
-        check_callable("callback", callback)
+    called = _called(callback)
     fresh = starts_fresh(episode_init, episode_length, lr_reptile)
     lr_reptile = check_number("lr_reptile", lr_reptile, -np.inf, np.inf)
     schedule, rate = schedule_and_rate(lr_hyper)
@@ -191,7 +190,7 @@ def solve(
         if first > steps:
             raise ValueError(f"{source} has taken {first} steps already, more than steps={steps}")
         tells = Steps(observers, key.shape, settings=kind() | {"optimizer": settings(optimizer)})
-        run = _Run(program, key, rates, resume, watch, _called(callback), source, tells, steps)
+        run = _Run(program, key, rates, resume, watch, called, source, tells, steps)
         if folder is not None and found is not None:
             run.stop_as_before(folder.told and callback is not None)
         if first == steps or run.stopped is not None:
@@ -546,11 +545,11 @@ class _Run:
         fault = f"{metric} stopped being finite at step {step}{which}"
         if step >= self._diverged.max():
             self._fault = fault
+        kept = self._chunk(before, segment, first)[0]
         warn_user(
-            f"{fault}: the state after step {step - 1} is kept. {advice(metric)}",
+            f"{fault}: the state after step {step - 1} is kept. {advice(metric, step, kept)}",
             DivergenceWarning,
         )
-        kept = self._chunk(before, segment, first)[0]
         mask = (np.arange(self._diverged.size) == run).reshape(self._diverged.shape)
         self._frozen = self.program.merge(self._frozen or kept, kept, mask)
         self._diverged[mask] = step
@@ -586,13 +585,26 @@ def _called(callback: Callable[..., Any] | None) -> Callback:
     """Return the callback as a function of steps, state and evals."""
     if callback is None:
         return lambda steps, state, evals: None
+    check_callable("callback", callback)
     try:
-        inspect.signature(callback).bind(0, None, {})
-    except TypeError:
-        return lambda steps, state, evals: callback(steps, state)
+        signature = inspect.signature(callback)
     except ValueError:  # a function of C, which does not say
-        pass
-    return callback
+        return callback
+    if _binds(signature, 3):
+        return callback
+    if _binds(signature, 2):
+        return lambda steps, state, evals: callback(steps, state)
+    accepted = "a function of (steps, state, evals) or of (steps, state)"
+    raise TypeError(f"callback must be {accepted}, got one of {signature}")
+
+
+def _binds(signature: inspect.Signature, count: int) -> bool:
+    """Whether a function can be called with so many positional arguments."""
+    try:
+        signature.bind(*[None] * count)
+    except TypeError:
+        return False
+    return True
 
 
 def _check_every(eval_every: int | None, stop: Stop | None) -> int | None:

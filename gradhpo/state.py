@@ -140,7 +140,8 @@ def prepare(state: BilevelState) -> BilevelState:
     """
     if not isinstance(state, BilevelState):
         accepted = "a gradhpo.BilevelState, as an optimizer's init or step returns it"
-        raise TypeError(f"state must be {accepted}; got {type(state).__name__}")
+        got = "an array" if hasattr(state, "dtype") else type(state).__name__
+        raise TypeError(f"state must be {accepted}; got {got}")
     if all(name in state.metadata for name in METRICS) and all(map(_typed, jax.tree.leaves(state))):
         return state
     missing = [name for name in METRICS if name not in state.metadata]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradhpo.errors import check_hashable, check_same_tree, tracing
+from gradhpo.errors import check_hashable, check_same_tree, described, shown, tracing
 from gradhpo.remembered import stands_for
 from gradhpo.state import METRICS, BilevelState, LossFn, PyTree, as_array, is_key
 
@@ -191,7 +191,9 @@ def typed_keys(accepted: str, keys: Any) -> jax.Array:
       TypeError: if they are neither; it begins with what is `accepted`.
     """
     if not isinstance(keys, jax.Array):
-        raise TypeError(f"{accepted}, got {keys!r}")
+        if isinstance(keys, list | tuple):
+            raise TypeError(f"{accepted}, got {described(keys)}: jnp.stack makes an array of them")
+        raise TypeError(f"{accepted}, got {shown(keys)}")
     if is_key(keys):
         return keys
     if keys.dtype != jnp.uint32 or keys.shape[-1:] != (2,):

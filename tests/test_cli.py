@@ -69,7 +69,7 @@ def test_a_sweep_from_beginning_to_end(folder):
     started = gradhpo("sweep", "sweep.toml", "--executor", "local", *track, cwd=folder)
     assert started.returncode == 0, started.stderr
     assert "generation 4/4: val_loss best" in started.stderr
-    assert "the step was compiled 1 times" in started.stdout
+    assert "the step was compiled 1 time and" in started.stdout
     assert "\x1b" not in started.stderr + started.stdout  # not a terminal
     more = gradhpo("resume", "runs/a", "--generations", 6, "--plot", "a.png", *track, cwd=folder)
     assert more.returncode == 0, more.stderr

@@ -166,11 +166,11 @@ def test_mixture(tmp_path):
 def test_diagnose_names_the_solvers_that_it_compares():
     import optax
 
-    made = load("diagnose").solvers(optax.sgd(0.1), 4)
+    made = load("diagnose").solvers("layers", optax.sgd(0.1), 4)
     for name, optimizer in made.items():
         if name != "one-step":
             solver, rank, ridge = name.split()
             assert solver == optimizer.solver
             assert (rank, ridge) == (f"K={optimizer.K}", f"ρ={optimizer.damping:g}")
             assert optimizer.unroll_steps == 4
-    assert {name.split()[0] for name in made} == {"one-step", "cg", "nystrom"}
+    assert {name.split()[0] for name in made} == {"one-step", "cg", "nystrom", "kfac"}

@@ -126,7 +126,7 @@ def test_large_trees_are_not_told_in_full():
     ("metrics", "got"),
     [
         (lambda w, lam, data: w, r"float32\[3\]"),
-        (lambda w, lam, data: (w, w), "tuple"),
+        (lambda w, lam, data: (w, w), "a tuple of 2"),
         (lambda w, lam, data: None, "NoneType"),
         (lambda w, lam, data: {0: w[0]}, "names that are not strings"),
     ],

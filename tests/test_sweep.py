@@ -570,6 +570,15 @@ def test_another_run_on_a_storage_is_refused_and_changes_nothing(after_1, change
     assert contents(after_1) == before
 
 
+def test_settings_that_were_refused_leave_the_storage_to_others(tmp_path):
+    wrong = SearchSpace(SPACE.hyperparams, lr_hyper=0.1)
+    with pytest.raises(ValueError, match="lr_hyper is given, and the optimizer has an outer_opt"):
+        sweep(tmp_path, space=wrong).run()
+    assert sweep(tmp_path, generations=1).run().generations == 1
+    with pytest.raises(SweepError, match="holds another run: its space is"):
+        sweep(tmp_path, space=wrong).run()
+
+
 def test_a_second_driver_is_refused(after_1):
     lock = FolderLock(after_1, "storage", "sweep")
     with pytest.raises(StorageInUse, match=f"process {os.getpid()}"):

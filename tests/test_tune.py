@@ -113,4 +113,4 @@ def test_without_tune_the_error_says_what_to_install():
         "except ImportError as error:\n    print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "pip install gradhpo[tune]" in done.stdout
+    assert "pip install 'gradhpo[tune]'" in done.stdout

@@ -53,4 +53,4 @@ def filled(page: str, measured: str) -> str:
 
 def _with_quartiles(quartiles: list[float], digits: int) -> str:
     low, median, high = (f"{value:.{digits}f}" for value in quartiles)
-    return f"{median} ({low}–{high})"
+    return f"{median} ({low}\u2060–\u2060{high})"

@@ -16,7 +16,7 @@ class Peer(NamedTuple):
 
 PEERS = {
     "gradhpo": Peer("**gradhpo**", "gradhpo_here", "gradhpo"),
-    "hand": Peer("JAX by hand", "by_hand", "gradhpo"),
+    "hand": Peer("JAX by hand", "jax_by_hand", "gradhpo"),
     "0.1.3": Peer("gradhpo 0.1.3", "gradhpo_0_1_3", "gradhpo_0_1_3"),
     "jaxopt": Peer("jaxopt", "jaxopt_implicit", "jaxopt"),
     "torchopt": Peer("TorchOpt", "torchopt_peer", "torch"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import time
 from pathlib import Path
@@ -55,4 +56,7 @@ def _one(command: list[str], variables: dict[str, str]) -> dict[str, Any]:
     text = process.stdout.read()
     if process.returncode or not text:
         return {"failed": f"ended with {process.returncode}"}
-    return {**json.loads(text), "mebibytes": peak}
+    figures = json.loads(text)
+    if not all(map(math.isfinite, figures.values())):  # no trial came to the end of a generation
+        return {"failed": "no generation ended"}
+    return {**figures, "mebibytes": peak}

@@ -33,7 +33,7 @@ class PB2:
 
     Decisions depend on the table, those before it, and the seed; they are made by one thread, and
     are equal to the bit with one version of NumPy, SciPy and scikit-learn on one kind of processor.
-    Once in the journal they are read, and not made again. Needs `pip install gradhpo[search]`.
+    Once in the journal they are read, and not made again. Needs `pip install 'gradhpo[search]'`.
 
     Args:
       quantile: in (0, 0.5], the share that copies, and the share that is copied.

@@ -63,7 +63,7 @@ def problem():
 
 
 def optimizer():
-    """How: one of the five methods, with optax's optimizers inside and outside."""
+    """How: one of gradhpo's methods, with optax's optimizers inside and outside."""
     # The sweep moves the rate, hypergradients the decays.
     outer = optax.multi_transform(
         {"tuned": optax.adam(0.05), "fixed": optax.set_to_zero()},

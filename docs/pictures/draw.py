@@ -59,7 +59,7 @@ def first(made: dict[str, Any]) -> Any:
     right.plot(decays[:, :2], color=ORANGE, linewidth=2.4)
     right.plot([], color=ORANGE, label="the two inputs that matter")
     right.plot([], color=GREY, label="the 18 others")
-    right.set(xlabel="step", yscale="log", title="weight decay of each input")
+    right.set(xlabel="step", yscale="log", ylim=(1e-3, None), title="weight decay of each input")
     right.legend(fontsize=9, loc="lower left")
     return figure
 

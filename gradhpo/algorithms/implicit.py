@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gradhpo import kfac
 from gradhpo.conjugate_residuals import Operator, conjugate_residuals
 from gradhpo.errors import check_count, check_number
 from gradhpo.fingerprint import ADDED
@@ -26,7 +27,8 @@ from gradhpo.task import Task, split_fixed
 from gradhpo.unrolling import UnrollingMethod
 from gradhpo.unseen import refuse_unseen
 
-SOLVERS = ("cg", "neumann", "nystrom")
+SOLVERS = ("cg", "neumann", "nystrom", "kfac")
+DAMPED = ("nystrom", "kfac")
 SOLUTION = "solution"
 """What a warm start keeps in the state: `x`, shaped like the weights."""
 
@@ -51,19 +53,23 @@ class ImplicitOptimizer(UnrollingMethod):
         eigenvalue. At a minimum it equals K unrolled steps of SGD with rate η. "nystrom": `H` is
         replaced by one of rank K, from its products with K random directions (others at each
         step), and the system solved exactly: as good as `H` has few large eigenvalues. It needs
-        memory for 2K copies of the weights.
+        memory for 2K copies of the weights. "kfac", where all weights are matrices and biases of
+        dense layers: `H` is replaced by Kronecker products, one for each layer, without the
+        curvature between layers and that of the layers themselves. It needs the eigenvectors of
+        matrices of a layer's width, and for each example the square of the last layer's outputs.
       K: iterations of "cg" at most, terms of "neumann", or the rank of "nystrom": as many products
-        with `H`, each of the cost of about two gradients.
+        with `H`, each of the cost of about two gradients. Of "kfac" the random directions of the
+        outputs, each of the cost of a gradient; as many as there are outputs, or more, are exact.
       neumann_rate: η > 0, required by "neumann".
       update_fn: `(params, hyperparams, batch) -> params`, in place of `inner_optimizer`.
       batches: "repeat" takes `train_batch` at all T steps; "stack" takes a stack of batches with
         a leading axis of length T, one for each.
-      damping: ρ, a ridge on `H`; required by "nystrom". Directions whose curvature is far below ρ
-        count as if training had not yet moved along them: `1/ρ` is the length of training, its
-        learning rates added up, that the hypergradient looks back on.
+      damping: ρ, a ridge on `H`; required by "nystrom" and "kfac". Directions whose curvature is
+        far below ρ count as if training had not yet moved along them: `1/ρ` is the length of
+        training, its learning rates added up, that the hypergradient looks back on.
       warm_start: start from the solution of the step before, which the state then keeps, and solve
-        for what is missing, by one product more, or two with "nystrom". If λ and the weights move
-        little between steps, a small K is then enough.
+        for what is missing, by one product more, or two with "nystrom" and "kfac". If λ and the
+        weights move little between steps, a small K is then enough.
 
     Raises:
       ValueError: if neither or both of `inner_optimizer` and `update_fn` are given, or
@@ -77,13 +83,14 @@ class ImplicitOptimizer(UnrollingMethod):
       et al., Optimizing Millions of Hyperparameters by Implicit Differentiation, AISTATS 2020,
       Alg. 3 (Neumann). Hataya & Yamada, Nyström Method for Accurate and Scalable Implicit
       Differentiation, AISTATS 2023 (with columns of H; here, as in Frangella et al., Randomized
-      Nyström Preconditioning, SIAM J. Matrix Anal. Appl. 44, 2023, with random directions).
+      Nyström Preconditioning, SIAM J. Matrix Anal. Appl. 44, 2023, with random directions). Martens
+      & Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature, ICML 2015.
     """
 
     inner_optimizer: Any = None
     outer_optimizer: Any = None
     unroll_steps: int = 1
-    solver: Literal["cg", "neumann", "nystrom"] = "cg"
+    solver: Literal["cg", "neumann", "nystrom", "kfac"] = "cg"
     K: int = 10
     neumann_rate: float | None = None
     update_fn: Callable[..., Any] | None = None
@@ -103,8 +110,8 @@ class ImplicitOptimizer(UnrollingMethod):
             eta = check_number("neumann_rate", self.neumann_rate, 0, float("inf"), open_low=True)
             object.__setattr__(self, "neumann_rate", eta)
         object.__setattr__(self, "damping", check_number("damping", self.damping, 0, float("inf")))
-        if self.solver == "nystrom" and not self.damping:
-            raise ValueError('solver="nystrom" needs a damping above 0, got 0')
+        if self.solver in DAMPED and not self.damping:
+            raise ValueError(f'solver="{self.solver}" needs a damping above 0, got 0')
         if not isinstance(self.warm_start, bool):
             raise TypeError(f"warm_start must be True or False, got {self.warm_start!r}")
 
@@ -132,36 +139,52 @@ class ImplicitOptimizer(UnrollingMethod):
         def gradient(w: PyTree) -> PyTree:
             return jax.grad(objective)(w, lam)
 
+        def loss(w: PyTree) -> jax.Array:
+            return objective(w, lam)
+
         hessian = jax.linearize(gradient, moved.params)[1]
-        x = self._solution(hessian, val.alpha, state)
+        x = self._solution(
+            hessian, self._inverse(hessian, loss, moved.params, state), val.alpha, state
+        )
         point = (moved.params, lam, x, None)
         (mixed,) = second_order(objective, *point, "forward-over-reverse", (1,))
         memory = {SOLUTION: x} if self.warm_start else None
         return Estimate.of(optax.tree.sub(val.direct, mixed), moved, val, memory)
 
-    def _solution(self, hessian: Operator, alpha: PyTree, state: BilevelState) -> PyTree:
+    def _solution(
+        self, hessian: Operator, inverse: Operator, alpha: PyTree, state: BilevelState
+    ) -> PyTree:
         """Return `x`, from nothing or from where the step before left it."""
         if not self.warm_start:
-            return self._solve(hessian, alpha, state)
+            return inverse(alpha)
         before, damped = remembered(state, SOLUTION), self._damped(hessian)
         missing = optax.tree.sub(alpha, damped(before))
         # An old solution that is worse than none is dropped; so is one that is not finite.
         better = norm(missing) < norm(alpha)
         before = jax.tree.map(lambda x: jnp.where(better, x, 0), before)
         missing = jax.tree.map(lambda r, a: jnp.where(better, r, a), missing, alpha)
-        more = self._solve(hessian, missing, state)
-        if self.solver == "nystrom":  # which is too long where H_k lacks a direction
+        more = inverse(missing)
+        if self.solver in DAMPED:  # which is too long where what replaces H lacks a direction
             more = _of_least_residual(damped, more, missing)
         return optax.tree.add(before, more)
 
-    def _solve(self, hessian: Operator, target: PyTree, state: BilevelState) -> PyTree:
+    def _inverse(
+        self,
+        hessian: Operator,
+        loss: Callable[[PyTree], jax.Array],
+        params: PyTree,
+        state: BilevelState,
+    ) -> Operator:
+        """Return `b ↦ (H + ρI)⁻¹ b`, as the solver has it."""
+        damped, rate = self._damped(hessian), self.neumann_rate
+        key = jax.random.fold_in(jax.random.key(0), state.step)
+        if self.solver == "kfac":
+            return kfac.inverse(loss, params, self.K, self.damping, key)
         if self.solver == "nystrom":
-            key = jax.random.fold_in(jax.random.key(0), state.step)
-            return nystrom(hessian, target, self.K, self.damping, key)
-        damped = self._damped(hessian)
-        if self.neumann_rate is not None:
-            return neumann_series(damped, target, self.K, self.neumann_rate)
-        return conjugate_residuals(damped, target, self.K)
+            return lambda target: nystrom(hessian, target, self.K, self.damping, key)
+        if rate is not None:
+            return lambda target: neumann_series(damped, target, self.K, rate)
+        return lambda target: conjugate_residuals(damped, target, self.K)
 
     def _damped(self, hessian: Operator) -> Operator:
         if not self.damping:

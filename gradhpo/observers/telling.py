@@ -49,7 +49,8 @@ class Telling:
         """
         for observer in observers:
             if not callable(getattr(observer, "observe", None)):
-                raise TypeError(f"observers must have a method observe, got {observer!r}")
+                have = "CSV(path) and the others of gradhpo.observers have one"
+                raise TypeError(f"observers must have a method observe, got {observer!r}: {have}")
             self._observers.append((observer, strict))
 
     def tell(self, event: Event) -> None:

@@ -9,7 +9,7 @@ const narrow = () => window.innerWidth < 600;
 
 function axis(about = {}) {
   return { gridcolor: color("grid"), linecolor: color("line"), zerolinecolor: color("line"), automargin: true,
-    tickfont: { size: 11.5 }, title: { standoff: 8, ...(about.title || {}) }, exponentformat: "power", ...omit(about, "title") };
+    tickfont: { size: 11.5 }, title: { standoff: 8, ...(about.title || {}) }, exponentformat: "power", ...(about.type === "log" ? { nticks: 5 } : {}), ...omit(about, "title") };
 }
 
 // Where generations are few there is a mark at each, and none between them.
