@@ -1,8 +1,11 @@
 """The board's page: what is plugged in, the images, and the tables and figures that are written."""
 
+import functools
 import gzip
+import importlib
 import pickle
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -83,12 +86,12 @@ def test_an_unknown_run_is_told_by_its_name():
 
 def found():
     rows = [[{"value": v / s} for v in (4.0, 2.0, 1.0)] for s in (1, 2, 4)]
-    seeds = [{"seconds": [0.0, 1.0, 2.5 * k], "rows": r} for k, r in enumerate(rows, 1)]
-    curve = {"calls": 100, "seeds": seeds}
+    curve = {"calls": 400, "every": 100, "seconds": 5e-4, "seeds": rows}
+    gone = [*rows[1:], [*rows[0][:1], {"value": float("nan")}]]
     return {
         "machine": "a machine",
         "small": {
-            "curves": {"saba": curve, "SABA": curve, "saba, long": {**curve, "calls": 1000}},
+            "curves": {"saba": curve, "SABA": curve, "F2SA": {**curve, "seeds": gone}},
             "pairs": {
                 "saba:SABA": {
                     "steps": 10,
@@ -110,15 +113,51 @@ def test_the_page_has_medians_with_quartiles_and_figures(tmp_path, monkeypatch):
     text = page.read_text()
     assert text.startswith("Before ")
     assert text.endswith(" after")
-    assert "| **SABA** | 3 | 200 | 5.0e-01 (3.8e-01–7.5e-01) | 5.0 |" in text
-    assert "| SABA, the board's | 3 | 200 |" in text
-    assert "| **SABA** | 3 | 2,000 |" in text
+    # within 64,000 calls, of which an evaluation is 40,000, and at the end
+    ends = "3 | 1.0e+00 (5.0e-01–2.0e+00) | 5.0e-01 (2.5e-01–1.0e+00) | 80,000 | 0.50 |"
+    assert f"| **SABA** | {ends}" in text
+    assert f"| SABA, the board's | {ends}" in text
+    gone = "1.0e+00 (5.0e-01–inf) | 5.0e-01 (2.5e-01–inf)"
+    assert f"| F2SA, the board's | 3 | {gone} | 80,000 |" in text
     assert "| SABA : SABA | 2.00 (1.00–3.00) | 4.00 (2.00–8.00) | 0.50 (0.40–0.60) |" in text
     first = (tmp_path / "board-small.svg").read_bytes()
     assert len(first) < 100_000
     board_page.write(found(), page)
     assert page.read_text() == text
     assert (tmp_path / "board-small.svg").read_bytes() == first
+
+
+@pytest.fixture
+def measure(monkeypatch):
+    """The script that runs in the board's environment, without the board."""
+    package = types.ModuleType("benchopt.benchmark")
+    monkeypatch.setattr(package, "Benchmark", None, raising=False)
+    monkeypatch.setitem(sys.modules, "benchopt", types.ModuleType("benchopt"))
+    monkeypatch.setitem(sys.modules, "benchopt.benchmark", package)
+    monkeypatch.delitem(sys.modules, "measure", raising=False)
+    yield importlib.import_module("measure")
+    sys.modules.pop("measure", None)
+
+
+def test_a_folded_batch_has_the_loss_and_the_gradients_of_its_samples(measure, x64):
+    del x64
+    n, rng = 3 * measure.BATCH, np.random.default_rng(3)
+    C, h, a = (jnp.asarray(rng.standard_normal((n, d))) for d in (3, 5, 5))
+
+    def loss(w, lam, start=0, batch_size=1):
+        c, k, b = (jax.lax.dynamic_slice_in_dim(x, start, batch_size) for x in (C, h, a))
+        return jnp.mean((c @ w) ** 2 + (k @ jnp.concatenate([w, lam])) ** 2 + b[:, :3] @ w + 2)
+
+    w, lam = jnp.arange(1.0, 4), jnp.asarray([0.5, -1.0])
+    folded = measure.Folded(loss, n, w, lam)
+    for start, size in ((128, 64), (0, n)):
+        got, truth = (
+            jax.jit(jax.value_and_grad(functools.partial(f, start=start, batch_size=size), (0, 1)))
+            for f in (folded, loss)
+        )
+        problems.assert_close(got(w, lam), truth(w, lam), 1e-10)
+    with pytest.raises(ValueError, match="100 samples are no whole number of batches of 64"):
+        measure.Folded(loss, 100, w, lam)
 
 
 def test_the_page_has_its_marks_and_names_figures_that_are_there():

@@ -1,6 +1,7 @@
 """SABA against closed forms, a loop in NumPy, and SOBA, which stalls where it does not."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -122,6 +123,23 @@ def test_after_a_pass_at_one_point_the_means_are_those_over_all_data(x64):
     # and then any batch gives the direction of all data
     task = Task(*pair(4, 1), train_loss, val_loss)
     assert_close(optimizer.hypergradient(state, task), means["mixed_v"] + means["direct"], 1e-10)
+
+
+def test_a_loop_writes_into_the_memories():
+    optimizer = saba()
+
+    def step(state, indices):
+        task = Task(*pair(*indices), train_loss, val_loss)
+        return optimizer.advance(state, task, OUTER_RATE), None
+
+    def loop(state, indices):
+        return jax.lax.scan(step, state, indices)[0]
+
+    compiled = jax.jit(loop, donate_argnums=0).lower(started(optimizer), drawn(9)).compile()
+    text = compiled.as_text()
+    slots = rf"= f32\[[63],{problems.N}\]\S* "
+    assert re.search(slots + "(fusion|dynamic-update-slice)", text)
+    assert not re.findall(slots + "copy", text)
 
 
 def convex_train(w, lam, batch):

@@ -31,22 +31,30 @@ TITLES = {
     "unrolled": "Unrolled",
 }
 DRAWN: dict[str, tuple[str, str]] = {
-    "SABA": ("orange", ":"),
     "saba": ("orange", "-"),
-    "SOBA": ("blue", ":"),
     "soba": ("blue", "-"),
-    "StocBiO": ("grey", ":"),
-    "f2sa": ("grey", "-"),
-    "hyperdistill": ("green", "-"),
-    "greedy": ("green", "--"),
-    "one-step": ("green", ":"),
-    "unrolled": ("blue", "--"),
+    "implicit": ("green", "-"),
+    "f2sa": ("orange", "--"),
+    "one-step": ("blue", "--"),
+    "hyperdistill": ("green", "--"),
+    "greedy": ("blue", "-."),
+    "unrolled": ("green", "-."),
+    "SABA": ("grey", ":"),
+    "SOBA": ("grey", "--"),
+    "F2SA": ("grey", "-"),
+    "StocBiO": ("grey", "-."),
 }
-"""Colour and line of what a figure shows."""
+"""Colour and line of what a figure shows; the board's own last, above ours."""
+CALLS = 64_000
+"""Where all methods are compared, and where a figure ends: 100 evaluations of SOBA's or SABA's."""
 PROBLEMS = {
-    "small": ("Quadratics, the small configuration", "‖∇h‖²"),
-    "published": ("Quadratics, as published", "‖∇h‖²"),
-    **{f"cleaning-{p}": (f"Data cleaning, corruption {p}", "test error") for p in (0.5, 0.7, 0.9)},
+    "small": ("Quadratics, the board's default: w and λ of 100", "‖∇h‖²", CALLS),
+    "small-10": ("Quadratics, λ of 10", "‖∇h‖²", CALLS),
+    "published": ("Quadratics, as published", "‖∇h‖²", CALLS),
+    **{
+        f"cleaning-{p}": (f"Data cleaning, corruption {p}", "test error", CALLS // 2)
+        for p in (0.5, 0.7, 0.9)
+    },
 }
 Curve = dict[str, Any]
 
@@ -54,41 +62,41 @@ Curve = dict[str, Any]
 def write(found: dict[str, Any], page: Path) -> None:
     """Write the tables into the page, and the figures beside its others."""
     parts = [f"Measured on {found['machine']}."]
-    for problem, (title, metric) in PROBLEMS.items():
+    for problem, (title, metric, calls) in PROBLEMS.items():
         if problem not in found:
             continue
-        parts += [f"### {title}", *_sections(found[problem], metric)]
-        if short := _short(found[problem].get("curves", {})):
+        parts += [f"### {title}", *_sections(found[problem], metric, calls)]
+        if curves := found[problem].get("curves"):
             name = f"board-{problem.replace('.', '-')}"
-            _draw(short, metric, PICTURES / f"{name}.svg")
+            _draw(curves, metric, calls, PICTURES / f"{name}.svg")
             parts.append(f"![{title}: {metric} against calls and time](pictures/{name}.svg)")
     page.write_text(filled(page.read_text(), "\n\n".join(parts)))
 
 
-def _short(curves: dict[str, Curve]) -> dict[str, Curve]:
-    return {name: of for name, of in curves.items() if "," not in name}
-
-
-def _sections(of: dict[str, Any], metric: str) -> Iterable[str]:
-    curves = of.get("curves", {})
-    if short := _short(curves):
-        yield table(["method", "seeds", "calls", metric, "s"], _rows(short, metric))
-    if long := {n.split(",")[0]: c for n, c in curves.items() if "," in n}:
-        yield "After ten times as many calls, the board's 100 evaluations:"
-        yield table(["method", "seeds", "calls", metric, "s"], _rows(long, metric))
+def _sections(of: dict[str, Any], metric: str, calls: int) -> Iterable[str]:
+    if curves := of.get("curves"):
+        columns = ["method", "seeds", f"{metric}, {calls:,} calls", "at the end", "after calls"]
+        yield table([*columns, "CPU ms a step"], _rows(curves, metric, calls))
     if pairs := of.get("pairs"):
-        yield "Time of a call, in turns in one process:"
+        yield "CPU time of a step, in turns in one process:"
         yield table(["ours : the board's", "ms a step", "the board's", "ratio"], _paired(pairs))
 
 
-def _rows(curves: dict[str, Curve], metric: str) -> Iterable[list[str]]:
+def _rows(curves: dict[str, Curve], metric: str, calls: int) -> Iterable[list[str]]:
     for name, title in TITLES.items():
         if name not in curves:
             continue
-        calls, seconds, values = _arrays(curves[name], metric)
-        ends = _quartiles(values[:, -1], ".1e" if metric != "test error" else ".3f")
-        last = f"{np.median(seconds[:, -1]):.1f}"
-        yield [_ours_bold(title), str(len(values)), f"{calls[-1]:,.0f}", ends, last]
+        taken, values = _arrays(curves[name], metric)
+        within = values[:, np.flatnonzero(taken <= calls)[-1]]
+        kind = ".1e" if metric != "test error" else ".3f"
+        yield [
+            _ours_bold(title),
+            str(len(values)),
+            _quartiles(within, kind),
+            _quartiles(values[:, -1], kind),
+            f"{taken[-1]:,.0f}",
+            f"{1000 * seconds:.2f}" if (seconds := curves[name]["seconds"]) else "–",
+        ]
 
 
 def _ours_bold(title: str) -> str:
@@ -102,19 +110,25 @@ def _paired(pairs: dict[str, Any]) -> Iterable[list[str]]:
         yield [titles, *(_written(x, ".2f") for x in (ours, theirs, of["ratio"]))]
 
 
-def _arrays(curve: Curve, metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the calls, the seconds and the metric, the latter two with an axis of seeds."""
+def _arrays(curve: Curve, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the calls, and the metric with an axis of seeds; infinite where one diverged."""
     key = "test_accuracy" if metric == "test error" else "value"  # the board's name for an error
-    shortest = min(len(of["rows"]) for of in curve["seeds"])
-    values = [[row.get(key, np.nan) for row in of["rows"][:shortest]] for of in curve["seeds"]]
-    seconds = np.array([of["seconds"][:shortest] for of in curve["seeds"]])
-    return curve["calls"] * np.arange(shortest), seconds, np.array(values)
+    longest = max(len(rows) for rows in curve["seeds"])
+    values = np.full((len(curve["seeds"]), longest), np.inf)
+    for row, found in zip(values, curve["seeds"], strict=True):
+        row[: len(found)] = [np.nan_to_num(of.get(key, np.inf), nan=np.inf) for of in found]
+    return curve["calls"] * curve["every"] * np.arange(longest), values
 
 
 def _quartiles(values: Any, kind: str) -> str:
     if len(values) < 2:
         return format(values[0], kind)
-    return _written(np.percentile(values, [25, 50, 75]), kind)
+    return _written(_percentiles(values), kind)
+
+
+def _percentiles(values: Any) -> Any:
+    """Return the quartiles over seeds, each a number of one where there is no finite mean."""
+    return np.percentile(values, [25, 50, 75], axis=0, method="nearest")
 
 
 def _written(quartiles: Any, kind: str) -> str:
@@ -122,7 +136,7 @@ def _written(quartiles: Any, kind: str) -> str:
     return f"{median} ({low}–{high})"
 
 
-def _draw(curves: dict[str, Curve], metric: str, path: Path) -> None:
+def _draw(curves: dict[str, Curve], metric: str, calls: int, path: Path) -> None:
     """Draw medians and quartiles against calls and against time."""
     drawing: Any = importlib.util.module_from_spec(_spec := _draw_spec())
     assert _spec.loader is not None
@@ -130,22 +144,33 @@ def _draw(curves: dict[str, Curve], metric: str, path: Path) -> None:
     colours = {name: getattr(drawing, name.upper()) for name in ("grey", "blue", "orange", "green")}
     mpl.use("agg")
     with mpl.rc_context(drawing.STYLE):
-        figure, (left, right) = plt.subplots(
-            1, 2, figsize=(7.2, 3.1), layout="constrained", sharey=True
+        timed = all(curve["seconds"] for curve in curves.values())
+        figure, panels = plt.subplots(
+            1, 1 + timed, figsize=(7.2, 3.9), layout="constrained", sharey=True, squeeze=False
         )
+        left, after_first = panels[0, 0], 0.0
         for name in [name for name in DRAWN if name in curves]:
-            calls, seconds, values = _arrays(curves[name], metric)
-            low, median, high = np.percentile(values, [25, 50, 75], axis=0)
+            taken, values = _arrays(curves[name], metric)
+            shown = np.flatnonzero(taken <= calls)
+            shown = shown[:: max(1, len(shown) // 25)]
+            low, median, high = _percentiles(values[:, shown])
+            after_first = max(after_first, *high[1:])
             colour, line = colours[DRAWN[name][0]], DRAWN[name][1]
-            title = TITLES[name].replace(", the board's", " (board)")
-            for axes, x in ((left, calls), (right, np.median(seconds, axis=0))):
-                axes.plot(x, median, line, color=colour, linewidth=1.6, label=title)
-                axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+            title = TITLES[name].replace(", the board's", " (board)").split(",")[0]
+            steps = taken[shown] / curves[name]["calls"]
+            scales = (curves[name]["calls"], curves[name]["seconds"])
+            for axes, scale in zip(panels[0], scales, strict=False):
+                axes.plot(scale * steps, median, linestyle=line, color=colour, label=title)
+                axes.fill_between(scale * steps, low, high, color=colour, alpha=0.2, linewidth=0)
         left.set(xlabel="calls of oracles", ylabel=metric)
-        right.set(xlabel="seconds")
-        if metric != "test error":
-            left.set_yscale("log")
-        figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
+        if timed:
+            panels[0, 1].set(xlabel="CPU seconds")
+        if metric == "test error":
+            left.set(ylim=(None, after_first))
+        else:
+            left.set(yscale="log")
+        handles = left.get_legend_handles_labels()
+        figure.legend(*handles, fontsize=9, ncols=4, loc="outside lower center")
         nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
         figure.savefig(path, metadata=nothing)
         plt.close(figure)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gradhpo.branches import anywhere
 from gradhpo.errors import check_callable, check_count
 from gradhpo.hypergradient import at_least_float32
 from gradhpo.optimizer import Estimate
@@ -130,14 +131,16 @@ class SABAOptimizer(SingleLoopMethod):
         slots = dict.fromkeys(OF_TRAIN, self._slot("train_batch", task.train_batch))
         slots |= dict.fromkeys(OF_VAL, self._slot("val_batch", task.val_batch))
         at = {name: jax.tree.map(lambda _, i=slots[name]: i, new[name]) for name in new}
+        known = jnp.all(jnp.stack([slots[name] < self._count(name) for name in slots]))
+        old = _recalled(kept, at, known)
 
-        def difference(m: jax.Array, i: jax.Array, x: jax.Array) -> jax.Array:
-            return x - m.at[i].get(mode="fill", fill_value=jnp.nan)
+        def written(m: jax.Array, i: jax.Array, x: jax.Array, before: jax.Array) -> jax.Array:
+            return m.at[i].set(jnp.where(known, x, before))
 
-        change = jax.tree.map(difference, kept, at, new)
+        change = jax.tree.map(jnp.subtract, new, old)
         estimates = optax.tree.cast_like(optax.tree.add(means, change), found._asdict())
         after = {
-            SLOTS: jax.tree.map(lambda m, i, x: m.at[i].set(x), kept, at, new),
+            SLOTS: jax.tree.map(written, kept, at, new, old),
             MEANS: jax.tree.map(lambda mean, m, d: mean + d / len(m), means, kept, change),
         }
         return Oracles(**estimates), after
@@ -170,3 +173,17 @@ class SABAOptimizer(SingleLoopMethod):
                 f"{self.memory_limit:,}: take larger batches, of which there are fewer, or "
                 "SOBAOptimizer, which remembers nothing of them"
             )
+
+
+def _recalled(slots: PyTree, at: PyTree, known: jax.Array) -> PyTree:
+    """Return what is remembered at the indices; NaN if one of them is not of a batch.
+
+    It is read in a branch, and what is written depends on it: XLA then writes into the memory. A
+    read that it may do anew wherever the result is used makes it copy all slots at every step.
+    """
+
+    def read() -> PyTree:
+        return jax.tree.map(lambda m, i: m[i], slots, at)
+
+    found = jax.lax.cond(anywhere(known), read, lambda: jax.tree.map(lambda m: m[0], slots))
+    return jax.tree.map(lambda x: jnp.where(known, x, jnp.nan), found)

@@ -21,6 +21,7 @@ with safe_import_context() as import_ctx:
     )
 
     import gradhpo
+    from gradhpo.state import METRICS
 
 
 class Solver(StochasticJaxSolver):
@@ -43,7 +44,8 @@ class Solver(StochasticJaxSolver):
 
     def init(self):
         """Return what a step carries, in buffers of its own: an epoch is given them."""
-        state = self.optimizer.init(self.inner_var0, self.outer_var0)
+        self.inner_var, self.outer_var = self.inner_var0, self.outer_var0
+        state = self.optimizer.init(self.inner_var, self.outer_var)
         carry = {
             "state": state,
             "state_inner_sampler": self.state_inner_sampler,
@@ -81,6 +83,8 @@ class Solver(StochasticJaxSolver):
             outer, val = batch(outer_sampler, carry["state_outer_sampler"])
             task = gradhpo.Task(train, val, train_loss, val_loss)
             state = optimizer.advance(carry["state"], task)
+            untaken = {name: carry["state"].metadata[name] for name in METRICS}
+            state = state.update(metadata=untaken)  # nobody reads them: XLA leaves them out
             after = {"state": state, "state_inner_sampler": inner, "state_outer_sampler": outer}
             return after, None
 
