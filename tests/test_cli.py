@@ -129,8 +129,11 @@ def test_ctrl_c_saves_and_prints_the_command_that_goes_on(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("population = 8", "populatoin = 8"), "unknown name 'populatoin'; a sweep has problem,"),
-        (("seed = 3", "seed = ["), "sweep.toml: "),
+        (
+            ("population = 8", "populatoin = 8"),
+            "unknown name 'populatoin' (did you mean 'population'?)",
+        ),
+        (("seed = 3", "seed = ["), "sweep.toml is not TOML: "),
         (("seed = 3", 'seed = "x"'), "seed must be an integer"),
         (("generations = 4", ""), "generations is missing"),
         (("loguniform", "lognormal"), "log_rate must be {uniform"),

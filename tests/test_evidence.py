@@ -129,6 +129,36 @@ def test_a_verdict_is_that_of_the_interval(values, than, settings, verdict):
     assert told.verdict(methods).startswith(verdict)
 
 
+def test_a_method_may_be_compared_with_several():
+    told = script("claims").Statement(
+        "c has 90% of b's gain over a", "loss", "c", less={"b": 0.9, "a": 0.1}, sign=-1
+    )
+    methods = {"a": {"loss": [3.0, 3.1]}, "b": {"loss": [2.0, 2.1]}, "c": {"loss": [2.1, 2.19]}}
+    np.testing.assert_allclose(told.values(methods), [0.0, 0.01], atol=1e-12)
+    assert told.verdict({"a": {}, "c": {}}) == "not run"
+
+
+@pytest.mark.parametrize("name", script("claims").names())
+def test_a_claim_that_was_run_has_its_figure(name):
+    claims, figures = script("claims"), script("claim_figures")
+    claim = claims.load(name)
+    drawn = figures.is_drawn(claim, claims.results(claim, claims.FOLDER / "results"))
+    assert (figures.PICTURES / figures.name_of(claim)).exists() == drawn
+
+
+def test_a_figure_has_points_or_curves(tmp_path):
+    claims, figures = script("claims"), script("claim_figures")
+    distilled = claims.load("distillation")
+    found = {"fashion-1": {"distilled": {"test_accuracy": [50.0, 60.0]}}, "mnist-5k-1": {}}
+    assert figures.is_drawn(distilled, found)
+    assert figures.draw(distilled, found, tmp_path).stat().st_size > 3_000
+    assert not figures.is_drawn(claims.load("rater"), {"python-docs": {"rater": {"auc": [1, 2]}}})
+    objectives = claims.load("objectives")
+    found = {"fashion": {"no HPO": {name: np.ones((3, 2)) for name in objectives.curves}}}
+    path = figures.draw(objectives, found, tmp_path)
+    assert path.name == "evidence-objectives.svg"
+
+
 def test_cells_go_on_where_they_were_stopped(tmp_path, monkeypatch):
     evidence, claims = script("evidence"), script("claims")
     ran = []

@@ -21,7 +21,7 @@ from tests.test_pages import ROOT
 from tests.test_stopping import command
 
 TUNER = OneStepOptimizer(INNER, OUTER)
-KEY = jax.random.key(0)
+KEY, WEIGHTS = jax.random.key(0), jnp.ones(3)
 
 
 def draw(key):
@@ -135,7 +135,7 @@ WRONG = {
         "got 'c': CSV(path) and the others of gradhpo.observers have one",
     ),
     "weights for a state": (
-        lambda: TUNER.step(jnp.ones(3), BATCH, BATCH, train_loss, val_loss),
+        lambda: TUNER.step(WEIGHTS, BATCH, BATCH, train_loss, val_loss),
         "as an optimizer's init or step returns it; got an array",
     ),
     "a module's activation": (

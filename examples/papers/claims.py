@@ -29,8 +29,8 @@ class Statement:
     says: str
     measure: str
     method: str
-    less: str | None = None
-    """The method that it is compared with."""
+    less: str | dict[str, float] | None = None
+    """The method that it is compared with, or several with their shares."""
     above: float = 0.0
     """What the measure, or the difference, should be above."""
     sign: int = 1
@@ -38,17 +38,22 @@ class Statement:
     cases: tuple[str, ...] | None = None
     """The cases that it speaks of; None for all."""
 
+    @property
+    def others(self) -> dict[str, float]:
+        """The methods that it is compared with, and their shares."""
+        return {self.less: 1.0} if isinstance(self.less, str) else self.less or {}
+
     def values(self, methods: dict[str, Any]) -> np.ndarray | None:
         """Return what should be above `above`, `(seeds,)`; None where it was not measured."""
-        if self.method not in methods or (self.less and self.less not in methods):
+        if not {self.method, *self.others} <= set(methods):
             return None
         values = np.asarray(methods[self.method][self.measure])
-        if self.less:
-            other = np.asarray(methods[self.less][self.measure])
-            values = values[: len(other)] - other[: len(values)]
+        for name, share in self.others.items():
+            other = np.asarray(methods[name][self.measure])
+            values = values[: len(other)] - share * other[: len(values)]
         return self.sign * values
 
-    def verdict(self, methods: dict[str, Any]) -> str:
+    def verdict(self, methods: dict[str, Any], digits: int = 2) -> str:
         """Return whether it holds, with the numbers that say so."""
         values = self.values(methods)
         if values is None:
@@ -56,7 +61,7 @@ class Statement:
         if not np.isfinite(values).all():
             return "no: a run diverged"
         mean, half = values.mean(), report.half_width(values)
-        shown = f"{report.interval(self.sign * values, 2)}, {len(values)} seeds"
+        shown = f"{report.interval(self.sign * values, digits)}, {len(values)} seeds"
         if mean - half > self.above:
             return f"yes ({shown})"
         if mean + half < self.above:
@@ -87,6 +92,10 @@ class Claim:
     seeds: int = 5
     published: str = "published"
     """What the published figures are."""
+    digits: int = 2
+    """After the point, in its tables."""
+    curves: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
+    """Measures `(evaluations, seeds)` that the figure shows, and how it names them."""
 
     def settings_of(self, case: str, tiny: bool = False) -> dict[str, Any]:
         """Return all settings of a case, which are what a result belongs to."""
@@ -113,7 +122,7 @@ def load(name: str, folder: Path = FOLDER) -> Claim:
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
     for statement in claim.statements:
-        for method in filter(None, (statement.method, statement.less)):
+        for method in (statement.method, *statement.others):
             if method not in claim.methods:
                 raise ValueError(f"{path}: {method!r} is none of the methods {claim.methods}")
         if unknown := set(statement.cases or ()) - set(claim.cases):
@@ -133,6 +142,11 @@ def result(claim: Claim, case: str, results: Path, tiny: bool = False) -> dict[s
         return {}
     found = json.loads(path.read_text(encoding="utf-8"))
     return found["methods"] if found["settings"] == claim.settings_of(case, tiny) else {}
+
+
+def results(claim: Claim, folder: Path) -> dict[str, dict[str, Any]]:
+    """Return what was measured, by case and method."""
+    return {case: result(claim, case, folder) for case in claim.cases}
 
 
 def keep(

@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import claim_figures
 import claims
 import jax
 import jax.numpy as jnp
@@ -86,21 +87,30 @@ def tables(claim: claims.Claim, results: Path) -> str:
     """Return a claim in Markdown: what was to be found out, and what was found."""
     lines = [f"### {claim.title}", "", claim.source, "", claim.protocol, ""]
     lines += [f"`python examples/papers/evidence.py --only {claim.name}`.", ""]
-    found = {case: claims.result(claim, case, results) for case in claim.cases}
+    found = claims.results(claim, results)
     lines += ["| registered | " + " | ".join(claim.cases) + " |", "|---" * (len(found) + 1) + "|"]
     for told in claim.statements:
         spoken = [told.cases is None or case in told.cases for case in found]
         given = [
-            told.verdict(methods) if speaks else ""
+            told.verdict(methods, claim.digits) if speaks else ""
             for speaks, methods in zip(spoken, found.values(), strict=True)
         ]
         lines.append(f"| {told.says} | " + " | ".join(given) + " |")
     for case, methods in found.items():
         if methods:
             lines += ["", *table(claim, case, methods)]
+    if claim_figures.is_drawn(claim, found):
+        lines += ["", f"![{claim.title}: {shown(claim)}](pictures/{claim_figures.name_of(claim)})"]
     if missing := [case for case, methods in found.items() if not methods]:
         lines += ["", f"Not run yet: {', '.join(missing)}."]
     return "\n".join(lines)
+
+
+def shown(claim: claims.Claim) -> str:
+    """Return what a claim's figure shows."""
+    if claim.curves:
+        return f"{' and '.join(claim.curves.values())} along the run, mean and range of seeds"
+    return f"{next(iter(claim.measures.values()))}, means with 95% intervals, and every seed"
 
 
 def table(claim: claims.Claim, case: str, methods: dict[str, Any]) -> list[str]:
@@ -114,7 +124,10 @@ def table(claim: claims.Claim, case: str, methods: dict[str, Any]) -> list[str]:
         if own is None:
             row += ["not run yet", *[""] * len(claim.measures)]
         else:
-            row += [report.interval(own[name], 2) if name in own else "" for name in claim.measures]
+            row += [
+                report.interval(own[name], claim.digits) if name in own else ""
+                for name in claim.measures
+            ]
             row.append(str(len(next(iter(own.values())))))
         lines.append("| " + " | ".join(row) + " |")
     return lines
@@ -170,6 +183,10 @@ def main(
             report.say(tables(claims.load(name), folder))
     if write and not tiny and results is None:
         PAGE.write_text(written(PAGE.read_text("utf-8"), folder), encoding="utf-8")
+        for name in dict.fromkeys(cell.claim.name for cell in found):
+            claim = claims.load(name)
+            if claim_figures.is_drawn(claim, measured := claims.results(claim, folder)):
+                claim_figures.draw(claim, measured)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any
 
 import data_sets
 import dense_layers
+import hyperclean
 import hypercleaning
 import jax
 import jax.numpy as jnp
@@ -74,12 +75,16 @@ def problem(settings: dict[str, Any], objective: str) -> gradhpo.Problem:
 
 def evidence(settings: dict[str, Any], method: str, keys: jax.Array) -> dict[str, Any]:
     """Return the measures of an objective in a case; with no HPO λ is held."""
-    outer = optax.set_to_zero() if method == "no HPO" else optax.adam(settings["lr_hyper"])
-    inner = optax.sgd(settings["rate"], momentum=0.9)
-    tuner = gradhpo.UnrolledOptimizer(inner, outer, unroll_steps=settings["T"])
-    made = problem(settings, "cross-entropy" if method == "no HPO" else method)
+    inner, outer = optax.sgd(settings["rate"], momentum=0.9), optax.adam(settings["lr_hyper"])
+    if method == "no HPO":  # the same inner steps, and no hypergradient
+        held = gradhpo.FOOptimizer(inner, optax.set_to_zero())
+        tuner, objective = hyperclean.LastOf(held, settings["T"]), "cross-entropy"
+    else:
+        tuner = gradhpo.UnrolledOptimizer(inner, outer, unroll_steps=settings["T"])
+        objective = method
+    made = problem(settings, objective)
     with warnings.catch_warnings():
-        # Only one of the objectives has a temperature.
+        # Only one of the objectives has a temperature, and what is held has no hypergradient.
         warnings.simplefilter("ignore", gradhpo.UnreachedWarning)
         runs = seeds.run(made, tuner, settings["outer_steps"], keys)
     evals, each = runs.evals, np.arange(len(keys))
