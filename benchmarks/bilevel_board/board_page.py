@@ -69,8 +69,13 @@ def write(found: dict[str, Any], page: Path) -> None:
         if curves := found[problem].get("curves"):
             name = f"board-{problem.replace('.', '-')}"
             _draw(curves, metric, calls, PICTURES / f"{name}.svg")
-            parts.append(f"![{title}: {metric} against calls and time](pictures/{name}.svg)")
+            against = "calls and time" if _timed(curves) else "calls"
+            parts.append(f"![{title}: {metric} against {against}](pictures/{name}.svg)")
     page.write_text(filled(page.read_text(), "\n\n".join(parts)))
+
+
+def _timed(curves: dict[str, Curve]) -> bool:
+    return all(curve["seconds"] for curve in curves.values())
 
 
 def _sections(of: dict[str, Any], metric: str, calls: int) -> Iterable[str]:
@@ -144,7 +149,7 @@ def _draw(curves: dict[str, Curve], metric: str, calls: int, path: Path) -> None
     colours = {name: getattr(drawing, name.upper()) for name in ("grey", "blue", "orange", "green")}
     mpl.use("agg")
     with mpl.rc_context(drawing.STYLE):
-        timed = all(curve["seconds"] for curve in curves.values())
+        timed = _timed(curves)
         figure, panels = plt.subplots(
             1, 1 + timed, figsize=(7.2, 3.9), layout="constrained", sharey=True, squeeze=False
         )
