@@ -7,21 +7,20 @@ matrix that is a leaf of the weights, the inputs `a` are kept and the outputs `s
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from gradhpo.dependence import depends
-from gradhpo.origins import Joined, Leaf, Origin, Output, followed
+from gradhpo.origins import Joined, Leaf, Origin, Output, followed, whole
 from gradhpo.replay import bind
 from gradhpo.state import PyTree
 
-_MATRICES = (["0", "1"], ["0"])
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"}
 
 
@@ -30,8 +29,10 @@ class Layer:
     """Where a layer's weights are among the leaves, and where its outputs lie."""
 
     weight: int
-    outputs: int | None
-    """The weight's axis of outputs; the other one is of inputs. None: a vector, of one output."""
+    outputs: int
+    """How many there are."""
+    turned: bool
+    """Whether the leaf has the outputs before the inputs."""
     axis: int | None
     """Of `s`: the axis of outputs. None where there is one output, and no axis of it."""
     shape: tuple[int, ...]
@@ -67,7 +68,7 @@ class DenseLayers:
         paths, self.structure = tree_flatten_with_path(params)
         self.names = [f"params{keystr(path)}" for path, _ in paths]
         self._shapes = [jnp.shape(leaf) for _, leaf in paths]
-        self.axes: set[str] = set()
+        self.axes: list[str] = []
         """Of the mesh, over which the examples are spread."""
         self.layers: list[Layer] = []
         jax.eval_shape(lambda params: self._run(params).loss, params)
@@ -84,7 +85,7 @@ class DenseLayers:
         Args:
           params: the weights.
           moves: what is added to each layer's outputs.
-          hold: layers whose outputs are taken for constants.
+          hold: layers whose outputs, with the bias, are taken for constants.
         """
         return self._run(params, moves, hold)
 
@@ -99,10 +100,11 @@ class DenseLayers:
         hold: Collection[int] = (),
     ) -> Pass:
         leaves = jax.tree.leaves(params)
-        replay = _Replay(self._shapes, moves, hold)
-        origins = [Leaf(i, tuple(range(np.ndim(leaf)))) for i, leaf in enumerate(leaves)]
+        biased = [i for i, layer in enumerate(self.layers) if layer.bias is not None]
+        replay = _Replay(self._shapes, moves, hold, biased)
+        origins = [whole(i, shape) for i, shape in enumerate(self._shapes)]
         outputs, _ = replay.through(self._closed.jaxpr, self._closed.consts, leaves, origins)
-        self.layers, self.axes = replay.layers, replay.spread
+        self.layers, self.axes = replay.layers, sorted(replay.spread)
         return Pass(outputs[0], replay.inputs, replay.outputs)
 
     def _check(self, params: PyTree) -> None:
@@ -114,6 +116,9 @@ class DenseLayers:
                     f"{name} of shape {self._shapes[i]} is {times}: each leaf must be the matrix "
                     "or the bias of one, multiplied and added outside of loops and branches"
                 )
+        if not self.layers:
+            raise ValueError("params have no dense layer: there is no leaf")
+        self._check_uses(params)
         last = len(self.layers) - 1
         still = jax.eval_shape(self.still)
 
@@ -132,6 +137,30 @@ class DenseLayers:
                     f"one, of {self.names[self.layers[last].weight]}"
                 )
 
+    def _check_uses(self, params: PyTree) -> None:
+        """Refuse weights and outputs that reach the loss beside their layer too."""
+        every = range(len(self.layers))
+
+        def before_bias(moves: list[jax.Array]) -> PyTree:
+            passed = self(params, moves, hold=every)
+            return passed.loss, passed.inputs
+
+        beside = depends(before_bias, jax.eval_shape(self.still))
+        for layer, found in zip(self.layers, beside, strict=True):
+            if found and layer.bias is not None:
+                raise ValueError(
+                    f"the outputs of the layer of {self.names[layer.weight]} are used without its "
+                    f"bias too, {self.names[layer.bias]}"
+                )
+
+        beside = depends(lambda params: self(params, hold=every).inputs, params)
+        for name, found in zip(self.names, beside, strict=True):
+            if found:
+                raise ValueError(
+                    f"{name} is used otherwise than in its dense layer too, as a tied embedding or "
+                    "in a loop: a later layer's inputs depend on it directly"
+                )
+
 
 class _Replay:
     """Evaluates a program, and follows the leaves and the layers' outputs through it."""
@@ -141,8 +170,9 @@ class _Replay:
         shapes: list[tuple[int, ...]],
         moves: Sequence[jax.Array] | None,
         hold: Collection[int],
+        biased: Collection[int],
     ) -> None:
-        self._shapes, self._moves, self._hold = shapes, moves, hold
+        self._shapes, self._moves, self._hold, self._biased = shapes, moves, hold, biased
         self.layers: list[Layer] = []
         self.inputs: list[jax.Array] = []
         self.outputs: list[jax.Array] = []
@@ -182,7 +212,7 @@ class _Replay:
         outputs = bind(eqn, inputs)
         if name == "dot_general" and (made := self._layer(eqn, inputs, origins)):
             return [self._moved(outputs[0])], [made]
-        if name in ("add", "add_any") and (made := self._biased(origins)):
+        if name in ("add", "add_any") and (made := self._with_bias(origins)):
             held = made.layer in self._hold
             return [jax.lax.stop_gradient(outputs[0]) if held else outputs[0]], [made]
         if name == "spread" and any(isinstance(origin, Leaf | Joined) for origin in origins):
@@ -191,39 +221,46 @@ class _Replay:
 
     def _layer(self, eqn: Any, inputs: list[Any], origins: list[Origin]) -> Output | None:
         (contracted, batched) = eqn.params["dimension_numbers"]
+        of_leaves = [isinstance(origin, Leaf) for origin in origins]
+        if all(of_leaves) or any(map(len, batched)) or len(contracted[0]) != 1:
+            return None  # a product of leaves is a penalty's, such as b·b
         for side, origin in enumerate(origins):
-            if not isinstance(origin, Leaf) or sorted(map(str, origin.axes)) not in _MATRICES:
+            own = tuple(eqn.invars[side].aval.shape)
+            if not isinstance(origin, Leaf) or len(own) > 2:
                 continue
-            if any(map(len, batched)) or len(contracted[side]) != 1:
+            if math.prod(own) != math.prod(self._shapes[origin.place]):  # some of it is repeated
                 continue
             x, along = inputs[1 - side], contracted[1 - side][0]
-            shape, axis, outputs = tuple(eqn.outvars[0].aval.shape), None, None
-            if len(origin.axes) == 2:
-                axis = 0 if side == 0 else len(shape) - 1
-                outputs = origin.axes[1 - contracted[side][0]]
-            self.layers.append(Layer(origin.place, outputs, axis, shape, eqn.outvars[0].aval.dtype))
+            out, axis, outputs, turned = eqn.outvars[0].aval, None, 1, False
+            if len(own) == 2:
+                inner, outer = contracted[side][0], 1 - contracted[side][0]
+                axis, outputs = 0 if side == 0 else len(out.shape) - 1, own[outer]
+                before, after = origin.axes[outer], origin.axes[inner]
+                turned = before is not None and after is not None and before < after
+            made = Layer(origin.place, outputs, turned, axis, tuple(out.shape), out.dtype)
+            self.layers.append(made)
             self.inputs.append(jnp.moveaxis(x, along, -1).reshape(-1, x.shape[along]))
-            return Output(len(self.layers) - 1, axis)
+            return Output(len(self.layers) - 1, None if outputs == 1 else axis)
         return None
 
     def _moved(self, outputs: jax.Array) -> jax.Array:
         here = len(self.layers) - 1
         if self._moves is not None:
             outputs = outputs + self._moves[here].astype(outputs.dtype)
-        if here in self._hold:
+        if here in self._hold and here not in self._biased:
             outputs = jax.lax.stop_gradient(outputs)
         self.outputs.append(outputs)
         return outputs
 
-    def _biased(self, origins: list[Origin]) -> Output | None:
+    def _with_bias(self, origins: list[Origin]) -> Output | None:
         """Return the layer to whose outputs a bias is added, now known to have it."""
         for output, leaf in (origins, origins[::-1]):
             if not isinstance(output, Output) or not isinstance(leaf, Leaf):
                 continue
             alone = [axis for axis, own in enumerate(leaf.axes) if own is not None]
-            layer, ndim = self.layers[output.layer], len(self._shapes[leaf.place])
+            layer, size = self.layers[output.layer], math.prod(self._shapes[leaf.place])
             wanted = [] if output.axis is None else [output.axis]
-            if alone == wanted and ndim == len(wanted) and layer.bias is None:
+            if alone == wanted and size == layer.outputs and layer.bias is None:
                 layer.bias = leaf.place
                 return output
         return None

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from gradhpo.dense_layers import DenseLayers, Layer
+from gradhpo.hypergradient import at_least_float32
 from gradhpo.state import PyTree
 
 MOST_OUTPUTS = 1024
@@ -63,15 +64,17 @@ def inverse(
         leaves = jax.tree.leaves(target)
         for layer, of in zip(net.layers, factors, strict=True):
             weight, bias = leaves[layer.weight], layer.bias
-            rows = weight.T if layer.outputs == 0 else weight
-            rows = rows if layer.outputs is not None else weight[:, None]
+            if layer.turned:
+                rows = weight.reshape(layer.outputs, -1).T
+            else:
+                rows = weight.reshape(-1, layer.outputs)
             if bias is not None:
                 rows = jnp.concatenate([rows, leaves[bias].reshape(1, -1)])
             solved = _divided(of, rows.astype(of.ridge.dtype))
             if bias is not None:
                 solved, last = solved[:-1], solved[-1]
                 leaves[bias] = last.reshape(leaves[bias].shape).astype(leaves[bias].dtype)
-            solved = solved.T if layer.outputs == 0 else solved
+            solved = solved.T if layer.turned else solved
             leaves[layer.weight] = solved.reshape(weight.shape).astype(weight.dtype)
         return net.structure.unflatten(leaves)
 
@@ -87,7 +90,7 @@ def _divided(factors: _Factors, rows: jax.Array) -> jax.Array:
 def _directions(net: DenseLayers, params: PyTree, samples: int, key: jax.Array) -> jax.Array:
     """Return cotangents of z, `(directions, *z.shape)`, whose squares are the loss's Hessian."""
     last = net.layers[-1]
-    size = 1 if last.axis is None else last.shape[last.axis]
+    size = last.outputs
     if size > MOST_OUTPUTS:
         raise ValueError(
             f'solver="kfac" takes a last layer of at most {MOST_OUTPUTS} outputs, whose square it '
@@ -103,7 +106,7 @@ def _directions(net: DenseLayers, params: PyTree, samples: int, key: jax.Array) 
     units = jnp.eye(size, dtype=last.dtype).reshape(size, *flat)
     columns = jax.vmap(product)(jnp.broadcast_to(units, (size, *last.shape)))
     hessians = jnp.moveaxis(jax.vmap(lambda column: _last_axis(column, last))(columns), 0, -1)
-    hessians = hessians.astype(jnp.promote_types(last.dtype, jnp.float32))
+    hessians = at_least_float32(hessians)
     values, vectors = jnp.linalg.eigh((hessians + jnp.swapaxes(hessians, -1, -2)) / 2)
     # Where the loss bends down, the Gauss-Newton matrix is that of a loss which does not.
     roots = vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None]  # (examples, size, size)
@@ -137,12 +140,13 @@ def _factors(
     def grams(direction: jax.Array) -> list[jax.Array]:
         (cotangents,) = pull(direction.astype(z.dtype))
         rows = [_last_axis(c, layer) for c, layer in zip(cotangents, net.layers, strict=True)]
+        rows = at_least_float32(rows)
         return [_product(row.T, row) for row in rows]
 
     of_outputs = jax.tree.map(lambda g: g.sum(0), jax.lax.map(grams, directions))
     of_inputs, examples = list[jax.Array](), list[jax.Array]()
     for a, layer in zip(passed, net.layers, strict=True):
-        rows = a.astype(jnp.promote_types(a.dtype, jnp.float32))
+        rows = at_least_float32(a)
         if layer.bias is not None:
             rows = jnp.concatenate([rows, jnp.ones_like(rows[:, :1])], axis=1)
         of_inputs.append(_product(rows.T, rows))

@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 
 
 class Leaf(NamedTuple):
-    """A value that is a leaf: for each of its axes the leaf's, or None where it is repeated."""
+    """A value that is a leaf: for each of its axes the leaf's, or None where it is repeated.
+
+    None too for an axis of length 1, which moves no element wherever it goes.
+    """
 
     place: int
     axes: tuple[int | None, ...]
@@ -26,7 +29,7 @@ class Joined(NamedTuple):
 
 
 class Output(NamedTuple):
-    """The outputs of a layer; `axis` has one element for each. None: there is one, and no axis."""
+    """The outputs of a layer; `axis` has one element for each. None: there is one output."""
 
     layer: int
     axis: int | None
@@ -34,6 +37,11 @@ class Output(NamedTuple):
 
 Origin = Leaf | Joined | Output | None
 Shapes = Sequence[tuple[int, ...]]
+
+
+def whole(place: int, shape: Sequence[int]) -> Leaf:
+    """Return a leaf as it is."""
+    return Leaf(place, tuple(None if n == 1 else axis for axis, n in enumerate(shape)))
 
 
 def followed(eqn: Any, origins: Sequence[Origin], shapes: Shapes) -> Origin:
@@ -76,7 +84,7 @@ def _reshaped(eqn: Any, origins: Sequence[Origin], shapes: Shapes) -> Origin:
     before, after = tuple(eqn.invars[0].aval.shape), tuple(eqn.outvars[0].aval.shape)
     if isinstance(origin, Joined):
         alone = len(origin.places) == 1 and after == shapes[origin.places[0]]
-        return Leaf(origin.places[0], tuple(range(len(after)))) if alone else None
+        return whole(origin.places[0], after) if alone else None
     if [n for n in before if n != 1] == [n for n in after if n != 1]:
         left = iter([i for i, n in enumerate(before) if n != 1])
         return _with_axes(origin, [None if n == 1 else next(left) for n in after])
@@ -96,16 +104,17 @@ def _cut(eqn: Any, origins: Sequence[Origin], shapes: Shapes) -> Origin:
         return None
     places = origin.places[slice(*map(ends.index, bounds))]
     vector = len(places) == 1 and len(shapes[places[0]]) == 1
-    return Leaf(places[0], (0,)) if vector else Joined(places)
+    return whole(places[0], shapes[places[0]]) if vector else Joined(places)
 
 
 def _as_vector(origin: Origin, shape: Sequence[int], shapes: Shapes) -> Joined | None:
-    """Return a leaf as it is, whatever its shape, as a vector of one."""
+    """Return a leaf whose elements are in their order, whatever its shape, as a vector of one."""
     if isinstance(origin, Joined):
         return origin
-    if not isinstance(origin, Leaf) or tuple(shape) != shapes[origin.place]:
+    if not isinstance(origin, Leaf) or math.prod(shape) != math.prod(shapes[origin.place]):
         return None
-    return Joined((origin.place,)) if origin.axes == tuple(range(len(shape))) else None
+    axes = [axis for axis in origin.axes if axis is not None]
+    return Joined((origin.place,)) if axes == sorted(axes) else None
 
 
 def _with_axes(origin: Origin, axes: Sequence[int | None]) -> Origin:
@@ -116,10 +125,7 @@ def _with_axes(origin: Origin, axes: Sequence[int | None]) -> Origin:
         return Output(origin.layer, axes.index(origin.axis)) if origin.axis in axes else None
     if not isinstance(origin, Leaf):
         return None
-    # An axis that is lost was of length 1; that of a leaf of one row or column is followed no more.
-    new = tuple(None if i is None else origin.axes[i] for i in axes)
-    same = sum(i is not None for i in new) == sum(i is not None for i in origin.axes)
-    return Leaf(origin.place, new) if same else None
+    return Leaf(origin.place, tuple(None if i is None else origin.axes[i] for i in axes))
 
 
 _Rule = Callable[[Any, Sequence[Origin], Shapes], Origin]

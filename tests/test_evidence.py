@@ -157,6 +157,9 @@ def test_a_figure_has_points_or_curves(tmp_path):
     found = {"fashion": {"no HPO": {name: np.ones((3, 2)) for name in objectives.curves}}}
     path = figures.draw(objectives, found, tmp_path)
     assert path.name == "evidence-objectives.svg"
+    transfer, values = claims.load("mixture-transfer"), np.arange(6.0).reshape(2, 3)
+    found = {"texts": {"One-Step": dict.fromkeys(transfer.pairs, values)}}
+    assert figures.draw(transfer, found, tmp_path).stat().st_size > 3_000
 
 
 def test_cells_go_on_where_they_were_stopped(tmp_path, monkeypatch):

@@ -80,7 +80,13 @@ def by_definition():
     return found
 
 
-@pytest.mark.parametrize("write", [plain, by_example, jitted_and_rematerialized, of_sequences])
+def biases_as_rows(p):
+    return head(jnp.tanh(X @ p["w"] + p["b"][None]) @ p["v"] + p["c"].reshape(1, -1), p)
+
+
+@pytest.mark.parametrize(
+    "write", [plain, by_example, jitted_and_rematerialized, of_sequences, biases_as_rows]
+)
 def test_it_is_the_kronecker_product_of_the_definition_however_written(write):
     problems.assert_close(solved(write), by_definition(), rtol=1e-10)
 
@@ -119,6 +125,27 @@ def test_of_one_layer_and_squares_it_is_the_hessian():
     expected = np.linalg.solve(matrix, ravel_pytree(target)[0])
     found = solved(loss, params, 1, target)
     problems.assert_close(found, back(jnp.asarray(expected)), rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias", "apply"),
+    [
+        ((5, 1), (1,), lambda p: (X @ p["w"] + p["b"].reshape(1, -1))[:, 0]),
+        ((5, 1), (), lambda p: (X @ p["w"])[:, 0] + p["b"]),
+        ((1, 5), (1, 1), lambda p: X @ p["w"][0] + p["b"][0, 0]),
+    ],
+)
+def test_a_layer_of_one_output_has_its_bias_in_any_shape(weight, bias, apply):
+    params = {"w": np.ones(weight), "b": np.ones(bias)}
+    (layer,) = DenseLayers(lambda p: jnp.mean(apply(p) ** 2), params).layers
+    assert (layer.weight, layer.bias, layer.outputs) == (1, 0, 1)
+
+
+def test_factors_of_low_precision_are_of_float32():
+    low = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), PARAMS)
+    found = solved(params=low, function=lambda p: plain(jax.tree.map(jnp.asarray, p)))
+    flat = [ravel_pytree(tree)[0].astype(float) for tree in (found, solved())]
+    assert optax.losses.cosine_similarity(*flat) > 0.99
 
 
 def train_loss(p, lam, batch):
@@ -191,6 +218,18 @@ def seen_beside(p):
     return head(hidden @ p["v"] + p["c"], p) + jnp.mean(hidden**2)
 
 
+def used_in_a_loop_too(p):
+    turn = p["w"][:4]
+    hidden = jnp.tanh(X @ p["w"] + p["b"])
+    hidden = jax.lax.scan(lambda h, _: (jnp.tanh(h @ turn), None), hidden, None, 2)[0]
+    return head(hidden @ p["v"] + p["c"], p)
+
+
+def used_without_bias_too(p):
+    outputs = X @ p["w"]
+    return head((jnp.tanh(outputs + p["b"]) + outputs) @ p["v"] + p["c"], p)
+
+
 def two_heads(p):
     return jnp.mean((X @ p["w"] + p["b"]) ** 2) + jnp.mean((np.ones((3, 4)) @ p["v"] + p["c"]) ** 2)
 
@@ -205,6 +244,8 @@ def two_heads(p):
         (tied, r"params\['w'\] of shape \(5, 4\) is of several layers"),
         (in_a_loop, r"params\['b'\] of shape \(4,\) is of no dense layer: .* outside of loops"),
         (seen_beside, r"sees the layer of params\['w'\] otherwise than through the last one, of"),
+        (used_in_a_loop_too, r"params\['w'\] is used otherwise than in its dense layer too"),
+        (used_without_bias_too, r"layer of params\['w'\] are used without its bias too, params"),
         (two_heads, r"sees the layer of params\['w'\] and not through the last one"),
     ],
 )

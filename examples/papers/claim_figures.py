@@ -22,14 +22,15 @@ def name_of(claim: claims.Claim) -> str:
 
 def is_drawn(claim: claims.Claim, found: dict[str, dict[str, Any]]) -> bool:
     """Whether there is something to be seen: curves, or methods beside each other."""
-    return any(found.values()) and (bool(claim.curves) or len(claim.methods) > 1)
+    shows = claim.curves or claim.pairs or len(claim.methods) > 1
+    return any(found.values()) and bool(shows)
 
 
 def draw(claim: claims.Claim, found: dict[str, dict[str, Any]], folder: Path = PICTURES) -> Path:
     """Draw a claim, and return the file.
 
-    Its curves if it has some, means over seeds; else its first measure of all methods, means with
-    95% intervals, and every seed.
+    Its curves if it has some, means and ranges over seeds; or pairs of measures of every seed; else
+    its first measure of all methods, means with 95% intervals, and every seed.
 
     Args:
       claim: of which `is_drawn` is true.
@@ -41,7 +42,8 @@ def draw(claim: claims.Claim, found: dict[str, dict[str, Any]], folder: Path = P
     cases = {case: methods for case, methods in found.items() if methods}
     mpl.use("agg")
     with mpl.rc_context(style.STYLE):
-        figure = (_curves if claim.curves else _points)(claim, cases, colours)
+        kind = _curves if claim.curves else _pairs if claim.pairs else _points
+        figure = kind(claim, cases, colours)
         path = folder / name_of(claim)
         nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
         figure.savefig(path, metadata=nothing)
@@ -86,6 +88,20 @@ def _curves(claim: claims.Claim, cases: dict[str, Any], colours: list[str]) -> A
     for axes in grid[-1]:
         axes.set(xlabel="part of the run, %")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), fontsize=9, loc="outside right upper")
+    return figure
+
+
+def _pairs(claim: claims.Claim, cases: dict[str, Any], colours: list[str]) -> Any:
+    figure, grid = plt.subplots(
+        1, len(cases), figsize=(4.8, 3.6), layout="constrained", squeeze=False
+    )
+    (x, x_label), (y, y_label) = claim.pairs.items()
+    for axes, methods in zip(grid[0], cases.values(), strict=True):
+        for method in methods.values():
+            across, up = np.asarray(method[x]), np.asarray(method[y])
+            axes.plot(across[:, :-1].ravel(), up[:, :-1].ravel(), "o", color=colours[0], alpha=0.5)
+            axes.plot(across[:, -1], up[:, -1], "*", color=colours[2], markersize=11)
+        axes.set(xlabel=x_label, ylabel=y_label)
     return figure
 
 

@@ -96,6 +96,8 @@ class Claim:
     """After the point, in its tables."""
     curves: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
     """Measures `(evaluations, seeds)` that the figure shows, and how it names them."""
+    pairs: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
+    """Or two measures `(seeds, n)` that it shows against each other; the last of n stands out."""
 
     def settings_of(self, case: str, tiny: bool = False) -> dict[str, Any]:
         """Return all settings of a case, which are what a result belongs to."""

@@ -110,6 +110,8 @@ def shown(claim: claims.Claim) -> str:
     """Return what a claim's figure shows."""
     if claim.curves:
         return f"{' and '.join(claim.curves.values())} along the run, mean and range of seeds"
+    if claim.pairs:
+        return f"{' against '.join(claim.pairs.values())}, every seed"
     return f"{next(iter(claim.measures.values()))}, means with 95% intervals, and every seed"
 
 

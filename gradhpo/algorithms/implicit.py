@@ -55,8 +55,9 @@ class ImplicitOptimizer(UnrollingMethod):
         step), and the system solved exactly: as good as `H` has few large eigenvalues. It needs
         memory for 2K copies of the weights. "kfac", where all weights are matrices and biases of
         dense layers: `H` is replaced by Kronecker products, one for each layer, without the
-        curvature between layers and that of the layers themselves. It needs the eigenvectors of
-        matrices of a layer's width, and for each example the square of the last layer's outputs.
+        curvature between layers and that of the layers themselves, for a loss that is a sum over
+        examples. It needs the eigenvectors of matrices of a layer's width, and for each example the
+        square of the last layer's outputs.
       K: iterations of "cg" at most, terms of "neumann", or the rank of "nystrom": as many products
         with `H`, each of the cost of about two gradients. Of "kfac" the random directions of the
         outputs, each of the cost of a gradient; as many as there are outputs, or more, are exact.
