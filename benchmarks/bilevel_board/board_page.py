@@ -137,8 +137,9 @@ def _percentiles(values: Any) -> Any:
 
 
 def _written(quartiles: Any, kind: str) -> str:
-    low, median, high = (format(x, kind) for x in quartiles)
-    return f"{median} ({low}–{high})"
+    # Minus signs and ranges at which no line is broken.
+    low, median, high = (format(x, kind).replace("-", "−") for x in quartiles)
+    return f"{median} ({low}\u2060–\u2060{high})"
 
 
 def _draw(curves: dict[str, Curve], metric: str, calls: int, path: Path) -> None:
