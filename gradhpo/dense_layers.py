@@ -207,8 +207,9 @@ class _Replay:
         if not any(origins):
             return bind(eqn, inputs), nothing
         if name in _CALLS and (body := eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))):
-            jaxpr, consts = (body, []) if isinstance(body, Jaxpr) else (body.jaxpr, body.consts)
-            return self.through(jaxpr, consts, inputs, origins)
+            # From jax 0.12 on there is one class of both, which has constants or none.
+            jaxpr = body.jaxpr if isinstance(body, ClosedJaxpr) else body
+            return self.through(jaxpr, getattr(body, "consts", []), inputs, origins)
         outputs = bind(eqn, inputs)
         if name == "dot_general" and (made := self._layer(eqn, inputs, origins)):
             return [self._moved(outputs[0])], [made]
