@@ -110,7 +110,8 @@ def test_the_page_has_medians_with_quartiles_and_figures(tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     page.write_text("Before <!-- measured: begin --> old <!-- measured: end --> after")
     board_page.write(found(), page)
-    text = page.read_text()
+    written = page.read_text()
+    text = written.replace("\u2060", "").replace("−", "-")  # where no line is broken
     assert text.startswith("Before ")
     assert text.endswith(" after")
     # within 64,000 calls, of which an evaluation is 40,000, and at the end
@@ -123,7 +124,7 @@ def test_the_page_has_medians_with_quartiles_and_figures(tmp_path, monkeypatch):
     first = (tmp_path / "board-small.svg").read_bytes()
     assert len(first) < 100_000
     board_page.write(found(), page)
-    assert page.read_text() == text
+    assert page.read_text() == written
     assert (tmp_path / "board-small.svg").read_bytes() == first
 
 
