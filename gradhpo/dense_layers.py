@@ -71,7 +71,7 @@ class DenseLayers:
         self.axes: list[str] = []
         """Of the mesh, over which the examples are spread."""
         self.layers: list[Layer] = []
-        jax.eval_shape(lambda params: self._run(params).loss, params)
+        jax.eval_shape(lambda params: self(params).loss, params)
         self._check(params)
 
     def __call__(
@@ -87,18 +87,6 @@ class DenseLayers:
           moves: what is added to each layer's outputs.
           hold: layers whose outputs, with the bias, are taken for constants.
         """
-        return self._run(params, moves, hold)
-
-    def still(self) -> list[jax.Array]:
-        """Return `moves` of zeros."""
-        return [jnp.zeros(layer.shape, layer.dtype) for layer in self.layers]
-
-    def _run(
-        self,
-        params: PyTree,
-        moves: Sequence[jax.Array] | None = None,
-        hold: Collection[int] = (),
-    ) -> Pass:
         leaves = jax.tree.leaves(params)
         biased = [i for i, layer in enumerate(self.layers) if layer.bias is not None]
         replay = _Replay(self._shapes, moves, hold, biased)
@@ -106,6 +94,10 @@ class DenseLayers:
         outputs, _ = replay.through(self._closed.jaxpr, self._closed.consts, leaves, origins)
         self.layers, self.axes = replay.layers, sorted(replay.spread)
         return Pass(outputs[0], replay.inputs, replay.outputs)
+
+    def still(self) -> list[jax.Array]:
+        """Return `moves` of zeros."""
+        return [jnp.zeros(layer.shape, layer.dtype) for layer in self.layers]
 
     def _check(self, params: PyTree) -> None:
         seen = [i for layer in self.layers for i in (layer.weight, layer.bias) if i is not None]

@@ -21,6 +21,9 @@ from gradhpo.task import Carried, Task
 Loss: TypeAlias = Callable[[PyTree, PyTree], jax.Array]
 """A loss as a function of the weights and λ alone."""
 
+EXACT = jax.lax.Precision.HIGHEST
+"""Of products that are inverted: an accelerator's default would be too coarse."""
+
 Mode: TypeAlias = Literal[
     "auto", "reverse-over-reverse", "forward-over-reverse", "reverse-over-forward"
 ]
@@ -94,6 +97,11 @@ def norm(tree: PyTree) -> jax.Array:
 def at_least_float32(tree: PyTree) -> PyTree:
     """Return `tree` with leaves of lower precision widened to float32."""
     return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+
+def exact_product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Return `a @ b` in the arrays' own precision, on accelerators too."""
+    return jnp.matmul(a, b, precision=EXACT)
 
 
 def gradient_difference(

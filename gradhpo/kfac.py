@@ -18,12 +18,11 @@ import jax
 import jax.numpy as jnp
 
 from gradhpo.dense_layers import DenseLayers, Layer
-from gradhpo.hypergradient import at_least_float32
+from gradhpo.hypergradient import at_least_float32, exact_product
 from gradhpo.state import PyTree
 
 MOST_OUTPUTS = 1024
 """Of the last layer, whose square is held for each example."""
-_EXACT = jax.lax.Precision.HIGHEST
 
 
 class _Factors(NamedTuple):
@@ -83,8 +82,9 @@ def inverse(
 
 def _divided(factors: _Factors, rows: jax.Array) -> jax.Array:
     (a, inputs), (g, outputs) = factors.of_inputs, factors.of_outputs
-    turned = _product(_product(inputs.T, rows), outputs) / (a[:, None] * g + factors.ridge)
-    return _product(_product(inputs, turned), outputs.T)
+    turned = exact_product(exact_product(inputs.T, rows), outputs)
+    turned = turned / (a[:, None] * g + factors.ridge)
+    return exact_product(exact_product(inputs, turned), outputs.T)
 
 
 def _directions(net: DenseLayers, params: PyTree, samples: int, key: jax.Array) -> jax.Array:
@@ -113,7 +113,7 @@ def _directions(net: DenseLayers, params: PyTree, samples: int, key: jax.Array) 
     if samples < size:
         # Signs of its own for each example: products of different ones are 0 in the mean.
         signs = _signs(net, key, (len(roots), size, samples), roots.dtype)
-        roots = _product(roots, signs) / math.sqrt(samples)
+        roots = exact_product(roots, signs) / math.sqrt(samples)
     spread = jnp.moveaxis(roots, -1, 0)
     if last.axis is None:
         return spread.reshape(-1, *last.shape)
@@ -141,7 +141,7 @@ def _factors(
         (cotangents,) = pull(direction.astype(z.dtype))
         rows = [_last_axis(c, layer) for c, layer in zip(cotangents, net.layers, strict=True)]
         rows = at_least_float32(rows)
-        return [_product(row.T, row) for row in rows]
+        return [exact_product(row.T, row) for row in rows]
 
     of_outputs = jax.tree.map(lambda g: g.sum(0), jax.lax.map(grams, directions))
     of_inputs, examples = list[jax.Array](), list[jax.Array]()
@@ -149,7 +149,7 @@ def _factors(
         rows = at_least_float32(a)
         if layer.bias is not None:
             rows = jnp.concatenate([rows, jnp.ones_like(rows[:, :1])], axis=1)
-        of_inputs.append(_product(rows.T, rows))
+        of_inputs.append(exact_product(rows.T, rows))
         examples.append(jnp.asarray(len(rows), rows.dtype))
     sums = (of_inputs, examples, of_outputs)
     for axis in net.axes:
@@ -182,9 +182,7 @@ def _ridges(net: DenseLayers, params: PyTree, damping: float) -> list[jax.Array]
 
     ones = jax.tree.map(jnp.ones_like, params)
     bent = jax.jvp(jax.grad(around), (params,), (ones,))[1]
-    wide = [
-        leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in jax.tree.leaves(bent)
-    ]
+    wide = jax.tree.leaves(at_least_float32(bent))
     return [damping + jnp.maximum(jnp.mean(leaf), 0) for leaf in wide]
 
 
@@ -198,7 +196,3 @@ def _last_axis(x: jax.Array, layer: Layer) -> jax.Array:
     if layer.axis is None:
         return x.reshape(-1, 1)
     return jnp.moveaxis(x, layer.axis, -1).reshape(-1, layer.shape[layer.axis])
-
-
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=_EXACT)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gradhpo.hypergradient import at_least_float32
+from gradhpo.hypergradient import EXACT, at_least_float32, exact_product
 from gradhpo.state import PyTree
 
 
@@ -40,16 +40,13 @@ def nystrom(
     kept = values > jnp.finfo(values.dtype).eps * rank * jnp.max(jnp.abs(values))
     roots = vectors * jnp.where(kept, jax.lax.rsqrt(jnp.where(kept, values, 1)), 0)
     # H_k = BBᵀ, B = HΩ·roots; and (BBᵀ + ρI)⁻¹ b = [b - B (BᵀB + ρI)⁻¹ Bᵀb] / ρ.
-    small = _product(roots.T, _product(_gram(image, image), roots))
-    right = _product(roots.T, _along(image, wide))
+    small = exact_product(roots.T, exact_product(_gram(image, image), roots))
+    right = exact_product(roots.T, _along(image, wide))
     ridge = small + damping * jnp.eye(rank, dtype=small.dtype)
-    weights = _product(roots, jax.scipy.linalg.solve(ridge, right, assume_a="pos"))
-    low_rank = jax.tree.map(lambda y: jnp.tensordot(weights, y, 1, precision=_EXACT), image)
+    weights = exact_product(roots, jax.scipy.linalg.solve(ridge, right, assume_a="pos"))
+    low_rank = jax.tree.map(lambda y: jnp.tensordot(weights, y, 1, precision=EXACT), image)
     x = optax.tree.scale(1 / damping, optax.tree.sub(wide, low_rank))
     return optax.tree.cast_like(x, target)
-
-
-_EXACT = jax.lax.Precision.HIGHEST
 
 
 def _directions(key: jax.Array, like: PyTree, rank: int) -> PyTree:
@@ -67,7 +64,7 @@ def _gram(a: PyTree, b: PyTree) -> jax.Array:
     """Return `AᵀB`, the inner products of all pairs, `(rank, rank)`."""
 
     def of_leaf(a: jax.Array, b: jax.Array) -> jax.Array:
-        return _product(a.reshape(len(a), -1), b.reshape(len(b), -1).T)
+        return exact_product(a.reshape(len(a), -1), b.reshape(len(b), -1).T)
 
     return jax.tree.reduce(jnp.add, jax.tree.map(of_leaf, a, b))
 
@@ -76,10 +73,6 @@ def _along(a: PyTree, b: PyTree) -> jax.Array:
     """Return `Aᵀb`, `(rank,)`."""
 
     def of_leaf(a: jax.Array, b: jax.Array) -> jax.Array:
-        return _product(a.reshape(len(a), -1), b.ravel())
+        return exact_product(a.reshape(len(a), -1), b.ravel())
 
     return jax.tree.reduce(jnp.add, jax.tree.map(of_leaf, a, b))
-
-
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=_EXACT)

@@ -60,7 +60,8 @@ def test_all_slots_at_once_need_what_a_loop_by_hand_needs():
     keys = jax.random.split(jax.random.key(0), SLOTS)
     memory = loop.lower(jax.vmap(_begin_by_hand)(keys), keys).compile().memory_analysis()
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    assert made.programs["turn"].bytes_needed() < 1.1 * needed
+    most = 1.05 if jax.__version_info__ < (0, 12) else 1.1  # XLA's temporaries by hand: 7% fewer
+    assert made.programs["turn"].bytes_needed() < most * needed
     assert needed > 3 * state
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
-from comparison_page import filled, table
+from comparison_page import filled, table, with_quartiles
 
 CHECKOUT = Path(__file__).parents[2]
 PICTURES = CHECKOUT / "docs" / "pictures"
@@ -112,7 +112,7 @@ def _paired(pairs: dict[str, Any]) -> Iterable[list[str]]:
     for name, of in pairs.items():
         ours, theirs = ([1000 * x / of["steps"] for x in of[who]] for who in ("ours", "theirs"))
         titles = " : ".join(TITLES[one].split(",")[0] for one in name.split(":"))
-        yield [titles, *(_written(x, ".2f") for x in (ours, theirs, of["ratio"]))]
+        yield [titles, *(with_quartiles(x, ".2f") for x in (ours, theirs, of["ratio"]))]
 
 
 def _arrays(curve: Curve, metric: str) -> tuple[np.ndarray, np.ndarray]:
@@ -128,18 +128,12 @@ def _arrays(curve: Curve, metric: str) -> tuple[np.ndarray, np.ndarray]:
 def _quartiles(values: Any, kind: str) -> str:
     if len(values) < 2:
         return format(values[0], kind)
-    return _written(_percentiles(values), kind)
+    return with_quartiles(_percentiles(values), kind)
 
 
 def _percentiles(values: Any) -> Any:
     """Return the quartiles over seeds, each a number of one where there is no finite mean."""
     return np.percentile(values, [25, 50, 75], axis=0, method="nearest")
-
-
-def _written(quartiles: Any, kind: str) -> str:
-    # Minus signs and ranges at which no line is broken.
-    low, median, high = (format(x, kind).replace("-", "−") for x in quartiles)
-    return f"{median} ({low}\u2060–\u2060{high})"
 
 
 def _draw(curves: dict[str, Curve], metric: str, calls: int, path: Path) -> None:

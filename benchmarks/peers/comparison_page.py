@@ -24,8 +24,8 @@ def row(title: str, peer: str, measured: dict[str, Any], lines: int) -> list[str
     figures = ["–"] * 4
     if "failed" not in measured:
         figures = [
-            _with_quartiles(measured["ms"], 2),
-            _with_quartiles(measured["ratio"], 2),
+            with_quartiles(measured["ms"], ".2f"),
+            with_quartiles(measured["ratio"], ".2f"),
             f"{measured['whole']:.1f}" if "whole" in measured else "–",
             f"{measured['mebibytes']:.0f}" if "mebibytes" in measured else "–",
         ]
@@ -51,6 +51,7 @@ def filled(page: str, measured: str) -> str:
     return f"{before}{BEGIN}\n\n{measured}\n\n{END}{after}"
 
 
-def _with_quartiles(quartiles: list[float], digits: int) -> str:
-    low, median, high = (f"{value:.{digits}f}" for value in quartiles)
+def with_quartiles(quartiles: Iterable[float], kind: str) -> str:
+    """Return a median with its quartiles; no line is broken at a minus sign or in the range."""
+    low, median, high = (format(value, kind).replace("-", "−") for value in quartiles)
     return f"{median} ({low}\u2060–\u2060{high})"
