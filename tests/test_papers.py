@@ -117,6 +117,15 @@ def test_sinusoid_adapts_each_task_on_its_own():
         )
 
 
+@pytest.mark.parametrize(("side", "stride"), [(8, 1), (28, 2), (7, 2)])
+def test_a_convolution_of_one_channel_is_a_product_with_patches(side, stride):
+    conv = nnx.Conv(1, 8, (3, 3), stride, padding=1, rngs=nnx.Rngs(1))
+    conv.bias[...] = jnp.arange(8.0)
+    x = jax.random.normal(jax.random.key(0), (3, side, side, 1))
+    found = script("hypercleaning").of_one_channel(conv, x)
+    np.testing.assert_allclose(found, conv(x), rtol=1e-5, atol=1e-5)
+
+
 def test_gamma_is_chosen_on_validation_tasks_not_on_test_tasks():
     sinusoid = script("sinusoid")
     traces = {

@@ -29,10 +29,26 @@ class CNN(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map images `(n, side, side, 1)` to logits `(n, 10)`."""
-        for conv in self.convs:
+        first, *others = self.convs
+        x = nnx.relu(of_one_channel(first, x))
+        for conv in others:
             x = nnx.relu(conv(x))
         n, half = x.shape[0], x.shape[1] // 2
         return self.out(x.reshape(n, 2, half, 2, half, 8).mean((2, 4)).reshape(n, 32))
+
+
+def of_one_channel(conv: nnx.Conv, x: jax.Array) -> jax.Array:
+    """Return `conv(x)` of images `(n, side, side, 1)` as a product with their 3x3 patches.
+
+    On a CPU XLA's own convolution of a single channel is slow: without it a step of this network
+    takes a quarter less.
+    """
+    assert conv.bias is not None
+    stride, side = conv.strides, x.shape[1]
+    padded = jnp.pad(x[..., 0], ((0, 0), (1, 1), (1, 1)))
+    windows = [slice(i, i + side, stride) for i in range(3)]
+    patches = jnp.stack([padded[:, rows, columns] for rows in windows for columns in windows])
+    return jnp.tensordot(patches, conv.kernel.reshape(9, -1), axes=((0,), (0,))) + conv.bias
 
 
 class Images(NamedTuple):
