@@ -190,6 +190,23 @@ def test_cells_go_on_where_they_were_stopped(tmp_path, monkeypatch):
     assert len(ran) == 5
 
 
+def test_a_case_may_have_its_own_number_of_seeds(tmp_path, monkeypatch):
+    penalty = script("claims").load("penalty")
+    assert (penalty.seeds_of("fashion-linear"), penalty.seeds_of("fashion-mlp")) == (5, 3)
+    assert "seeds" not in penalty.settings_of("fashion-mlp")
+    ran = []
+
+    def measured(settings, method, keys):
+        ran.append(len(keys))
+        return {"test_accuracy": np.zeros(len(keys))}
+
+    monkeypatch.setattr(script("penalty"), "evidence", measured)
+    command = ["--only", "penalty/*/BOME", "--results", tmp_path]
+    assert invoke(*command).exit_code == 0
+    assert invoke(*command).exit_code == 0
+    assert ran == [5, 3]
+
+
 def test_a_pattern_that_fits_nothing_is_said(tmp_path):
     assert invoke("--only", "nonsense/x", "--results", tmp_path).exit_code == 2
 

@@ -85,7 +85,7 @@ class Claim:
     """The columns of the table by the measure that is in them."""
     settings: dict[str, Any]
     cases: dict[str, dict[str, Any]]
-    """By name, what differs from the settings; `published`, by method, is shown beside."""
+    """By name, what differs from the settings; `seeds`; `published`, by method, is shown beside."""
     statements: tuple[Statement, ...]
     tiny: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     """What differs from the settings where all is only to be seen to run."""
@@ -101,8 +101,12 @@ class Claim:
 
     def settings_of(self, case: str, tiny: bool = False) -> dict[str, Any]:
         """Return all settings of a case, which are what a result belongs to."""
-        own = {k: v for k, v in self.cases[case].items() if k != "published"}
+        own = {k: v for k, v in self.cases[case].items() if k not in ("published", "seeds")}
         return self.settings | own | (self.tiny if tiny else {})
+
+    def seeds_of(self, case: str) -> int:
+        """Return how many runs a cell of the case has."""
+        return self.cases[case].get("seeds", self.seeds)
 
 
 def load(name: str, folder: Path = FOLDER) -> Claim:

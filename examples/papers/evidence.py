@@ -56,7 +56,7 @@ def cells(only: list[str], seeds: int | None, results: Path, tiny: bool) -> list
             found = claims.result(claim, case, results, tiny)
             for method in claim.methods:
                 have = len(next(iter(found.get(method, {"": []}).values())))
-                made.append(Cell(claim, case, method, have >= (seeds or claim.seeds)))
+                made.append(Cell(claim, case, method, have >= (seeds or claim.seeds_of(case))))
     for pattern in only:
         if not any(fits(cell, pattern) for cell in made):
             raise typer.BadParameter(f"--only {pattern} fits no cell; --list names them all")
@@ -177,7 +177,7 @@ def main(
     with tqdm([cell for cell in found if not cell.done], unit="cell") as bar:
         for cell in bar:
             bar.set_postfix_str(cell.name)
-            measure(cell, seeds or cell.claim.seeds, folder, tiny)
+            measure(cell, seeds or cell.claim.seeds_of(cell.case), folder, tiny)
     for name in dict.fromkeys(cell.claim.name for cell in found):
         if tiny:
             report.say(f"{name}: runs")
