@@ -85,7 +85,8 @@ class Claim:
     """The columns of the table by the measure that is in them."""
     settings: dict[str, Any]
     cases: dict[str, dict[str, Any]]
-    """By name, what differs from the settings; `seeds`; `published`, by method, is shown beside."""
+    """By name, what differs from the settings. Two keys are none: `seeds`, how many runs, and
+    `published`, by method, which is shown beside."""
     statements: tuple[Statement, ...]
     tiny: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     """What differs from the settings where all is only to be seen to run."""

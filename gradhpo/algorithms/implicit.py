@@ -62,7 +62,7 @@ class ImplicitOptimizer(UnrollingMethod):
         with `H`, each of the cost of about two gradients. Of "kfac" the random directions of the
         outputs, each of the cost of a gradient; as many as there are outputs, or more, are exact.
       neumann_rate: η > 0, required by "neumann"; the terms grow where an eigenvalue of `H + ρI` is
-        above 2/η, which training with momentum can reach at the same η.
+        below 0 or above 2/η. Training with momentum can reach the latter at the same η.
       update_fn: `(params, hyperparams, batch) -> params`, in place of `inner_optimizer`.
       batches: "repeat" takes `train_batch` at all T steps; "stack" takes a stack of batches with
         a leading axis of length T, one for each.
